@@ -1,0 +1,30 @@
+// Neumaier's compensated sum: the result is as if accumulated in twice the precision.
+#pragma once
+
+#include <cmath>
+
+#include "core/host_device.h"
+
+namespace simpo_ext {
+
+template <typename Scalar>
+class CompensatedSum {
+ public:
+  SIMPO_HOST_DEVICE void add(Scalar value) {
+    const Scalar next = sum_ + value;
+    const bool sum_is_larger = std::fabs(sum_) >= std::fabs(value);
+    lost_ += sum_is_larger ? (sum_ - next) + value : (value - next) + sum_;
+    sum_ = next;
+  }
+
+  SIMPO_HOST_DEVICE Scalar value() const {
+    // Once the sum is infinite, inf - inf has made the correction NaN.
+    return std::isfinite(sum_) ? sum_ + lost_ : sum_;
+  }
+
+ private:
+  Scalar sum_ = 0;
+  Scalar lost_ = 0;
+};
+
+}  // namespace simpo_ext

@@ -1,0 +1,108 @@
+// Element types of logits, and their exact conversions to and from the type arithmetic is done in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/host_device.h"
+
+namespace simpo_ext {
+
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+// Arithmetic on a row of T is done in Compute<T>: float for everything up to 32 bits, else double.
+// It is also the dtype of logps and losses.
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+SIMPO_HOST_DEVICE inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+SIMPO_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+SIMPO_HOST_DEVICE inline double widen(double value) { return value; }
+SIMPO_HOST_DEVICE inline float widen(float value) { return value; }
+SIMPO_HOST_DEVICE inline float widen(BFloat16 value) {
+  return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
+}
+
+SIMPO_HOST_DEVICE inline float widen(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  // Exponent bias 15 -> 127; infinities and NaNs take the all-ones exponent of float.
+  const uint32_t rebias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;
+  const uint32_t normal = (magnitude << 13) + rebias;
+  // A subnormal is its mantissa times 2^-24: through an integer, so that flush-to-zero modes keep
+  // it.
+  const uint32_t subnormal =
+      float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return float_from_bits(sign | (magnitude < 0x0400u ? subnormal : normal));
+}
+
+// narrow<T>: round to nearest, ties to even; NaN stays NaN, overflow becomes infinity.
+template <typename T>
+SIMPO_HOST_DEVICE inline T narrow(Compute<T> value);
+
+template <>
+SIMPO_HOST_DEVICE inline double narrow<double>(double value) {
+  return value;
+}
+
+template <>
+SIMPO_HOST_DEVICE inline float narrow<float>(float value) {
+  return value;
+}
+
+template <>
+SIMPO_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  // Rounding could carry a NaN's mantissa into infinity.
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return BFloat16{static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x0040u : rounded)};
+}
+
+template <>
+SIMPO_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
+  const uint32_t bits = float_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >=
+             0x477ff000u) {  // 65520: the first value that rounds past the largest half
+    half = 0x7c00u;
+  } else if (magnitude >= 0x38800000u) {  // 2^-14: the smallest normal half
+    half = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  } else {
+    // Adding 0.5 aligns the last mantissa bit with 2^-24, so the addition itself does the rounding.
+    half = float_bits(float_from_bits(magnitude) + 0.5f) - float_bits(0.5f);
+  }
+  return Float16{static_cast<uint16_t>(sign | half)};
+}
+
+}  // namespace simpo_ext

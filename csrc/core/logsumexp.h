@@ -1,0 +1,37 @@
+// The online log-sum-exp: a (max, sum) monoid that sees every logit once.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "core/host_device.h"
+
+namespace simpo_ext {
+
+// Holds sum(exp(z)) of the values seen so far as sum * exp(max). Empty is (-inf, 0).
+// A NaN or +inf among the values makes value() NaN; values that are all -inf make it -inf.
+template <typename Scalar>
+struct LogSumExp {
+  Scalar max = -std::numeric_limits<Scalar>::infinity();
+  double sum = 0.0;
+
+  // What to subtract before exp: max, but finite when nothing above -inf has been seen, because
+  // -inf - -inf is NaN.
+  SIMPO_HOST_DEVICE Scalar reference() const {
+    return max == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : max;
+  }
+
+  // Makes room for values up to new_max; call before adding terms exp(z - reference()).
+  SIMPO_HOST_DEVICE void raise_max(Scalar new_max) {
+    if (new_max > max) {
+      sum *= exp(static_cast<double>(max) - static_cast<double>(new_max));
+      max = new_max;
+    }
+  }
+
+  SIMPO_HOST_DEVICE void add_terms(double terms) { sum += terms; }
+
+  SIMPO_HOST_DEVICE double value() const { return static_cast<double>(max) + log(sum); }
+};
+
+}  // namespace simpo_ext

@@ -1,0 +1,228 @@
+// Per-token log-probabilities on the CPU.
+//
+// Memory contract, per row of V logits:
+//   forward   reads a valid row once, writes 12 to 16 bytes; a masked row costs its label.
+//   backward  reads a valid row once and writes it once, also in place; a masked row, or one whose
+//             incoming gradient is 0, is written (zeros) and not read.
+// Scratch: 8 bytes a token for the list of rows to do. Nothing of size [B, T, V] is allocated.
+//
+// A row is reduced by one thread in an order that depends on V alone, so its result has the same
+// bits whatever stands beside it and however many threads there are.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "core/kernels.h"
+#include "core/logsumexp.h"
+#include "cpu/dtype_dispatch.h"
+#include "cpu/fast_exp.h"
+
+namespace simpo_ext::cpu {
+namespace {
+
+// A block stays in the first-level cache between its maximum and its sum, which is what makes the
+// pass over memory a single one. Each lane takes kBlock / kLanes = 32 additions before it is
+// spilled to double, which keeps float32 rounding below that of the terms themselves.
+constexpr int64_t kBlock = 512;
+constexpr int64_t kLanes = 16;
+
+// Below this many logits a second thread costs more than it saves.
+constexpr int64_t kLogitsPerTask = 1 << 15;
+
+int64_t rows_per_task(int64_t V) {
+  return std::max<int64_t>(1, kLogitsPerTask / std::max<int64_t>(V, 1));
+}
+
+// z[0, n) = transform(x[0, n)); returns n rounded up to whole lanes, the rest of which holds -inf.
+template <typename T>
+int64_t load_block(const T* x, int64_t n, LogitTransform transform, Compute<T>* z) {
+  if (transform.is_identity()) {
+    for (int64_t i = 0; i < n; ++i) z[i] = widen(x[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) z[i] = transform_logit(widen(x[i]), transform);
+  }
+  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+  for (int64_t i = n; i < padded; ++i) z[i] = -std::numeric_limits<Compute<T>>::infinity();
+  return padded;
+}
+
+// Ignores NaN, which the sum of exponentials brings to light.
+template <typename Scalar>
+Scalar block_max(const Scalar* z, int64_t padded) {
+  Scalar lanes[kLanes];
+  std::copy(z, z + kLanes, lanes);
+  for (int64_t i = kLanes; i < padded; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = z[i + lane] > lanes[lane] ? z[i + lane] : lanes[lane];
+    }
+  }
+  Scalar result = -std::numeric_limits<Scalar>::infinity();
+  for (const Scalar lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+
+template <typename Scalar>
+double block_sum_exp(const Scalar* z, int64_t padded, Scalar reference) {
+  Scalar lanes[kLanes] = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += fast_exp(z[i + lane] - reference);
+    }
+  }
+  double sum = 0.0;
+  for (const Scalar lane : lanes) sum += static_cast<double>(lane);
+  return sum;
+}
+
+template <typename T>
+double row_logsumexp(const T* x, int64_t V, LogitTransform transform) {
+  LogSumExp<Compute<T>> logsumexp;
+  alignas(64) Compute<T> z[kBlock];
+  for (int64_t i = 0; i < V; i += kBlock) {
+    const int64_t padded = load_block(x + i, std::min(kBlock, V - i), transform, z);
+    logsumexp.raise_max(block_max(z, padded));
+    logsumexp.add_terms(block_sum_exp(z, padded, logsumexp.reference()));
+  }
+  return logsumexp.value();
+}
+
+// dx may be x.
+template <typename T>
+void row_gradient(const T* x, int64_t V, int64_t label, LogitTransform transform, double lse,
+                  double grad, T* dx) {
+  using Scalar = Compute<T>;
+  const Scalar label_z = transform_logit(widen(x[label]), transform);  // before dx overwrites it
+
+  // exp(z - lse) = exp(z - reference) * exp(reference - lse): subtracting lse rounded to Scalar and
+  // making up for the rounding in the coefficient keeps logits of any offset exact at no cost.
+  const Scalar reference = static_cast<Scalar>(lse);
+  const Scalar coefficient =
+      static_cast<Scalar>(-grad * std::exp(static_cast<double>(reference) - lse));
+  alignas(64) Scalar z[kBlock];
+  alignas(64) T out[kBlock];
+  for (int64_t i = 0; i < V; i += kBlock) {
+    const int64_t n = std::min(kBlock, V - i);
+    load_block(x + i, n, transform, z);
+    if (transform.is_identity()) {
+      for (int64_t j = 0; j < n; ++j) out[j] = narrow<T>(coefficient * fast_exp(z[j] - reference));
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        const Scalar slope = transform_logit_slope(z[j], transform);
+        out[j] = narrow<T>(coefficient * fast_exp(z[j] - reference) * slope);
+      }
+    }
+    std::copy(out, out + n, dx + i);
+  }
+
+  // 1 - softmax without cancellation where the model is sure of the label.
+  const double label_logp = static_cast<double>(label_z) - lse;
+  const double one_minus_p = -std::expm1(label_logp > 0.0 ? 0.0 : label_logp);
+  const double slope = transform_logit_slope(static_cast<double>(label_z), transform);
+  dx[label] = narrow<T>(static_cast<Scalar>(grad * one_minus_p * slope));
+}
+
+LabelError find_label_error(const Targets& targets, int64_t V) {
+  for (int64_t b = 0; b < targets.B; ++b) {
+    for (int64_t t = 0; t < targets.T; ++t) {
+      const int64_t label = targets.at(b, t);
+      if (label != targets.ignore_index && (label < 0 || label >= V)) {
+        return {b, targets.label_position(t), label};
+      }
+    }
+  }
+  return {};
+}
+
+// Rows as b * T + t. Threads share a list of rows that all cost the same.
+template <typename Predicate>
+std::vector<int64_t> select_rows(const Targets& targets, const Predicate& predicate) {
+  std::vector<int64_t> rows;
+  rows.reserve(static_cast<size_t>(targets.B * targets.T));
+  for (int64_t b = 0; b < targets.B; ++b) {
+    for (int64_t t = 0; t < targets.T; ++t) {
+      if (predicate(b, t)) rows.push_back(b * targets.T + t);
+    }
+  }
+  return rows;
+}
+
+template <typename T>
+void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
+  using Scalar = Compute<T>;
+  const Targets& targets = args.targets;
+  const T* logits = static_cast<const T*>(args.logits);
+  Scalar* logps = static_cast<Scalar*>(args.logps);
+  std::fill_n(logps, targets.B * targets.T, Scalar(0));
+  std::fill_n(args.lse, targets.B * targets.T, 0.0);
+
+  const std::vector<int64_t> rows =
+      select_rows(targets, [&](int64_t b, int64_t t) { return targets.is_valid(b, t); });
+  const auto do_rows = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = rows[static_cast<size_t>(i)], b = row / targets.T, t = row % targets.T;
+      const T* x = logits + args.logits_strides.offset(b, t);
+      const double lse = row_logsumexp(x, args.V, args.transform);
+      const Scalar label_z = transform_logit(widen(x[targets.at(b, t)]), args.transform);
+      args.lse[row] = lse;
+      logps[row] = static_cast<Scalar>(static_cast<double>(label_z) - lse);
+    }
+  };
+  parallel_for(0, static_cast<int64_t>(rows.size()), rows_per_task(args.V), do_rows);
+}
+
+template <typename T>
+void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
+  using Scalar = Compute<T>;
+  const Targets& targets = args.targets;
+  const T* logits = static_cast<const T*>(args.logits);
+  const Scalar* grad_logps = static_cast<const Scalar*>(args.grad_logps);
+  T* dlogits = static_cast<T*>(args.dlogits);
+
+  const auto needs_softmax = [&](int64_t b, int64_t t) {
+    return targets.is_valid(b, t) && grad_logps[args.grad_strides.offset(b, t)] != Scalar(0);
+  };
+  const std::vector<int64_t> rows = select_rows(targets, needs_softmax);
+  const auto do_rows = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = rows[static_cast<size_t>(i)], b = row / targets.T, t = row % targets.T;
+      row_gradient(logits + args.logits_strides.offset(b, t), args.V, targets.at(b, t),
+                   args.transform, args.lse[row],
+                   static_cast<double>(grad_logps[args.grad_strides.offset(b, t)]),
+                   dlogits + args.dlogits_strides.offset(b, t));
+    }
+  };
+  const std::vector<int64_t> zero_rows =
+      select_rows(targets, [&](int64_t b, int64_t t) { return !needs_softmax(b, t); });
+  const auto do_zero_rows = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = zero_rows[static_cast<size_t>(i)];
+      T* dx = dlogits + args.dlogits_strides.offset(row / targets.T, row % targets.T);
+      std::memset(dx, 0, static_cast<size_t>(args.V) * sizeof(T));
+    }
+  };
+  parallel_for(0, static_cast<int64_t>(rows.size()), rows_per_task(args.V), do_rows);
+  parallel_for(0, static_cast<int64_t>(zero_rows.size()), rows_per_task(args.V), do_zero_rows);
+}
+
+}  // namespace
+
+LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for) {
+  const LabelError error = find_label_error(args.targets, args.V);
+  if (error.found()) return error;
+  dispatch_dtype(args.dtype,
+                 [&](auto tag) { forward<typename decltype(tag)::type>(args, parallel_for); });
+  return error;
+}
+
+LabelError token_logps_backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
+  const LabelError error = find_label_error(args.targets, args.V);
+  if (error.found()) return error;
+  dispatch_dtype(args.dtype,
+                 [&](auto tag) { backward<typename decltype(tag)::type>(args, parallel_for); });
+  return error;
+}
+
+}  // namespace simpo_ext::cpu

@@ -1,0 +1,63 @@
+"""SimPO preference loss for PyTorch, from logits to gradient without copies of the logits.
+
+Start with :func:`simpo_ext.simpo_loss` or :class:`simpo_ext.SimPOLoss`;
+``python -m simpo_ext demo`` shows them at work.
+"""
+
+import pkgutil
+from pathlib import Path
+
+# First: the op library resolves its libtorch.so against the torch that is already loaded.
+import torch  # noqa: F401
+
+# In a source checkout the current directory shadows the installed package, which has the compiled
+# modules; this finds them there.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+from . import _C
+from .functional import (
+    SimPOOutput,
+    sequence_logps,
+    simpo_loss,
+    simpo_loss_from_logps,
+    token_logps,
+)
+from .modules import SimPOLoss
+
+__all__ = [
+    "SimPOLoss",
+    "SimPOOutput",
+    "__version__",
+    "build_info",
+    "cmake_prefix_path",
+    "cpu_capability",
+    "sequence_logps",
+    "simpo_loss",
+    "simpo_loss_from_logps",
+    "token_logps",
+]
+
+
+def build_info() -> dict[str, str | int]:
+    """What the compiled library is.
+
+    Returns:
+        ``version``, ``compiler``, ``cpu_capability`` (the instruction set the CPU kernels use),
+        ``torch_target`` (the oldest torch whose stable ABI it speaks), ``cuda_archs``
+        (comma-separated, empty without nvcc), ``cuda_runtime_version`` (as CUDART_VERSION, 0
+        without nvcc) and ``pybind11``.
+    """
+    return _C.build_info()
+
+
+def cpu_capability() -> str:
+    """The instruction set the CPU kernels use: ``"DEFAULT"`` is the compiler's baseline."""
+    return str(build_info()["cpu_capability"])
+
+
+def cmake_prefix_path() -> str:
+    """The directory to put on ``CMAKE_PREFIX_PATH`` so that ``find_package(simpo_ext)`` works."""
+    return str(Path(_C.__file__).parent / "share" / "cmake")
+
+
+__version__ = str(build_info()["version"])

@@ -1,0 +1,158 @@
+"""Argument checks: each error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# "meta" tensors carry shapes only and run the fake kernels.
+DEVICES = ("cpu", "meta")
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """A dense tensor on a device there are kernels for."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
+    if value.device.type not in DEVICES:
+        raise RuntimeError(
+            f"{name}: this build of simpo_ext has kernels for CPU tensors only, got a tensor on "
+            f"{value.device}; move it with .cpu()"
+        )
+    return value
+
+
+def check_floating(name: str, value: object) -> Tensor:
+    """A dense tensor of one of the dtypes the kernels take."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"{name}: expected dtype {_names(LOGITS_DTYPES)}, got {tensor.dtype}")
+    return tensor
+
+
+def check_logits_and_labels(logits: object, labels: object) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] and labels [B, T] that belong together; labels come back as int64."""
+    logits = check_floating("logits", logits)
+    labels = check_tensor("labels", labels)
+    if logits.dim() != 3:
+        raise ValueError(f"logits: expected shape [B, T, V], got {list(logits.shape)}")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+    if labels.dim() != 2 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"labels: expected shape {list(logits.shape[:2])} as of logits {list(logits.shape)}, "
+            f"got {list(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(
+            f"labels: expected device {logits.device} as of logits, got {labels.device}"
+        )
+    return logits, labels.to(torch.int64)
+
+
+def check_even_batch(name: str, batch: int) -> None:
+    """B = 2P: chosen rows, then rejected rows."""
+    if batch % 2 != 0:
+        raise ValueError(
+            f"{name}: expected an even B (P chosen rows, then P rejected rows), got {batch}"
+        )
+
+
+def check_inplace_backward(logits: Tensor) -> None:
+    """Logits whose memory the backward may overwrite with their gradient."""
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            "inplace_backward: expected logits computed from other tensors, got a leaf that requires "
+            "grad (or a view of one), whose values the backward would overwrite"
+        )
+    batch, time, vocabulary = logits.shape
+    if logits.numel() == 0:
+        return
+    stride_b, stride_t, stride_v = logits.stride()
+    # Two rows that share memory cannot both be overwritten.
+    apart = (
+        (time == 1 or stride_t >= vocabulary)
+        and (batch == 1 or stride_b >= vocabulary)
+        and (
+            batch == 1
+            or time == 1
+            or stride_b >= (time - 1) * stride_t + vocabulary
+            or stride_t >= (batch - 1) * stride_b + vocabulary
+        )
+    )
+    if not apart or (vocabulary > 1 and stride_v != 1):
+        raise ValueError(
+            "inplace_backward: expected logits with stride 1 in the vocabulary and rows apart in "
+            f"memory, got strides {list(logits.stride())} for shape {list(logits.shape)}"
+        )
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """A finite real number within the stated bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    bounds = []
+    if above is not None:
+        bounds.append(f"> {above:g}")
+    if at_least is not None:
+        bounds.append(f">= {at_least:g}")
+    if at_most is not None:
+        bounds.append(f"<= {at_most:g}")
+    inside = (
+        math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+    )
+    if not inside:
+        expected = " and ".join(["a finite number", *bounds])
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return float(value)
+
+
+def check_bool(name: str, value: object) -> bool:
+    """True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    return value
+
+
+def check_ignore_index(value: object) -> int:
+    """An int that fits a label."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index: expected a 64-bit integer, got {value}")
+    return value
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> str:
+    """One of a few strings."""
+    choices = tuple(choices)
+    expected = ", ".join(repr(choice) for choice in choices)
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {expected}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+    return value

@@ -1,0 +1,325 @@
+"""The ops of the compiled library as PyTorch sees them: fake kernels, autograd, and call wrappers.
+
+The only module that touches ``torch.ops.simpo_ext``. It checks nothing that
+:mod:`simpo_ext.functional` has checked; the kernels guard their own memory accesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (loads the library, which registers the ops)
+from ._options import REDUCTIONS, PreferenceOptions, TokenOptions
+
+_ops = torch.ops.simpo_ext
+
+# The order of enum Metric in csrc/core/kernels.h.
+METRIC_NAMES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "num_pairs",
+    "dropped_pairs",
+    "num_tokens",
+)
+
+Ctx: TypeAlias = Any  # torch's autograd context, which torch leaves untyped
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of logps and losses for logits of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _no_double_backward(ctx: Ctx, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "simpo_ext does not implement double backward: expected create_graph=False "
+        "(or a once-differentiated loss)"
+    )
+
+
+# ---- token_logps -----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("simpo_ext::token_logps")
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    batch, time, _ = logits.shape
+    logps = logits.new_empty((batch, time), dtype=compute_dtype(logits.dtype))
+    return logps, logits.new_empty((batch, time), dtype=torch.float64)
+
+
+@torch.library.register_fake("simpo_ext::token_logps_backward")
+def _(
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+    softcap: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("simpo_ext::token_logps_backward_")
+def _(
+    grad_logps: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+    softcap: float,
+) -> None:
+    return None
+
+
+def _token_logps_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, labels, *ctx.options = inputs
+    _, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(logits, labels, lse)
+
+
+def _token_logps_backward(ctx: Ctx, grad_logps: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    logits, labels, lse = ctx.saved_tensors
+    dlogits = _ops.token_logps_backward.default(grad_logps, logits, labels, lse, *ctx.options)
+    return dlogits, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "simpo_ext::token_logps", _token_logps_backward, setup_context=_token_logps_setup
+)
+torch.library.register_autograd("simpo_ext::token_logps_backward", _no_double_backward)
+
+
+class _TokenLogpsInplace(torch.autograd.Function):
+    """token_logps whose backward overwrites the logits with their gradient."""
+
+    @staticmethod
+    def forward(ctx: Ctx, logits: Tensor, labels: Tensor, options: TokenOptions) -> Tensor:
+        logps: Tensor
+        logps, lse = _call(_ops.token_logps.default, logits, labels, *options)
+        ctx.options = options
+        ctx.save_for_backward(logits, labels, lse)
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Ctx, grad_logps: Tensor) -> tuple[Any, ...]:
+        logits, labels, lse = ctx.saved_tensors
+        dlogits = logits.detach()
+        _ops.token_logps_backward_.default(grad_logps, dlogits, labels, lse, *ctx.options)
+        # Whoever saved the logits' values finds a newer version and fails, this node included.
+        torch.autograd.graph.increment_version(logits)
+        return dlogits, None, None
+
+
+def token_logps(
+    logits: Tensor,  # [B, T, V]
+    labels: Tensor,  # [B, T]
+    options: TokenOptions,
+    inplace_backward: bool,
+) -> Tensor:  # [B, T]
+    """Log-probability of each position's label; 0 where it is masked."""
+    # A compiled backward plans its own memory, and may not mutate what the forward saved.
+    if inplace_backward and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and logits.requires_grad:
+            inplace: Tensor = _TokenLogpsInplace.apply(logits, labels, options)  # type: ignore[no-untyped-call]
+            return inplace
+    logps: Tensor
+    logps, _ = _call(_ops.token_logps.default, logits, labels, *options)
+    return logps
+
+
+def _call(op: Any, *args: Any) -> Any:
+    """Calls a forward op; a label out of range is an IndexError under every version of torch."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        message = str(error)
+        if message.startswith("labels[") and "is out of range" in message:
+            raise IndexError(message) from None
+        raise
+
+
+# ---- sequence_logps --------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("simpo_ext::sequence_logps")
+def _(
+    token_logps: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    average_log_prob: bool,
+) -> tuple[Tensor, Tensor]:
+    batch = token_logps.shape[0]
+    return token_logps.new_empty((batch,)), token_logps.new_empty((batch,), dtype=torch.int64)
+
+
+@torch.library.register_fake("simpo_ext::sequence_logps_backward")
+def _(
+    grad_logps: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    ignore_index: int,
+    shift: bool,
+    average_log_prob: bool,
+) -> Tensor:
+    return grad_logps.new_empty(labels.shape)
+
+
+def _sequence_logps_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, labels, *ctx.options = inputs
+    _, counts = output
+    ctx.save_for_backward(labels, counts)
+
+
+def _sequence_logps_backward(ctx: Ctx, grad_logps: Tensor, grad_counts: Tensor) -> tuple[Any, ...]:
+    labels, counts = ctx.saved_tensors
+    grad = _ops.sequence_logps_backward.default(grad_logps, labels, counts, *ctx.options)
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd(
+    "simpo_ext::sequence_logps", _sequence_logps_backward, setup_context=_sequence_logps_setup
+)
+torch.library.register_autograd("simpo_ext::sequence_logps_backward", _no_double_backward)
+
+
+def sequence_logps(
+    token_logps: Tensor,  # [B, T]
+    labels: Tensor,  # [B, T]
+    ignore_index: int,
+    shift: bool,
+    average_log_prob: bool,
+) -> Tensor:  # [B]
+    """Sum or mean of the valid tokens' log-probabilities; NaN for an empty sequence."""
+    logps: Tensor
+    logps, _ = _ops.sequence_logps.default(
+        token_logps, labels, ignore_index, shift, average_log_prob
+    )
+    return logps
+
+
+# ---- preference_loss -------------------------------------------------------------------------------
+
+
+class PreferenceOutputs(NamedTuple):
+    """Outputs of the preference_loss op."""
+
+    loss: Tensor  # [], or [P] without a reduction
+    losses: Tensor  # [P]
+    logps: Tensor  # [2P]
+    rewards: Tensor  # [2P]
+    sft_loss: Tensor  # as loss
+    metrics: Tensor  # [len(METRIC_NAMES)] float64
+    slopes: Tensor  # [P]
+    counts: Tensor  # [2P] int64
+
+
+@torch.library.register_fake("simpo_ext::preference_loss")
+def _(
+    token_logps: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    average_log_prob: bool,
+    beta: float,
+    gamma_beta_ratio: float,
+    loss_type: int,
+    label_smoothing: float,
+    sft_weight: float,
+    sft_reduction: int,
+    reduction: int,
+    pair_normalizer: float,
+    token_normalizer: float,
+    empty: int,
+) -> Sequence[Tensor]:
+    pairs = token_logps.shape[0] // 2
+    reduced = (pairs,) if reduction == REDUCTIONS["none"] else ()
+    new_empty = token_logps.new_empty
+    return (
+        new_empty(reduced),
+        new_empty((pairs,)),
+        new_empty((2 * pairs,)),
+        new_empty((2 * pairs,)),
+        new_empty(reduced),
+        new_empty((len(METRIC_NAMES),), dtype=torch.float64),
+        new_empty((pairs,)),
+        new_empty((2 * pairs,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("simpo_ext::preference_loss_backward")
+def _(
+    grad_loss: Tensor | None,
+    grad_losses: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_sft_loss: Tensor | None,
+    labels: Tensor,
+    slopes: Tensor,
+    counts: Tensor,
+    ignore_index: int,
+    shift: bool,
+    average_log_prob: bool,
+    sft_weight: float,
+    sft_reduction: int,
+    reduction: int,
+    pair_normalizer: float,
+    token_normalizer: float,
+    empty: int,
+) -> Tensor:
+    return slopes.new_empty(labels.shape)
+
+
+def _preference_loss_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, labels, *options = inputs
+    out = PreferenceOutputs(*output)
+    # Without beta, gamma_beta_ratio, loss_type and label_smoothing: the slopes hold what they did.
+    ctx.options = options[:3] + options[7:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out.rewards, out.metrics, out.slopes, out.counts)
+    ctx.save_for_backward(labels, out.slopes, out.counts)
+
+
+def _preference_loss_backward(ctx: Ctx, *grads: Tensor | None) -> tuple[Any, ...]:
+    grad_loss, grad_losses, grad_logps, _, grad_sft_loss, *_ = grads
+    grad_token_logps = _ops.preference_loss_backward.default(
+        grad_loss, grad_losses, grad_logps, grad_sft_loss, *ctx.saved_tensors, *ctx.options
+    )
+    return (grad_token_logps, *([None] * 14))
+
+
+torch.library.register_autograd(
+    "simpo_ext::preference_loss", _preference_loss_backward, setup_context=_preference_loss_setup
+)
+torch.library.register_autograd("simpo_ext::preference_loss_backward", _no_double_backward)
+
+
+def preference_loss(
+    token_logps: Tensor,  # [2P, T]
+    labels: Tensor,  # [2P, T]
+    options: PreferenceOptions,
+) -> PreferenceOutputs:
+    """The preference loss of token log-probabilities, and everything reported beside it."""
+    return PreferenceOutputs(*_ops.preference_loss.default(token_logps, labels, *options))

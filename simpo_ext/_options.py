@@ -1,0 +1,151 @@
+"""From the public keywords to what the ops take: checked, defaults filled in, enums as ints."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from ._checks import check_bool, check_choice, check_ignore_index, check_number
+
+LossType = Literal["sigmoid", "hinge"]
+Reduction = Literal["none", "mean", "sum"]
+SftReduction = Literal["sequence", "token"]
+EmptyPolicy = Literal["drop", "nan"]
+
+# The values of the enums in csrc/core/loss_math.h.
+LOSS_TYPES = {"sigmoid": 0, "hinge": 1}
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+SFT_REDUCTIONS = {"sequence": 0, "token": 1}
+EMPTY_POLICIES = {"drop": 0, "nan": 1}
+
+DEFAULT_GAMMA_BETA_RATIO = 0.5
+
+
+class TokenOptions(NamedTuple):
+    """The trailing arguments of the token_logps op."""
+
+    ignore_index: int
+    shift: bool
+    logit_scale: float
+    softcap: float  # 0: none
+
+
+class PreferenceOptions(NamedTuple):
+    """The trailing arguments of the preference_loss op."""
+
+    ignore_index: int
+    shift: bool
+    average_log_prob: bool
+    beta: float
+    gamma_beta_ratio: float
+    loss_type: int
+    label_smoothing: float
+    sft_weight: float
+    sft_reduction: int
+    reduction: int
+    pair_normalizer: float  # 0: the number of counted pairs
+    token_normalizer: float  # 0: the number of their chosen tokens
+    empty: int
+
+
+def resolve_token_options(
+    *, ignore_index: int, shift: bool, logit_scale: float, softcap: float | None
+) -> TokenOptions:
+    """Checks the keywords of :func:`simpo_ext.functional.token_logps`."""
+    return TokenOptions(
+        ignore_index=check_ignore_index(ignore_index),
+        shift=check_bool("shift", shift),
+        logit_scale=check_number("logit_scale", logit_scale, above=0.0),
+        softcap=0.0 if softcap is None else check_number("softcap", softcap, above=0.0),
+    )
+
+
+def resolve_preference_options(
+    *,
+    beta: float = 2.0,
+    gamma_beta_ratio: float | None = None,
+    gamma: float | None = None,
+    loss_type: LossType = "sigmoid",
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    sft_reduction: SftReduction = "sequence",
+    average_log_prob: bool = True,
+    reduction: Reduction = "mean",
+    normalizer: float | tuple[float, float] | None = None,
+    empty: EmptyPolicy = "drop",
+    ignore_index: int = -100,
+    shift: bool = True,
+) -> PreferenceOptions:
+    """Checks the keywords of :func:`simpo_ext.functional.simpo_loss`, one by one and together."""
+    beta = check_number("beta", beta, above=0.0)
+    ratio = _resolve_margin(beta, gamma_beta_ratio, gamma)
+    check_choice("loss_type", loss_type, LOSS_TYPES)
+    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=0.5)
+    if loss_type == "hinge" and label_smoothing > 0.0:
+        raise ValueError(
+            f"label_smoothing: expected 0 with loss_type='hinge', got {label_smoothing}"
+        )
+    sft_weight = check_number("sft_weight", sft_weight, at_least=0.0)
+    check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if sft_reduction == "token" and reduction == "none":
+        raise ValueError(
+            "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
+            "batch's tokens belongs to no pair, got 'token'"
+        )
+    token_wise_sft = sft_weight > 0.0 and sft_reduction == "token"
+    pair_normalizer, token_normalizer = _resolve_normalizer(normalizer, reduction, token_wise_sft)
+    check_choice("empty", empty, EMPTY_POLICIES)
+    return PreferenceOptions(
+        ignore_index=check_ignore_index(ignore_index),
+        shift=check_bool("shift", shift),
+        average_log_prob=check_bool("average_log_prob", average_log_prob),
+        beta=beta,
+        gamma_beta_ratio=ratio,
+        loss_type=LOSS_TYPES[loss_type],
+        label_smoothing=label_smoothing,
+        sft_weight=sft_weight,
+        sft_reduction=SFT_REDUCTIONS[sft_reduction],
+        reduction=REDUCTIONS[reduction],
+        pair_normalizer=pair_normalizer,
+        token_normalizer=token_normalizer,
+        empty=EMPTY_POLICIES[empty],
+    )
+
+
+def _resolve_margin(beta: float, gamma_beta_ratio: float | None, gamma: float | None) -> float:
+    if gamma is not None and gamma_beta_ratio is not None:
+        raise ValueError(
+            "gamma, gamma_beta_ratio: expected at most one of the two, "
+            f"got gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio}"
+        )
+    if gamma is not None:
+        return check_number("gamma", gamma) / beta
+    if gamma_beta_ratio is not None:
+        return check_number("gamma_beta_ratio", gamma_beta_ratio)
+    return DEFAULT_GAMMA_BETA_RATIO
+
+
+def _resolve_normalizer(
+    normalizer: float | tuple[float, float] | None, reduction: Reduction, token_wise_sft: bool
+) -> tuple[float, float]:
+    if normalizer is None:
+        return 0.0, 0.0
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer: expected None with reduction={reduction!r}, which divides by nothing, "
+            f"got {normalizer}"
+        )
+    if isinstance(normalizer, tuple):
+        if len(normalizer) != 2:
+            raise ValueError(f"normalizer: expected (pairs, tokens), got {len(normalizer)} numbers")
+        pairs, tokens = normalizer
+        return (
+            check_number("normalizer[0]", pairs, above=0.0),
+            check_number("normalizer[1]", tokens, above=0.0),
+        )
+    if token_wise_sft:
+        raise ValueError(
+            "normalizer: expected (pairs, tokens) with sft_reduction='token', whose denominator is "
+            f"a number of tokens, got {normalizer}"
+        )
+    return check_number("normalizer", normalizer, above=0.0), 0.0
