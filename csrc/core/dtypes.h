@@ -90,18 +90,14 @@ SIMPO_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t half;
-  if (magnitude > 0x7f800000u) {
-    half = 0x7e00u;
-  } else if (magnitude >=
-             0x477ff000u) {  // 65520: the first value that rounds past the largest half
-    half = 0x7c00u;
-  } else if (magnitude >= 0x38800000u) {  // 2^-14: the smallest normal half
-    half = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-  } else {
-    // Adding 0.5 aligns the last mantissa bit with 2^-24, so the addition itself does the rounding.
-    half = float_bits(float_from_bits(magnitude) + 0.5f) - float_bits(0.5f);
-  }
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14, adding 0.5 aligns the last mantissa bit with 2^-24, so the addition does the
+  // rounding.
+  const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - float_bits(0.5f);
+  // Selections, not branches, so that loops over a row vectorise.
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // from 65520 on: infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
   return Float16{static_cast<uint16_t>(sign | half)};
 }
 

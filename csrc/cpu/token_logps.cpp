@@ -24,10 +24,9 @@ namespace simpo_ext::cpu {
 namespace {
 
 // A block stays in the first-level cache between its maximum and its sum, which is what makes the
-// pass over memory a single one. Each lane takes kBlock / kLanes = 32 additions before it is
-// spilled to double, which keeps float32 rounding below that of the terms themselves.
-constexpr int64_t kBlock = 512;
-constexpr int64_t kLanes = 16;
+// pass over memory a single one. Sums are pairwise within a block and in double across blocks, so
+// that float32 rounding stays below that of the terms themselves.
+constexpr int64_t kBlock = 1024;
 
 // Below this many logits a second thread costs more than it saves.
 constexpr int64_t kLogitsPerTask = 1 << 15;
@@ -36,55 +35,54 @@ int64_t rows_per_task(int64_t V) {
   return std::max<int64_t>(1, kLogitsPerTask / std::max<int64_t>(V, 1));
 }
 
-// z[0, n) = transform(x[0, n)); returns n rounded up to whole lanes, the rest of which holds -inf.
+// z[0, n) = transform(x[0, n)).
 template <typename T>
-int64_t load_block(const T* x, int64_t n, LogitTransform transform, Compute<T>* z) {
+void load_block(const T* x, int64_t n, LogitTransform transform, Compute<T>* z) {
   if (transform.is_identity()) {
     for (int64_t i = 0; i < n; ++i) z[i] = widen(x[i]);
   } else {
     for (int64_t i = 0; i < n; ++i) z[i] = transform_logit(widen(x[i]), transform);
   }
-  const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
-  for (int64_t i = n; i < padded; ++i) z[i] = -std::numeric_limits<Compute<T>>::infinity();
-  return padded;
 }
 
-// Ignores NaN, which the sum of exponentials brings to light.
-template <typename Scalar>
-Scalar block_max(const Scalar* z, int64_t padded) {
-  Scalar lanes[kLanes];
-  std::copy(z, z + kLanes, lanes);
-  for (int64_t i = kLanes; i < padded; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] = z[i + lane] > lanes[lane] ? z[i + lane] : lanes[lane];
-    }
+// Folds the upper half of values onto the lower until one is left: loops without a carried
+// dependency, which compilers vectorise where they must keep the order of a running sum. Overwrites
+// values; n > 0.
+template <typename Scalar, typename Combine>
+Scalar fold(Scalar* values, int64_t n, const Combine& combine) {
+  while (n > 1) {
+    const int64_t half = (n + 1) / 2;
+    for (int64_t i = 0; i < n - half; ++i) values[i] = combine(values[i], values[i + half]);
+    n = half;
   }
-  Scalar result = -std::numeric_limits<Scalar>::infinity();
-  for (const Scalar lane : lanes) result = lane > result ? lane : result;
-  return result;
+  return values[0];
+}
+
+// Ignores NaN unless it stands first; the sum of exponentials brings every NaN to light.
+template <typename Scalar>
+Scalar block_max(const Scalar* z, int64_t n, Scalar* scratch) {
+  const int64_t half = (n + 1) / 2;
+  const auto max = [](Scalar a, Scalar b) { return b > a ? b : a; };
+  for (int64_t i = 0; i < half; ++i) scratch[i] = max(z[i], z[n - half + i]);
+  return fold(scratch, half, max);
 }
 
 template <typename Scalar>
-double block_sum_exp(const Scalar* z, int64_t padded, Scalar reference) {
-  Scalar lanes[kLanes] = {};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += fast_exp(z[i + lane] - reference);
-    }
-  }
-  double sum = 0.0;
-  for (const Scalar lane : lanes) sum += static_cast<double>(lane);
-  return sum;
+double block_sum_exp(const Scalar* z, int64_t n, Scalar reference, Scalar* scratch) {
+  for (int64_t i = 0; i < n; ++i) scratch[i] = fast_exp(z[i] - reference);
+  return static_cast<double>(fold(scratch, n, [](Scalar a, Scalar b) { return a + b; }));
 }
 
 template <typename T>
 double row_logsumexp(const T* x, int64_t V, LogitTransform transform) {
   LogSumExp<Compute<T>> logsumexp;
   alignas(64) Compute<T> z[kBlock];
+  alignas(64) Compute<T> scratch[kBlock];
   for (int64_t i = 0; i < V; i += kBlock) {
-    const int64_t padded = load_block(x + i, std::min(kBlock, V - i), transform, z);
-    logsumexp.raise_max(block_max(z, padded));
-    logsumexp.add_terms(block_sum_exp(z, padded, logsumexp.reference()));
+    const int64_t n = std::min(kBlock, V - i);
+    load_block(x + i, n, transform, z);
+    logsumexp.raise_max(block_max(z, n, scratch));
+    logsumexp.add_terms(block_sum_exp(z, n, logsumexp.reference(), scratch));
   }
   return logsumexp.value();
 }
