@@ -1,6 +1,4 @@
 """The compiled module: see csrc/python/module.cpp."""
 
-__file__: str
-
 def build_info() -> dict[str, str | int]: ...
 def cuda_device_count() -> int: ...

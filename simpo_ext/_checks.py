@@ -76,8 +76,8 @@ def check_inplace_backward(logits: Tensor) -> None:
     base = logits._base
     if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            "inplace_backward: expected logits computed from other tensors, got a leaf that requires "
-            "grad (or a view of one), whose values the backward would overwrite"
+            "inplace_backward: expected logits computed from other tensors, got a leaf that "
+            "requires grad (or a view of one), whose values the backward would overwrite"
         )
     batch, time, vocabulary = logits.shape
     if logits.numel() == 0:
@@ -120,7 +120,7 @@ def check_number(
     if at_most is not None:
         bounds.append(f"<= {at_most:g}")
     inside = (
-        math.isfinite(value)
+        -math.inf < value < math.inf
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)

@@ -6,8 +6,8 @@ The only module that touches ``torch.ops.simpo_ext``. It checks nothing that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,15 @@ from . import _C  # noqa: F401  (loads the library, which registers the ops)
 from ._options import REDUCTIONS, PreferenceOptions, TokenOptions
 
 _ops = torch.ops.simpo_ext
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _register_fake(name: str) -> Callable[[Function], Function]:
+    """torch.library.register_fake, which is untyped."""
+    register: Callable[[Function], Function] = torch.library.register_fake(f"simpo_ext::{name}")
+    return register
+
 
 # The order of enum Metric in csrc/core/kernels.h.
 METRIC_NAMES = (
@@ -45,10 +54,10 @@ def _no_double_backward(ctx: Ctx, *grads: Tensor) -> None:
     )
 
 
-# ---- token_logps -----------------------------------------------------------------------------------
+# ---- token_logps ---------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("simpo_ext::token_logps")
+@_register_fake("token_logps")
 def _(
     logits: Tensor,
     labels: Tensor,
@@ -62,7 +71,7 @@ def _(
     return logps, logits.new_empty((batch, time), dtype=torch.float64)
 
 
-@torch.library.register_fake("simpo_ext::token_logps_backward")
+@_register_fake("token_logps_backward")
 def _(
     grad_logps: Tensor,
     logits: Tensor,
@@ -76,7 +85,7 @@ def _(
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("simpo_ext::token_logps_backward_")
+@_register_fake("token_logps_backward_")
 def _(
     grad_logps: Tensor,
     logits: Tensor,
@@ -121,7 +130,7 @@ class _TokenLogpsInplace(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Ctx, grad_logps: Tensor) -> tuple[Any, ...]:
         logits, labels, lse = ctx.saved_tensors
         dlogits = logits.detach()
@@ -139,11 +148,11 @@ def token_logps(
 ) -> Tensor:  # [B, T]
     """Log-probability of each position's label; 0 where it is masked."""
     # A compiled backward plans its own memory, and may not mutate what the forward saved.
-    if inplace_backward and not torch.compiler.is_compiling():
-        if torch.is_grad_enabled() and logits.requires_grad:
-            inplace: Tensor = _TokenLogpsInplace.apply(logits, labels, options)  # type: ignore[no-untyped-call]
-            return inplace
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     logps: Tensor
+    if inplace_backward and needs_gradient and not torch.compiler.is_compiling():
+        logps = _TokenLogpsInplace.apply(logits, labels, options)  # type: ignore[no-untyped-call]
+        return logps
     logps, _ = _call(_ops.token_logps.default, logits, labels, *options)
     return logps
 
@@ -161,10 +170,10 @@ def _call(op: Any, *args: Any) -> Any:
         raise
 
 
-# ---- sequence_logps --------------------------------------------------------------------------------
+# ---- sequence_logps ------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("simpo_ext::sequence_logps")
+@_register_fake("sequence_logps")
 def _(
     token_logps: Tensor,
     labels: Tensor,
@@ -176,7 +185,7 @@ def _(
     return token_logps.new_empty((batch,)), token_logps.new_empty((batch,), dtype=torch.int64)
 
 
-@torch.library.register_fake("simpo_ext::sequence_logps_backward")
+@_register_fake("sequence_logps_backward")
 def _(
     grad_logps: Tensor,
     labels: Tensor,
@@ -221,7 +230,7 @@ def sequence_logps(
     return logps
 
 
-# ---- preference_loss -------------------------------------------------------------------------------
+# ---- preference_loss -----------------------------------------------------------------------------
 
 
 class PreferenceOutputs(NamedTuple):
@@ -237,7 +246,7 @@ class PreferenceOutputs(NamedTuple):
     counts: Tensor  # [2P] int64
 
 
-@torch.library.register_fake("simpo_ext::preference_loss")
+@_register_fake("preference_loss")
 def _(
     token_logps: Tensor,
     labels: Tensor,
@@ -270,7 +279,7 @@ def _(
     )
 
 
-@torch.library.register_fake("simpo_ext::preference_loss_backward")
+@_register_fake("preference_loss_backward")
 def _(
     grad_loss: Tensor | None,
     grad_losses: Tensor | None,

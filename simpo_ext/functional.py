@@ -1,7 +1,7 @@
 """SimPO as functions of logits, or of log-probabilities.
 
-Layout everywhere: B sequences, of which rows 0..P-1 are chosen and rows P..2P-1 rejected where pairs
-are meant; T positions; V vocabulary. Formulas: SimPO, arXiv 2405.14734.
+Layout everywhere: B sequences, of which rows 0..P-1 are chosen and rows P..2P-1 rejected where
+pairs are meant; T positions; V vocabulary. Formulas: SimPO, arXiv 2405.14734.
 """
 
 from __future__ import annotations

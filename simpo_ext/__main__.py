@@ -1,0 +1,34 @@
+"""``python -m simpo_ext``: demo, info and check."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__, check, demo, info
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simpo_ext", description="SimPO preference loss for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"simpo_ext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo_parser = commands.add_parser(
+        "demo",
+        help="train a small byte-level transformer by SimPO, in about a minute",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_arguments(demo_parser)
+    commands.add_parser("info", help="what this build is, and what torch and hardware it found")
+    commands.add_parser("check", help="numerical checks against float64; exit code 1 on failure")
+    options = parser.parse_args(arguments)
+    if options.command == "demo":
+        return demo.run(options)
+    return info.run() if options.command == "info" else check.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

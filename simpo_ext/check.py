@@ -1,0 +1,177 @@
+"""Numerical checks of the installed build against float64, on the machine it runs on.
+
+Gradients are compared with central differences of the loss; values and gradients in every dtype
+with the same loss written out in PyTorch, in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import functional
+
+# Of the result: float32 sums of a few thousand terms, and one rounding to the gradient's dtype.
+_LOSS_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2e-6,
+    torch.float16: 2e-6,
+}
+_GRADIENT_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-10,
+}
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "sigmoid": {},
+    "sigmoid, label smoothing": {"label_smoothing": 0.1},
+    "sigmoid, SFT per sequence": {"sft_weight": 0.3},
+    "sigmoid, SFT per token": {"sft_weight": 0.3, "sft_reduction": "token"},
+    "sigmoid, sums of log-probs": {"average_log_prob": False, "beta": 0.1},
+    "hinge": {"loss_type": "hinge"},
+    "scale and softcap": {"logit_scale": 0.7, "softcap": 5.0},
+}
+
+
+class Check(NamedTuple):
+    """One comparison: it passes where error <= bound."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN fails."""
+        return self.error <= self.bound
+
+
+def run() -> int:
+    """Runs and prints every check.
+
+    Returns:
+        0 if all passed, else 1.
+    """
+    failures = 0
+    for check in _all_checks():
+        failures += not check.passed
+        verdict = "ok" if check.passed else "FAILED"
+        print(f"{verdict:6s}  {check.name:62s} error {check.error:8.1e}  bound {check.bound:.1e}")
+    print(f"{failures} failed" if failures else "all passed")
+    return 1 if failures else 0
+
+
+def _all_checks() -> Iterator[Check]:
+    for name, options in _VARIANTS.items():
+        yield _finite_differences(name, options)
+    for dtype in _LOSS_TOLERANCE:
+        for name, options in _VARIANTS.items():
+            yield from _against_float64(name, options, dtype)
+        yield _in_place(dtype)
+
+
+def _batch(dtype: torch.dtype, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Two pairs of six positions, two of them prompt, with logits that favour a few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 6, vocabulary)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * 2.0
+    labels = torch.randint(vocabulary, shape[:2], generator=generator)
+    logits.scatter_add_(2, labels.roll(-1, 1).unsqueeze(2), torch.full((4, 6, 1), 3.0).double())
+    labels[:, :2] = -100
+    labels[1, -1] = -100
+    return logits.to(dtype), labels
+
+
+def _finite_differences(name: str, options: dict[str, Any]) -> Check:
+    logits, labels = _batch(torch.float64, vocabulary=5)
+
+    def loss(x: Tensor) -> Tensor:
+        return functional.simpo_loss(x, labels, **options).loss
+
+    _, gradient = _value_and_gradient(loss, logits)
+    differences = torch.zeros_like(logits)
+    for index in range(logits.numel()):
+        step = torch.zeros_like(logits)
+        step.view(-1)[index] = 1e-5
+        differences.view(-1)[index] = (loss(logits + step) - loss(logits - step)).item() / 2e-5
+    error = (gradient - differences).abs().max() / gradient.abs().max()
+    # Rounding of the loss over the step, 1e-16 / 1e-5, and the third derivative times 1e-10.
+    return Check(f"gradient against central differences, {name}", error.item(), 1e-8)
+
+
+def _written_out(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    beta: float = 2.0,
+    gamma_beta_ratio: float = 0.5,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    sft_reduction: str = "sequence",
+    average_log_prob: bool = True,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """The loss in plain PyTorch operations, for batches without empty sequences."""
+    z = logits[:, :-1] * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    targets = labels[:, 1:]
+    valid = targets != -100
+    token_logps = z.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2) * valid
+    logps = token_logps.sum(1)
+    if average_log_prob:
+        logps = logps / valid.sum(1)
+    chosen, rejected = logps.chunk(2)
+    margin = beta * (chosen - rejected - gamma_beta_ratio)
+    if loss_type == "hinge":
+        loss = torch.relu(1 - margin).mean()
+    else:
+        losses = -F.logsigmoid(margin) * (1 - label_smoothing)
+        loss = (losses - F.logsigmoid(-margin) * label_smoothing).mean()
+    if sft_reduction == "token":
+        sft = -token_logps.chunk(2)[0].sum() / valid.chunk(2)[0].sum()
+    else:
+        sft = -chosen.mean()
+    return loss + sft_weight * sft
+
+
+def _value_and_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = logits.clone().requires_grad_()
+    value = loss(leaf)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach().double(), gradient.double()
+
+
+def _against_float64(name: str, options: dict[str, Any], dtype: torch.dtype) -> Iterator[Check]:
+    logits, labels = _batch(dtype, vocabulary=2051)  # several blocks and a tail
+    value, gradient = _value_and_gradient(
+        lambda x: functional.simpo_loss(x, labels, **options).loss, logits
+    )
+    expected_value, expected_gradient = _value_and_gradient(
+        lambda x: _written_out(x, labels, **options), logits.double()
+    )
+    value_error = ((value - expected_value).abs() / expected_value.abs().clamp(min=1.0)).item()
+    largest = expected_gradient.abs().max()
+    gradient_error = ((gradient - expected_gradient).abs().max() / largest).item()
+    where = f"{str(dtype).removeprefix('torch.')}, {name}"
+    yield Check(f"loss, {where}", value_error, _LOSS_TOLERANCE[dtype])
+    yield Check(f"gradient, {where}", gradient_error, _GRADIENT_TOLERANCE[dtype])
+
+
+def _in_place(dtype: torch.dtype) -> Check:
+    logits, labels = _batch(dtype, vocabulary=2051)
+    _, expected = _value_and_gradient(lambda x: functional.simpo_loss(x, labels).loss, logits)
+    _, gradient = _value_and_gradient(
+        lambda x: functional.simpo_loss(x * 1, labels, inplace_backward=True).loss, logits
+    )
+    where = str(dtype).removeprefix("torch.")
+    return Check(f"in-place gradient, {where}", (gradient - expected).abs().max().item(), 0.0)
