@@ -1,0 +1,120 @@
+"""The C++ side: find_package(simpo_ext), the kernels under sanitizers, a build without Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import simpo_ext
+from batches import make_batch
+
+CPP = Path(__file__).resolve().parent / "cpp"
+ROOT = CPP.parent.parent
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cmake") is None or shutil.which("c++") is None,
+    reason="cmake and a C++ compiler are needed to compile C++ programs",
+)
+
+
+def run(*command: str | Path, **options: object) -> str:
+    """The command's output; a failure shows all of it."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build(source: Path, folder: Path, *definitions: str) -> None:
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    run("cmake", "-S", source, "-B", folder, *generator, "-DCMAKE_BUILD_TYPE=Debug", *definitions)
+    run("cmake", "--build", folder)
+
+
+def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) -> None:
+    prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
+    build(CPP / "consumer", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefixes}")
+    batch = make_batch(pairs=3, vocabulary=60)
+    torch.save(list(batch), tmp_path / "batch.pt")
+    printed = run(tmp_path / "build" / "consumer", tmp_path / "batch.pt", tmp_path / "results.pt")
+    assert printed.strip() == "ok"
+
+    leaf = batch.logits.clone().requires_grad_()
+    out = simpo_ext.simpo_loss(
+        leaf,
+        batch.labels,
+        beta=2.5,
+        gamma=1.5,
+        label_smoothing=0.1,
+        sft_weight=0.25,
+        softcap=20.0,
+    )
+    out.loss.backward()
+    other = batch.logits.clone().requires_grad_()
+    sequences = simpo_ext.sequence_logps(other, batch.labels, average_log_prob=False)
+    sequences.sum().backward()
+    expected = [*out, leaf.grad, sequences, other.grad]
+    # weights_only refuses the lists that C++ writes; the file is our own.
+    results = torch.load(tmp_path / "results.pt", weights_only=False)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert torch.equal(ours, theirs.detach())
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_the_kernels_run_clean_under_a_sanitizer(sanitizer: str, tmp_path: Path) -> None:
+    build(CPP / "kernels", tmp_path, f"-DSANITIZER={sanitizer}")
+    assert run(tmp_path / "kernels").strip() == "ok"
+
+
+PROGRAM = """
+#include <cstdio>
+extern "C" int simpo_ext_anchor();
+int main() { return simpo_ext_anchor() == 1 && std::puts("ok") > 0 ? 0 : 1; }
+"""
+PROJECT = """
+cmake_minimum_required(VERSION 3.24)
+project(app LANGUAGES CXX)
+find_package(Torch REQUIRED)
+find_package(simpo_ext 0.1 REQUIRED)
+add_executable(app app.cpp)
+target_link_libraries(app PRIVATE simpo_ext::simpo_ext)
+"""
+
+
+def test_a_build_without_python_installs_a_package_that_programs_find(tmp_path: Path) -> None:
+    prefix = tmp_path / "prefix"
+    build(
+        ROOT,
+        tmp_path / "build",
+        "-DSIMPO_PYTHON=OFF",
+        "-DSIMPO_CUDA=OFF",
+        "-DSIMPO_WERROR=ON",
+        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+        f"-DCMAKE_INSTALL_PREFIX={prefix}",
+    )
+    run("cmake", "--install", tmp_path / "build")
+    assert not list(prefix.rglob("*.py"))
+    assert not list(prefix.rglob("libtorch*"))
+
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "app.cpp").write_text(PROGRAM)
+    (app / "CMakeLists.txt").write_text(PROJECT)
+    prefixes = f"{torch.utils.cmake_prefix_path};{prefix}"
+    build(app, app / "build", f"-DCMAKE_PREFIX_PATH={prefixes}")
+    # Running it registers the ops with libtorch.
+    assert run(app / "build" / "app").strip() == "ok"
+
+
+def test_an_unusable_torch_directory_is_explained(tmp_path: Path) -> None:
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DSIMPO_PYTHON=OFF", "-DSIMPO_CUDA=OFF"]
+    environment = {k: v for k, v in os.environ.items() if k != "CMAKE_PREFIX_PATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0
+    assert "torch's headers were not found" in done.stderr
