@@ -16,12 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"simpo_ext {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo_parser = commands.add_parser(
-        "demo",
-        help="train a small byte-level transformer by SimPO, in about a minute",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    demo.add_arguments(
+        commands.add_parser(
+            "demo", help="train a small byte-level transformer by SimPO, in about a minute"
+        )
     )
-    demo.add_arguments(demo_parser)
     commands.add_parser("info", help="what this build is, and what torch and hardware it found")
     commands.add_parser("check", help="numerical checks against float64; exit code 1 on failure")
     options = parser.parse_args(arguments)
