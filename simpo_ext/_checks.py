@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -48,7 +48,9 @@ def check_logits_and_labels(logits: object, labels: object) -> tuple[Tensor, Ten
     if logits.dim() != 3:
         raise ValueError(f"logits: expected shape [B, T, V], got {list(logits.shape)}")
     if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+        raise TypeError(
+            f"labels: expected an integer dtype ({_names(LABEL_DTYPES)}), got {labels.dtype}"
+        )
     if labels.dim() != 2 or labels.shape != logits.shape[:2]:
         raise ValueError(
             f"labels: expected shape {list(logits.shape[:2])} as of logits {list(logits.shape)}, "
@@ -73,8 +75,8 @@ def check_inplace_backward(logits: Tensor) -> None:
     """Logits whose memory the backward may overwrite with their gradient."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return
-    base = logits._base
-    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+    # A leaf that is itself a view (of a flat parameter buffer, say) has a base without gradient.
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
         raise ValueError(
             "inplace_backward: expected logits computed from other tensors, got a leaf that "
             "requires grad (or a view of one), whose values the backward would overwrite"
@@ -120,7 +122,7 @@ def check_number(
     if at_most is not None:
         bounds.append(f"<= {at_most:g}")
     inside = (
-        -math.inf < value < math.inf
+        abs(value) <= sys.float_info.max
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (at_most is None or value <= at_most)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C  # noqa: F401  (loads the library, which registers the ops)
 from ._options import REDUCTIONS, PreferenceOptions, TokenOptions
@@ -47,11 +48,28 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _no_double_backward(ctx: Ctx, *grads: Tensor) -> None:
+def _no_double_backward(*_: object) -> None:
     raise RuntimeError(
-        "simpo_ext does not implement double backward: expected create_graph=False "
-        "(or a once-differentiated loss)"
+        "simpo_ext does not implement double backward: its gradients cannot be differentiated"
     )
+
+
+def _check_no_tangent(tensor: Tensor) -> None:
+    """Forward-mode AD would pass an op by, and take its tangent for zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError("simpo_ext does not implement forward-mode differentiation")
+
+
+def _check_same_device(first: Tensor, *others: Tensor | None) -> None:
+    """A CPU tensor beside a meta tensor reaches the fake kernel, which would make up CPU memory."""
+    for other in others:
+        if other is not None:
+            torch._check(  # type: ignore[no-untyped-call]
+                other.device == first.device,
+                lambda: f"expected all tensors on {first.device}, got one on another device",
+            )
 
 
 # ---- token_logps ---------------------------------------------------------------------------------
@@ -65,10 +83,15 @@ def _(
     shift: bool,
     logit_scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    batch, time, _ = logits.shape
-    logps = logits.new_empty((batch, time), dtype=compute_dtype(logits.dtype))
-    return logps, logits.new_empty((batch, time), dtype=torch.float64)
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_same_device(logits, labels)
+    shape = logits.shape[:2]
+    dtype = compute_dtype(logits.dtype)
+    return (
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape, dtype=torch.float64),
+    )
 
 
 @_register_fake("token_logps_backward")
@@ -76,12 +99,14 @@ def _(
     grad_logps: Tensor,
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    max: Tensor,
+    sum_exp: Tensor,
     ignore_index: int,
     shift: bool,
     logit_scale: float,
     softcap: float,
 ) -> Tensor:
+    _check_same_device(logits, grad_logps, labels, max, sum_exp)
     return logits.new_empty(logits.shape)
 
 
@@ -90,25 +115,25 @@ def _(
     grad_logps: Tensor,
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    max: Tensor,
+    sum_exp: Tensor,
     ignore_index: int,
     shift: bool,
     logit_scale: float,
     softcap: float,
 ) -> None:
-    return None
+    _check_same_device(logits, grad_logps, labels, max, sum_exp)
 
 
-def _token_logps_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _token_logps_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, *ctx.options = inputs
-    _, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(logits, labels, lse)
+    _, row_max, sum_exp = output
+    ctx.mark_non_differentiable(row_max, sum_exp)
+    ctx.save_for_backward(logits, labels, row_max, sum_exp)
 
 
-def _token_logps_backward(ctx: Ctx, grad_logps: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    logits, labels, lse = ctx.saved_tensors
-    dlogits = _ops.token_logps_backward.default(grad_logps, logits, labels, lse, *ctx.options)
+def _token_logps_backward(ctx: Ctx, grad_logps: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    dlogits = _ops.token_logps_backward.default(grad_logps, *ctx.saved_tensors, *ctx.options)
     return dlogits, None, None, None, None, None
 
 
@@ -124,17 +149,18 @@ class _TokenLogpsInplace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Ctx, logits: Tensor, labels: Tensor, options: TokenOptions) -> Tensor:
         logps: Tensor
-        logps, lse = _call(_ops.token_logps.default, logits, labels, *options)
+        logps, row_max, sum_exp = _call(_ops.token_logps.default, logits, labels, *options)
         ctx.options = options
-        ctx.save_for_backward(logits, labels, lse)
+        ctx.save_for_backward(logits, labels, row_max, sum_exp)
         return logps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Ctx, grad_logps: Tensor) -> tuple[Any, ...]:
-        logits, labels, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph, which would take dlogits for a constant
+            _no_double_backward()
+        logits, *saved = ctx.saved_tensors
         dlogits = logits.detach()
-        _ops.token_logps_backward_.default(grad_logps, dlogits, labels, lse, *ctx.options)
+        _ops.token_logps_backward_.default(grad_logps, dlogits, *saved, *ctx.options)
         # Whoever saved the logits' values finds a newer version and fails, this node included.
         torch.autograd.graph.increment_version(logits)
         return dlogits, None, None
@@ -147,13 +173,14 @@ def token_logps(
     inplace_backward: bool,
 ) -> Tensor:  # [B, T]
     """Log-probability of each position's label; 0 where it is masked."""
+    _check_no_tangent(logits)
     # A compiled backward plans its own memory, and may not mutate what the forward saved.
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     logps: Tensor
     if inplace_backward and needs_gradient and not torch.compiler.is_compiling():
         logps = _TokenLogpsInplace.apply(logits, labels, options)  # type: ignore[no-untyped-call]
         return logps
-    logps, _ = _call(_ops.token_logps.default, logits, labels, *options)
+    logps, _, _ = _call(_ops.token_logps.default, logits, labels, *options)
     return logps
 
 
@@ -181,6 +208,7 @@ def _(
     shift: bool,
     average_log_prob: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_same_device(token_logps, labels)
     batch = token_logps.shape[0]
     return token_logps.new_empty((batch,)), token_logps.new_empty((batch,), dtype=torch.int64)
 
@@ -194,6 +222,7 @@ def _(
     shift: bool,
     average_log_prob: bool,
 ) -> Tensor:
+    _check_same_device(grad_logps, labels, counts)
     return grad_logps.new_empty(labels.shape)
 
 
@@ -264,6 +293,7 @@ def _(
     token_normalizer: float,
     empty: int,
 ) -> Sequence[Tensor]:
+    _check_same_device(token_logps, labels)
     pairs = token_logps.shape[0] // 2
     reduced = (pairs,) if reduction == REDUCTIONS["none"] else ()
     new_empty = token_logps.new_empty
@@ -298,6 +328,8 @@ def _(
     token_normalizer: float,
     empty: int,
 ) -> Tensor:
+    grads = (grad_loss, grad_losses, grad_logps, grad_sft_loss)
+    _check_same_device(slopes, labels, counts, *grads)
     return slopes.new_empty(labels.shape)
 
 
@@ -312,6 +344,8 @@ def _preference_loss_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tens
 
 
 def _preference_loss_backward(ctx: Ctx, *grads: Tensor | None) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():  # with create_graph, which would take slopes for a constant
+        _no_double_backward()
     grad_loss, grad_losses, grad_logps, _, grad_sft_loss, *_ = grads
     grad_token_logps = _ops.preference_loss_backward.default(
         grad_loss, grad_losses, grad_logps, grad_sft_loss, *ctx.saved_tensors, *ctx.options
@@ -331,4 +365,5 @@ def preference_loss(
     options: PreferenceOptions,
 ) -> PreferenceOutputs:
     """The preference loss of token log-probabilities, and everything reported beside it."""
+    _check_no_tangent(token_logps)
     return PreferenceOutputs(*_ops.preference_loss.default(token_logps, labels, *options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Literal, NamedTuple
 
 from ._checks import check_bool, check_choice, check_ignore_index, check_number
@@ -54,8 +55,11 @@ def resolve_token_options(
     return TokenOptions(
         ignore_index=check_ignore_index(ignore_index),
         shift=check_bool("shift", shift),
-        logit_scale=check_number("logit_scale", logit_scale, above=0.0),
-        softcap=0.0 if softcap is None else check_number("softcap", softcap, above=0.0),
+        # Bounds within which float32 keeps the digits of a product or quotient with a logit.
+        logit_scale=check_number("logit_scale", logit_scale, at_least=1e-30),
+        softcap=0.0
+        if softcap is None
+        else check_number("softcap", softcap, at_least=1e-30, at_most=1e30),
     )
 
 
@@ -119,7 +123,10 @@ def _resolve_margin(beta: float, gamma_beta_ratio: float | None, gamma: float | 
             f"got gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio}"
         )
     if gamma is not None:
-        return check_number("gamma", gamma) / beta
+        ratio = check_number("gamma", gamma) / beta
+        if abs(ratio) > sys.float_info.max:
+            raise ValueError(f"gamma: expected gamma / beta to be finite, got {gamma} / {beta}")
+        return ratio
     if gamma_beta_ratio is not None:
         return check_number("gamma_beta_ratio", gamma_beta_ratio)
     return DEFAULT_GAMMA_BETA_RATIO
@@ -143,9 +150,10 @@ def _resolve_normalizer(
             check_number("normalizer[0]", pairs, above=0.0),
             check_number("normalizer[1]", tokens, above=0.0),
         )
+    pairs = check_number("normalizer", normalizer, above=0.0)
     if token_wise_sft:
         raise ValueError(
             "normalizer: expected (pairs, tokens) with sft_reduction='token', whose denominator is "
             f"a number of tokens, got {normalizer}"
         )
-    return check_number("normalizer", normalizer, above=0.0), 0.0
+    return pairs, 0.0

@@ -81,7 +81,7 @@ def token_logps(
     z is ``logit_scale * logits``, or ``softcap * tanh(logit_scale * logits / softcap)``.
 
     Nothing of size [B, T, V] is allocated but the gradient. Masked positions are never read. A
-    valid position whose logits hold NaN or +inf, or are all -inf, has a NaN result.
+    valid position whose z hold NaN or +inf, or are all -inf, has a NaN result.
 
     Args:
         logits: [B, T, V] float64, float32, bfloat16 or float16; any strides, though a vocabulary
@@ -90,11 +90,12 @@ def token_logps(
         ignore_index: The label of positions that are not scored.
         shift: True: the logits at t are scored with ``labels[:, t + 1]``, and the last position is
             masked, as trainers of causal language models do. False: with ``labels[:, t]``.
-        logit_scale: Factor on the logits, > 0.
-        softcap: Bound of the logits, > 0, or None.
+        logit_scale: Factor on the logits, at least 1e-30.
+        softcap: Bound of the logits, in [1e-30, 1e30], or None.
         inplace_backward: The backward overwrites ``logits`` with their gradient instead of
-            allocating it. Any other use of their values afterwards raises, as does a second
-            backward. Without effect under ``torch.compile``.
+            allocating it. A later backward through anything that saved their values raises, a
+            second one through this function too; who reads them finds the gradient. Without effect
+            under ``torch.compile``.
 
     Returns:
         [B, T] float32 (float64 for float64 logits), at the position of the logits; 0 where masked.
@@ -105,6 +106,9 @@ def token_logps(
             logits that cannot be overwritten.
         IndexError: A label is neither ``ignore_index`` nor in [0, V). Under ``torch.compile`` it
             may come as a RuntimeError.
+        NotImplementedError: ``logits`` carry a tangent of forward-mode differentiation.
+        RuntimeError: There are no kernels for the device; or, of the backward, its gradient was
+            differentiated once more.
     """
     logits, labels = _checks.check_logits_and_labels(logits, labels)
     options = resolve_token_options(
@@ -271,10 +275,12 @@ def simpo_loss(
         reduction: ``"mean"`` over counted pairs (and, for a token-wise SFT term, over their chosen
             tokens), ``"sum"``, or ``"none"``: loss is [P].
         normalizer: Replaces the denominator of ``"mean"``, for gradient accumulation and data
-            parallelism: a number of pairs, or (pairs, tokens) with a token-wise SFT term.
+            parallelism: a number of pairs, or (pairs, tokens), of which a token-wise SFT term needs
+            the second.
         empty: What becomes of a pair with a completion that has no valid token. ``"drop"``: it
             contributes nothing, to loss, gradient and denominators, and is counted in the metrics;
-            a batch of nothing else has loss 0. ``"nan"``: it makes the loss NaN.
+            a batch of nothing else has loss 0. Its other completion keeps its logps and their
+            gradient. ``"nan"``: it makes the loss NaN, as does a batch without pairs.
         ignore_index: See :func:`token_logps`.
         shift: See :func:`token_logps`.
         logit_scale: See :func:`token_logps`.

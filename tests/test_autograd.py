@@ -79,8 +79,8 @@ def test_opcheck_of_the_token_ops(dtype: torch.dtype, strided: bool) -> None:
     if strided:
         logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
         labels = labels.t().contiguous().t()
-    logps, lse = OPS.token_logps(logits, labels, *TOKEN_OPTIONS)
-    saved = (logits, labels, lse, *TOKEN_OPTIONS)
+    logps, *rows = OPS.token_logps(logits, labels, *TOKEN_OPTIONS)
+    saved = (logits, labels, *rows, *TOKEN_OPTIONS)
     torch.library.opcheck(
         OPS.token_logps.default, (logits.clone().requires_grad_(), labels, *TOKEN_OPTIONS)
     )

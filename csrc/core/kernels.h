@@ -15,7 +15,7 @@
 
 namespace simpo_ext {
 
-// Forward: logits [B, T, V] -> logps [B, T], lse [B, T].
+// Forward: logits [B, T, V] -> logps, max and sum_exp [B, T].
 struct TokenLogpsArgs {
   DType dtype;
   int64_t V;
@@ -24,7 +24,10 @@ struct TokenLogpsArgs {
   Targets targets;
   LogitTransform transform;
   void* logps;  // [B, T] contiguous, compute; 0 at masked positions
-  double* lse;  // [B, T] contiguous, of the transformed logits; 0 at masked positions
+  // What the backward needs of a row: the largest transformed logit z, and sum(exp(z - max)). Kept
+  // apart, they lose nothing to an offset of the logits, as max + log(sum_exp) would.
+  void* max;        // [B, T] contiguous, compute; 0 at masked positions
+  double* sum_exp;  // [B, T] contiguous; 0 at masked positions
 };
 
 // Backward: dlogits[b, t, :] = grad_logps[b, t] * (onehot(label) - softmax) * d transform.
@@ -37,7 +40,8 @@ struct TokenLogpsBackwardArgs {
   LogitTransform transform;
   const void* grad_logps;  // [B, T], compute
   TokenStrides grad_strides;
-  const double* lse;  // [B, T] contiguous
+  const void* max;        // [B, T] contiguous, compute
+  const double* sum_exp;  // [B, T] contiguous
   void* dlogits;  // [B, T, V] of dtype, stride 1 in V; the very memory of logits, or apart from it
   TokenStrides dlogits_strides;
 };

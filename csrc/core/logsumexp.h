@@ -9,7 +9,7 @@
 namespace simpo_ext {
 
 // Holds sum(exp(z)) of the values seen so far as sum * exp(max). Empty is (-inf, 0).
-// A NaN or +inf among the values makes value() NaN; values that are all -inf make it -inf.
+// A NaN or +inf among the values makes every log_probability() NaN, as do values that are all -inf.
 template <typename Scalar>
 struct LogSumExp {
   Scalar max = -std::numeric_limits<Scalar>::infinity();
@@ -31,7 +31,11 @@ struct LogSumExp {
 
   SIMPO_HOST_DEVICE void add_terms(double terms) { sum += terms; }
 
-  SIMPO_HOST_DEVICE double value() const { return static_cast<double>(max) + log(sum); }
+  // z - log(sum(exp)): the log-probability of z. Subtracting max first is exact where it matters,
+  // so that an offset common to all values costs nothing.
+  SIMPO_HOST_DEVICE double log_probability(Scalar z) const {
+    return (static_cast<double>(z) - static_cast<double>(max)) - log(sum);
+  }
 };
 
 }  // namespace simpo_ext

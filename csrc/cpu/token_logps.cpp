@@ -1,7 +1,8 @@
 // Per-token log-probabilities on the CPU.
 //
 // Memory contract, per row of V logits:
-//   forward   reads a valid row once, writes 12 to 16 bytes; a masked row costs its label.
+//   forward   reads a valid row once, writes 16 bytes (24 for float64); a masked row costs
+//             its label.
 //   backward  reads a valid row once and writes it once, also in place; a masked row, or one whose
 //             incoming gradient is 0, is written (zeros) and not read.
 // Scratch: 8 bytes a token for the list of rows to do. Nothing of size [B, T, V] is allocated.
@@ -74,7 +75,7 @@ double block_sum_exp(const Scalar* z, int64_t n, Scalar reference, Scalar* scrat
 }
 
 template <typename T>
-double row_logsumexp(const T* x, int64_t V, LogitTransform transform) {
+LogSumExp<Compute<T>> row_logsumexp(const T* x, int64_t V, LogitTransform transform) {
   LogSumExp<Compute<T>> logsumexp;
   alignas(64) Compute<T> z[kBlock];
   alignas(64) Compute<T> scratch[kBlock];
@@ -84,39 +85,38 @@ double row_logsumexp(const T* x, int64_t V, LogitTransform transform) {
     logsumexp.raise_max(block_max(z, n, scratch));
     logsumexp.add_terms(block_sum_exp(z, n, logsumexp.reference(), scratch));
   }
-  return logsumexp.value();
+  return logsumexp;
 }
 
 // dx may be x.
 template <typename T>
-void row_gradient(const T* x, int64_t V, int64_t label, LogitTransform transform, double lse,
-                  double grad, T* dx) {
+void row_gradient(const T* x, int64_t V, int64_t label, LogitTransform transform,
+                  const LogSumExp<Compute<T>>& logsumexp, double grad, T* dx) {
   using Scalar = Compute<T>;
   const Scalar label_z = transform_logit(widen(x[label]), transform);  // before dx overwrites it
 
-  // exp(z - lse) = exp(z - reference) * exp(reference - lse): subtracting lse rounded to Scalar and
-  // making up for the rounding in the coefficient keeps logits of any offset exact at no cost.
-  const Scalar reference = static_cast<Scalar>(lse);
-  const Scalar coefficient =
-      static_cast<Scalar>(-grad * std::exp(static_cast<double>(reference) - lse));
+  // softmax = exp(z - max) / sum, with the division folded into the coefficient. Rows of -inf alone
+  // are left to become NaN here: hence max, and not reference().
+  const Scalar max = logsumexp.max;
+  const Scalar coefficient = static_cast<Scalar>(-grad / logsumexp.sum);
   alignas(64) Scalar z[kBlock];
   alignas(64) T out[kBlock];
   for (int64_t i = 0; i < V; i += kBlock) {
     const int64_t n = std::min(kBlock, V - i);
     load_block(x + i, n, transform, z);
     if (transform.is_identity()) {
-      for (int64_t j = 0; j < n; ++j) out[j] = narrow<T>(coefficient * fast_exp(z[j] - reference));
+      for (int64_t j = 0; j < n; ++j) out[j] = narrow<T>(coefficient * fast_exp(z[j] - max));
     } else {
       for (int64_t j = 0; j < n; ++j) {
         const Scalar slope = transform_logit_slope(z[j], transform);
-        out[j] = narrow<T>(coefficient * fast_exp(z[j] - reference) * slope);
+        out[j] = narrow<T>(coefficient * fast_exp(z[j] - max) * slope);
       }
     }
     std::copy(out, out + n, dx + i);
   }
 
   // 1 - softmax without cancellation where the model is sure of the label.
-  const double label_logp = static_cast<double>(label_z) - lse;
+  const double label_logp = logsumexp.log_probability(label_z);
   const double one_minus_p = -std::expm1(label_logp > 0.0 ? 0.0 : label_logp);
   const double slope = transform_logit_slope(static_cast<double>(label_z), transform);
   dx[label] = narrow<T>(static_cast<Scalar>(grad * one_minus_p * slope));
@@ -153,8 +153,10 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   const Targets& targets = args.targets;
   const T* logits = static_cast<const T*>(args.logits);
   Scalar* logps = static_cast<Scalar*>(args.logps);
+  Scalar* max = static_cast<Scalar*>(args.max);
   std::fill_n(logps, targets.B * targets.T, Scalar(0));
-  std::fill_n(args.lse, targets.B * targets.T, 0.0);
+  std::fill_n(max, targets.B * targets.T, Scalar(0));
+  std::fill_n(args.sum_exp, targets.B * targets.T, 0.0);
 
   const std::vector<int64_t> rows =
       select_rows(targets, [&](int64_t b, int64_t t) { return targets.is_valid(b, t); });
@@ -162,10 +164,11 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = rows[static_cast<size_t>(i)], b = row / targets.T, t = row % targets.T;
       const T* x = logits + args.logits_strides.offset(b, t);
-      const double lse = row_logsumexp(x, args.V, args.transform);
+      const LogSumExp<Scalar> logsumexp = row_logsumexp(x, args.V, args.transform);
       const Scalar label_z = transform_logit(widen(x[targets.at(b, t)]), args.transform);
-      args.lse[row] = lse;
-      logps[row] = static_cast<Scalar>(static_cast<double>(label_z) - lse);
+      logps[row] = static_cast<Scalar>(logsumexp.log_probability(label_z));
+      max[row] = logsumexp.max;
+      args.sum_exp[row] = logsumexp.sum;
     }
   };
   parallel_for(0, static_cast<int64_t>(rows.size()), rows_per_task(args.V), do_rows);
@@ -177,6 +180,7 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
   const Targets& targets = args.targets;
   const T* logits = static_cast<const T*>(args.logits);
   const Scalar* grad_logps = static_cast<const Scalar*>(args.grad_logps);
+  const Scalar* max = static_cast<const Scalar*>(args.max);
   T* dlogits = static_cast<T*>(args.dlogits);
 
   const auto needs_softmax = [&](int64_t b, int64_t t) {
@@ -187,7 +191,7 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = rows[static_cast<size_t>(i)], b = row / targets.T, t = row % targets.T;
       row_gradient(logits + args.logits_strides.offset(b, t), args.V, targets.at(b, t),
-                   args.transform, args.lse[row],
+                   args.transform, LogSumExp<Scalar>{max[row], args.sum_exp[row]},
                    static_cast<double>(grad_logps[args.grad_strides.offset(b, t)]),
                    dlogits + args.dlogits_strides.offset(b, t));
     }

@@ -9,12 +9,14 @@
 STABLE_TORCH_LIBRARY(simpo_ext, m) {
   m.def(
       "token_logps(Tensor logits, Tensor labels, int ignore_index, bool shift, float logit_scale, "
-      "float softcap) -> (Tensor logps, Tensor lse)");
+      "float softcap) -> (Tensor logps, Tensor max, Tensor sum_exp)");
   m.def(
-      "token_logps_backward(Tensor grad_logps, Tensor logits, Tensor labels, Tensor lse, "
+      "token_logps_backward(Tensor grad_logps, Tensor logits, Tensor labels, Tensor max, Tensor "
+      "sum_exp, "
       "int ignore_index, bool shift, float logit_scale, float softcap) -> Tensor");
   m.def(
-      "token_logps_backward_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor lse, "
+      "token_logps_backward_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor max, "
+      "Tensor sum_exp, "
       "int ignore_index, bool shift, float logit_scale, float softcap) -> ()");
   m.def(
       "sequence_logps(Tensor token_logps, Tensor labels, int ignore_index, bool shift, "

@@ -65,14 +65,15 @@ bool has_distinct_rows(const Tensor& logits) {
   return time_apart && batch_apart && nested;
 }
 
-std::tuple<Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& labels,
-                                       int64_t ignore_index, bool shift, double logit_scale,
-                                       double softcap) {
+std::tuple<Tensor, Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& labels,
+                                               int64_t ignore_index, bool shift, double logit_scale,
+                                               double softcap) {
   const Logits checked = check_logits(logits, labels);
   const Tensor rows =
       has_unit_stride_in_vocabulary(logits) ? logits : torch::stable::contiguous(logits);
   Tensor logps = new_empty(logits, {checked.B, checked.T}, compute_scalar_type(checked.dtype));
-  Tensor lse = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
+  Tensor max = new_empty(logits, {checked.B, checked.T}, compute_scalar_type(checked.dtype));
+  Tensor sum_exp = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
   const TokenLogpsArgs args{
       .dtype = checked.dtype,
       .V = checked.V,
@@ -81,25 +82,30 @@ std::tuple<Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& label
       .targets = make_targets(labels, ignore_index, shift),
       .transform = {logit_scale, softcap},
       .logps = logps.mutable_data_ptr(),
-      .lse = lse.mutable_data_ptr<double>(),
+      .max = max.mutable_data_ptr(),
+      .sum_exp = sum_exp.mutable_data_ptr<double>(),
   };
   check_labels_in_range(cpu::token_logps(args, kTorchThreads), ignore_index, checked.V);
-  return {logps, lse};
+  return {logps, max, sum_exp};
 }
 
 // dlogits may be logits itself.
 void token_logps_backward_into(const Tensor& dlogits, const Tensor& grad_logps,
-                               const Tensor& logits, const Tensor& labels, const Tensor& lse,
-                               int64_t ignore_index, bool shift, double logit_scale,
-                               double softcap) {
+                               const Tensor& logits, const Tensor& labels, const Tensor& max,
+                               const Tensor& sum_exp, int64_t ignore_index, bool shift,
+                               double logit_scale, double softcap) {
   const Logits checked = check_logits(logits, labels);
   check_cpu(grad_logps, "grad_logps");
   check_shape(grad_logps, {checked.B, checked.T}, "grad_logps");
   check_dtype(grad_logps, compute_scalar_type(checked.dtype), "grad_logps");
-  check_cpu(lse, "lse");
-  check_shape(lse, {checked.B, checked.T}, "lse");
-  check_dtype(lse, ScalarType::Double, "lse");
-  const Tensor saved_lse = torch::stable::contiguous(lse);
+  check_cpu(max, "max");
+  check_shape(max, {checked.B, checked.T}, "max");
+  check_dtype(max, compute_scalar_type(checked.dtype), "max");
+  check_cpu(sum_exp, "sum_exp");
+  check_shape(sum_exp, {checked.B, checked.T}, "sum_exp");
+  check_dtype(sum_exp, ScalarType::Double, "sum_exp");
+  const Tensor saved_max = torch::stable::contiguous(max);
+  const Tensor saved_sum_exp = torch::stable::contiguous(sum_exp);
   const TokenLogpsBackwardArgs args{
       .dtype = checked.dtype,
       .V = checked.V,
@@ -109,7 +115,8 @@ void token_logps_backward_into(const Tensor& dlogits, const Tensor& grad_logps,
       .transform = {logit_scale, softcap},
       .grad_logps = grad_logps.const_data_ptr(),
       .grad_strides = token_strides(grad_logps),
-      .lse = saved_lse.const_data_ptr<double>(),
+      .max = saved_max.const_data_ptr(),
+      .sum_exp = saved_sum_exp.const_data_ptr<double>(),
       .dlogits = dlogits.mutable_data_ptr(),
       .dlogits_strides = token_strides(dlogits),
   };
@@ -117,27 +124,28 @@ void token_logps_backward_into(const Tensor& dlogits, const Tensor& grad_logps,
 }
 
 Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& logits, const Tensor& labels,
-                            const Tensor& lse, int64_t ignore_index, bool shift, double logit_scale,
-                            double softcap) {
+                            const Tensor& max, const Tensor& sum_exp, int64_t ignore_index,
+                            bool shift, double logit_scale, double softcap) {
   const Logits checked = check_logits(logits, labels);
   const Tensor rows =
       has_unit_stride_in_vocabulary(logits) ? logits : torch::stable::contiguous(logits);
   Tensor dlogits = new_empty(logits, {checked.B, checked.T, checked.V});
-  token_logps_backward_into(dlogits, grad_logps, rows, labels, lse, ignore_index, shift,
+  token_logps_backward_into(dlogits, grad_logps, rows, labels, max, sum_exp, ignore_index, shift,
                             logit_scale, softcap);
   return dlogits;
 }
 
 void token_logps_backward_inplace(const Tensor& grad_logps, const Tensor& logits,
-                                  const Tensor& labels, const Tensor& lse, int64_t ignore_index,
-                                  bool shift, double logit_scale, double softcap) {
+                                  const Tensor& labels, const Tensor& max, const Tensor& sum_exp,
+                                  int64_t ignore_index, bool shift, double logit_scale,
+                                  double softcap) {
   check_logits(logits, labels);
   STD_TORCH_CHECK(
       has_unit_stride_in_vocabulary(logits) && has_distinct_rows(logits),
       "logits: expected stride 1 in the vocabulary and rows apart in memory, got strides [",
       logits.stride(0), ", ", logits.stride(1), ", ", logits.stride(2), "] for shape ",
       shape_text(logits));
-  token_logps_backward_into(logits, grad_logps, logits, labels, lse, ignore_index, shift,
+  token_logps_backward_into(logits, grad_logps, logits, labels, max, sum_exp, ignore_index, shift,
                             logit_scale, softcap);
 }
 

@@ -76,7 +76,11 @@ def train(
     )
     result = Result(settings)
     started = time.perf_counter()
-    with require("tqdm").tqdm(total=settings.steps, unit="step", dynamic_ncols=True) as bar:
+    # In a log file, where a bar cannot be redrawn, a line now and then is enough.
+    interval = 0.1 if sys.stderr.isatty() else 15.0
+    with require("tqdm").tqdm(
+        total=settings.steps, unit="step", dynamic_ncols=True, mininterval=interval
+    ) as bar:
 
         def score() -> None:
             scores = evaluate(model, held_out, settings)

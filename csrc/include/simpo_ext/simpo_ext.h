@@ -84,15 +84,21 @@ inline double softcap_or_zero(const TokenLogpsOptions& options) {
   return options.softcap.value_or(0.0);
 }
 
+// With create_graph the gradient would be taken for a constant, and the second one would be wrong.
+inline void refuse_double_backward() {
+  TORCH_CHECK(!at::GradMode::is_enabled(),
+              "simpo_ext does not implement double backward: expected create_graph=false");
+}
+
 struct TokenLogps : torch::autograd::Function<TokenLogps> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& logits,
                             const at::Tensor& labels, const TokenLogpsOptions& options) {
-    using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
-                                                         int64_t, bool, double, double);
+    using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, const at::Tensor&, int64_t, bool, double, double);
     static const auto op = find_op<Signature>("simpo_ext::token_logps");
     // Below autograd: Python may have registered a formula of its own for the op.
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [logps, lse] = [&] {
+    auto [logps, max, sum_exp] = [&] {
       try {
         return op.call(logits, labels, options.ignore_index, options.shift, options.logit_scale,
                        softcap_or_zero(options));
@@ -100,7 +106,7 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
         TORCH_CHECK_INDEX(false, error.what());
       }
     }();
-    ctx->save_for_backward({logits, labels, lse});
+    ctx->save_for_backward({logits, labels, max, sum_exp});
     ctx->saved_data["ignore_index"] = options.ignore_index;
     ctx->saved_data["shift"] = options.shift;
     ctx->saved_data["logit_scale"] = options.logit_scale;
@@ -110,15 +116,18 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                 const at::Tensor&, int64_t, bool, double, double);
-    using InplaceSignature = void(const at::Tensor&, at::Tensor&, const at::Tensor&,
-                                  const at::Tensor&, int64_t, bool, double, double);
+    refuse_double_backward();
+    using Signature =
+        at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   const at::Tensor&, int64_t, bool, double, double);
+    using InplaceSignature =
+        void(const at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&,
+             const at::Tensor&, int64_t, bool, double, double);
     static const auto op = find_op<Signature>("simpo_ext::token_logps_backward");
     static const auto inplace_op = find_op<InplaceSignature>("simpo_ext::token_logps_backward_");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &logits = saved[0], &labels = saved[1], &lse = saved[2];
+    const at::Tensor &logits = saved[0], &labels = saved[1], &max = saved[2], &sum_exp = saved[3];
     const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
     const bool shift = ctx->saved_data["shift"].toBool();
     const double logit_scale = ctx->saved_data["logit_scale"].toDouble();
@@ -126,11 +135,13 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
     at::Tensor dlogits;
     if (ctx->saved_data["inplace"].toBool()) {
       dlogits = logits.detach();
-      inplace_op.call(grads[0], dlogits, labels, lse, ignore_index, shift, logit_scale, softcap);
+      inplace_op.call(grads[0], dlogits, labels, max, sum_exp, ignore_index, shift, logit_scale,
+                      softcap);
       // Whoever saved the logits' values finds a newer version and fails, this node included.
       torch::autograd::impl::bump_version(logits);
     } else {
-      dlogits = op.call(grads[0], logits, labels, lse, ignore_index, shift, logit_scale, softcap);
+      dlogits = op.call(grads[0], logits, labels, max, sum_exp, ignore_index, shift, logit_scale,
+                        softcap);
     }
     return {dlogits, at::Tensor(), at::Tensor()};
   }
@@ -154,6 +165,7 @@ struct SequenceLogps : torch::autograd::Function<SequenceLogps> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    refuse_double_backward();
     using Signature =
         at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, bool, bool);
     static const auto op = find_op<Signature>("simpo_ext::sequence_logps_backward");
@@ -199,6 +211,7 @@ struct PreferenceLoss : torch::autograd::Function<PreferenceLoss> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    refuse_double_backward();
     using Optional = const std::optional<at::Tensor>&;
     using Signature = at::Tensor(Optional, Optional, Optional, Optional, const at::Tensor&,
                                  const at::Tensor&, const at::Tensor&, int64_t, bool, bool, double,
@@ -249,8 +262,7 @@ inline void check_token_arguments(const at::Tensor& logits, const at::Tensor& la
     check_number("softcap", *options.softcap, *options.softcap > 0.0, "a finite number > 0");
   }
   if (options.inplace_backward && at::GradMode::is_enabled() && logits.requires_grad()) {
-    const bool view_of_leaf =
-        logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad();
+    const bool view_of_leaf = logits.is_view() && logits._base().is_leaf();
     TORCH_CHECK_VALUE(
         !logits.is_leaf() && !view_of_leaf,
         "inplace_backward: expected logits computed from other tensors, got a leaf that "
