@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training.add_argument(
         "--lr",
         type=_number(above=0),
-        default=3e-3,
+        default=2e-3,
         help="peak learning rate (default: %(default)s)",
     )
     training.add_argument(

@@ -1,0 +1,49 @@
+"""README's code runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import simpo_ext
+from simpo_ext.__main__ import main
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_examples_run_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "'rewards/accuracies'" in capsys.readouterr().out
+    logits, labels = names["batch"]
+    accumulated = logits.grad
+    whole = logits.detach().clone().requires_grad_()
+    simpo_ext.simpo_loss(whole, labels).loss.backward()
+    torch.testing.assert_close(accumulated, whole.grad)
+
+
+def test_the_first_two_commands_are_the_demo_and_the_tests() -> None:
+    commands = blocks("bash")
+    assert "python -m simpo_ext demo" in commands[0]
+    assert "pytest" in commands[1]
+    assert all(len(command.splitlines()) == 1 for command in commands[:2])
+
+
+def test_the_settings_that_the_printed_demo_names_are_the_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    (printed,) = blocks("text")
+    steps = re.search(r"after (\d+) steps", printed).group(1)
+    assert f"--steps N default: {steps}" in text
