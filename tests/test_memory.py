@@ -15,7 +15,7 @@ from batches import make_batch
 def allocated_bytes(function: Callable[[], object]) -> int:
     """Sum of all tensor allocations while the function runs, freed or not."""
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         function()
     events = profile.profiler.kineto_results.events()
