@@ -36,6 +36,16 @@ class Settings:
     sft_weight: float
     seed: int
 
+    def loss_function(self) -> simpo_ext.SimPOLoss:
+        """The loss with these settings."""
+        return simpo_ext.SimPOLoss(
+            beta=self.beta,
+            gamma_beta_ratio=self.gamma_beta_ratio,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+            sft_weight=self.sft_weight,
+        )
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -74,6 +84,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _learning_rate(step, settings.steps)
     )
+    loss_function = settings.loss_function()
     result = Result(settings)
     started = time.perf_counter()
     # In a log file, where a bar cannot be redrawn, a line now and then is enough.
@@ -96,15 +107,7 @@ def train(
         try:
             for batch in _batches(training, settings):
                 ids, labels = collate(batch)
-                output = simpo_ext.simpo_loss(
-                    model(ids),
-                    labels,
-                    beta=settings.beta,
-                    gamma_beta_ratio=settings.gamma_beta_ratio,
-                    loss_type=settings.loss_type,
-                    label_smoothing=settings.label_smoothing,
-                    sft_weight=settings.sft_weight,
-                )
+                output = loss_function(model(ids), labels)
                 loss = output.loss.item()
                 if not math.isfinite(loss):
                     raise DemoError(
@@ -137,17 +140,11 @@ def train(
 @torch.no_grad()
 def evaluate(model: nn.Module, examples: Sequence[Example], settings: Settings) -> Scores:
     """Score the pairs under `model`; the loss is the preference term alone."""
+    loss_function = settings.loss_function()
     chosen, rejected, losses = [], [], []
     for start in range(0, len(examples), EVALUATION_PAIRS):
         ids, labels = collate(examples[start : start + EVALUATION_PAIRS])
-        output = simpo_ext.simpo_loss(
-            model(ids),
-            labels,
-            beta=settings.beta,
-            gamma_beta_ratio=settings.gamma_beta_ratio,
-            loss_type=settings.loss_type,
-            label_smoothing=settings.label_smoothing,
-        )
+        output = loss_function(model(ids), labels)
         chosen.append(output.chosen_logps)
         rejected.append(output.rejected_logps)
         losses.append(output.losses)
