@@ -14,7 +14,7 @@ import torch  # noqa: F401
 # modules; this finds them there.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from . import _C
+from ._library import _C
 from .functional import (
     SimPOOutput,
     sequence_logps,

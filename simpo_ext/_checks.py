@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Iterable
+from numbers import Real
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -112,8 +114,12 @@ def check_number(
     at_most: float | None = None,
 ) -> float:
     """A finite real number within the stated bounds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        number = float(cast(float, value))
+    except OverflowError:  # an int past every float
+        number = math.inf
     bounds = []
     if above is not None:
         bounds.append(f"> {above:g}")
@@ -122,15 +128,15 @@ def check_number(
     if at_most is not None:
         bounds.append(f"<= {at_most:g}")
     inside = (
-        abs(value) <= sys.float_info.max
-        and (above is None or value > above)
-        and (at_least is None or value >= at_least)
-        and (at_most is None or value <= at_most)
+        abs(number) < math.inf
+        and (above is None or number > above)
+        and (at_least is None or number >= at_least)
+        and (at_most is None or number <= at_most)
     )
     if not inside:
         expected = " and ".join(["a finite number", *bounds])
-        raise ValueError(f"{name}: expected {expected}, got {value}")
-    return float(value)
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return number
 
 
 def check_bool(name: str, value: object) -> bool:

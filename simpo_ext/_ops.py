@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C  # noqa: F401  (loads the library, which registers the ops)
+from ._library import _C  # noqa: F401  (its import registers the ops)
 from ._options import REDUCTIONS, PreferenceOptions, TokenOptions
 
 _ops = torch.ops.simpo_ext
@@ -289,8 +289,6 @@ def _(
     sft_weight: float,
     sft_reduction: int,
     reduction: int,
-    pair_normalizer: float,
-    token_normalizer: float,
     empty: int,
 ) -> Sequence[Tensor]:
     _check_same_device(token_logps, labels)
@@ -324,8 +322,6 @@ def _(
     sft_weight: float,
     sft_reduction: int,
     reduction: int,
-    pair_normalizer: float,
-    token_normalizer: float,
     empty: int,
 ) -> Tensor:
     grads = (grad_loss, grad_losses, grad_logps, grad_sft_loss)
@@ -350,7 +346,7 @@ def _preference_loss_backward(ctx: Ctx, *grads: Tensor | None) -> tuple[Any, ...
     grad_token_logps = _ops.preference_loss_backward.default(
         grad_loss, grad_losses, grad_logps, grad_sft_loss, *ctx.saved_tensors, *ctx.options
     )
-    return (grad_token_logps, *([None] * 14))
+    return (grad_token_logps, *([None] * 12))
 
 
 torch.library.register_autograd(

@@ -5,12 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Literal, NamedTuple
 
+from torch import Tensor
+
 from ._checks import check_bool, check_choice, check_ignore_index, check_number
 
 LossType = Literal["sigmoid", "hinge"]
 Reduction = Literal["none", "mean", "sum"]
 SftReduction = Literal["sequence", "token"]
 EmptyPolicy = Literal["drop", "nan"]
+
+Number = float | Tensor
+Normalizer = Number | tuple[Number, Number] | None
 
 # The values of the enums in csrc/core/loss_math.h.
 LOSS_TYPES = {"sigmoid": 0, "hinge": 1}
@@ -43,8 +48,6 @@ class PreferenceOptions(NamedTuple):
     sft_weight: float
     sft_reduction: int
     reduction: int
-    pair_normalizer: float  # 0: the number of counted pairs
-    token_normalizer: float  # 0: the number of their chosen tokens
     empty: int
 
 
@@ -55,7 +58,7 @@ def resolve_token_options(
     return TokenOptions(
         ignore_index=check_ignore_index(ignore_index),
         shift=check_bool("shift", shift),
-        # Bounds within which float32 keeps the digits of a product or quotient with a logit.
+        # Where float32 keeps the digits of a product or quotient with a logit.
         logit_scale=check_number("logit_scale", logit_scale, at_least=1e-30),
         softcap=0.0
         if softcap is None
@@ -74,7 +77,6 @@ def resolve_preference_options(
     sft_reduction: SftReduction = "sequence",
     average_log_prob: bool = True,
     reduction: Reduction = "mean",
-    normalizer: float | tuple[float, float] | None = None,
     empty: EmptyPolicy = "drop",
     ignore_index: int = -100,
     shift: bool = True,
@@ -96,8 +98,6 @@ def resolve_preference_options(
             "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
             "batch's tokens belongs to no pair, got 'token'"
         )
-    token_wise_sft = sft_weight > 0.0 and sft_reduction == "token"
-    pair_normalizer, token_normalizer = _resolve_normalizer(normalizer, reduction, token_wise_sft)
     check_choice("empty", empty, EMPTY_POLICIES)
     return PreferenceOptions(
         ignore_index=check_ignore_index(ignore_index),
@@ -110,8 +110,6 @@ def resolve_preference_options(
         sft_weight=sft_weight,
         sft_reduction=SFT_REDUCTIONS[sft_reduction],
         reduction=REDUCTIONS[reduction],
-        pair_normalizer=pair_normalizer,
-        token_normalizer=token_normalizer,
         empty=EMPTY_POLICIES[empty],
     )
 
@@ -132,11 +130,12 @@ def _resolve_margin(beta: float, gamma_beta_ratio: float | None, gamma: float | 
     return DEFAULT_GAMMA_BETA_RATIO
 
 
-def _resolve_normalizer(
-    normalizer: float | tuple[float, float] | None, reduction: Reduction, token_wise_sft: bool
-) -> tuple[float, float]:
+def resolve_normalizer(
+    normalizer: Normalizer, reduction: Reduction, sft_reduction: SftReduction
+) -> tuple[Number, Number] | None:
+    """The denominators of the mean preference loss and of the mean SFT term; None: count them."""
     if normalizer is None:
-        return 0.0, 0.0
+        return None
     if reduction != "mean":
         raise ValueError(
             f"normalizer: expected None with reduction={reduction!r}, which divides by nothing, "
@@ -145,15 +144,19 @@ def _resolve_normalizer(
     if isinstance(normalizer, tuple):
         if len(normalizer) != 2:
             raise ValueError(f"normalizer: expected (pairs, tokens), got {len(normalizer)} numbers")
-        pairs, tokens = normalizer
-        return (
-            check_number("normalizer[0]", pairs, above=0.0),
-            check_number("normalizer[1]", tokens, above=0.0),
-        )
-    pairs = check_number("normalizer", normalizer, above=0.0)
-    if token_wise_sft:
+        pairs = _check_denominator("normalizer[0]", normalizer[0])
+        tokens = _check_denominator("normalizer[1]", normalizer[1])
+        return pairs, tokens if sft_reduction == "token" else pairs
+    pairs = _check_denominator("normalizer", normalizer)
+    if sft_reduction == "token":
         raise ValueError(
             "normalizer: expected (pairs, tokens) with sft_reduction='token', whose denominator is "
             f"a number of tokens, got {normalizer}"
         )
-    return pairs, 0.0
+    return pairs, pairs
+
+
+def _check_denominator(name: str, value: Number) -> Number:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value  # not read: that would wait for the device
+    return check_number(name, value, above=0.0)

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from . import _checks, _ops
 from ._options import (
+    REDUCTIONS,
     EmptyPolicy,
     LossType,
+    Normalizer,
     Reduction,
     SftReduction,
+    TokenOptions,
+    resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
 )
@@ -114,6 +118,12 @@ def token_logps(
     options = resolve_token_options(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
+    return _token_logps(logits, labels, options, inplace_backward)
+
+
+def _token_logps(
+    logits: Tensor, labels: Tensor, options: TokenOptions, inplace_backward: bool
+) -> Tensor:
     if _checks.check_bool("inplace_backward", inplace_backward):
         _checks.check_inplace_backward(logits)
     return _ops.token_logps(logits, labels, options, inplace_backward)
@@ -151,17 +161,13 @@ def sequence_logps(
         ValueError: As :func:`token_logps`.
         IndexError: As :func:`token_logps`.
     """
-    average_log_prob = _checks.check_bool("average_log_prob", average_log_prob)
-    logps = token_logps(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        shift=shift,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        inplace_backward=inplace_backward,
+    logits, labels = _checks.check_logits_and_labels(logits, labels)
+    options = resolve_token_options(
+        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
-    return _ops.sequence_logps(logps, labels.to(torch.int64), ignore_index, shift, average_log_prob)
+    average_log_prob = _checks.check_bool("average_log_prob", average_log_prob)
+    logps = _token_logps(logits, labels, options, inplace_backward)
+    return _ops.sequence_logps(logps, labels, ignore_index, shift, average_log_prob)
 
 
 def simpo_loss_from_logps(
@@ -240,7 +246,7 @@ def simpo_loss(
     sft_reduction: SftReduction = "sequence",
     average_log_prob: bool = True,
     reduction: Reduction = "mean",
-    normalizer: float | tuple[float, float] | None = None,
+    normalizer: Normalizer = None,
     empty: EmptyPolicy = "drop",
     ignore_index: int = -100,
     shift: bool = True,
@@ -276,11 +282,11 @@ def simpo_loss(
             tokens), ``"sum"``, or ``"none"``: loss is [P].
         normalizer: Replaces the denominator of ``"mean"``, for gradient accumulation and data
             parallelism: a number of pairs, or (pairs, tokens), of which a token-wise SFT term needs
-            the second.
+            the second. Numbers, or tensors of no dimension, which are not read to be checked.
         empty: What becomes of a pair with a completion that has no valid token. ``"drop"``: it
             contributes nothing, to loss, gradient and denominators, and is counted in the metrics;
             a batch of nothing else has loss 0. Its other completion keeps its logps and their
-            gradient. ``"nan"``: it makes the loss NaN, as does a batch without pairs.
+            gradient. ``"nan"``: it makes the loss NaN.
         ignore_index: See :func:`token_logps`.
         shift: See :func:`token_logps`.
         logit_scale: See :func:`token_logps`.
@@ -308,21 +314,25 @@ def simpo_loss(
         sft_reduction=sft_reduction,
         average_log_prob=average_log_prob,
         reduction=reduction,
-        normalizer=normalizer,
         empty=empty,
         ignore_index=ignore_index,
         shift=shift,
     )
-    logps = token_logps(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        shift=shift,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        inplace_backward=inplace_backward,
+    denominators = resolve_normalizer(normalizer, reduction, sft_reduction)
+    token_options = resolve_token_options(
+        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
-    out = _ops.preference_loss(logps, labels, options)
+    logps = _token_logps(logits, labels, token_options, inplace_backward)
+    if denominators is None:
+        out = _ops.preference_loss(logps, labels, options)
+    else:
+        # Outside the op, whose floats are constants to torch.compile, while these vary by step.
+        sums = options._replace(reduction=REDUCTIONS["sum"], sft_weight=0.0)
+        out = _ops.preference_loss(logps, labels, sums)
+        loss, sft_loss = out.loss / denominators[0], out.sft_loss / denominators[1]
+        if options.sft_weight > 0.0:
+            loss = loss + options.sft_weight * sft_loss
+        out = out._replace(loss=loss, sft_loss=sft_loss)
     pairs = logits.shape[0] // 2
     return SimPOOutput(
         loss=out.loss,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from . import _C, build_info
+from . import build_info
+from ._library import _C
 
 
 def run() -> int:
@@ -45,7 +46,7 @@ def _build_rows() -> dict[str, str]:
     else:
         version = f"{runtime // 1000}.{runtime % 1000 // 10}"
         count = _C.cuda_device_count()
-        devices = f"{count} devices" if count >= 0 else f"no device (cudaError {-count})"
+        devices = f"devices: {count}" if count >= 0 else f"no device (cudaError {-count})"
         rows["CUDA"] = (
             f"runtime {version} for {build['cuda_archs']}; no kernels in this build; {devices}"
         )

@@ -9,8 +9,10 @@ from ._checks import check_bool
 from ._options import (
     EmptyPolicy,
     LossType,
+    Normalizer,
     Reduction,
     SftReduction,
+    resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
 )
@@ -37,7 +39,7 @@ class SimPOLoss(nn.Module):
         sft_reduction: SftReduction = "sequence",
         average_log_prob: bool = True,
         reduction: Reduction = "mean",
-        normalizer: float | tuple[float, float] | None = None,
+        normalizer: Normalizer = None,
         empty: EmptyPolicy = "drop",
         ignore_index: int = -100,
         shift: bool = True,
@@ -56,11 +58,11 @@ class SimPOLoss(nn.Module):
             sft_reduction=sft_reduction,
             average_log_prob=average_log_prob,
             reduction=reduction,
-            normalizer=normalizer,
             empty=empty,
             ignore_index=ignore_index,
             shift=shift,
         )
+        resolve_normalizer(normalizer, reduction, sft_reduction)
         resolve_token_options(
             ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
         )
@@ -85,7 +87,7 @@ class SimPOLoss(nn.Module):
         logits: Tensor,  # [2P, T, V]
         labels: Tensor,  # [2P, T]
         *,
-        normalizer: float | tuple[float, float] | None = None,
+        normalizer: Normalizer = None,
     ) -> functional.SimPOOutput:
         """See :func:`simpo_ext.functional.simpo_loss`.
 

@@ -14,8 +14,8 @@ from batches import DTYPES, make_batch
 
 OPS = torch.ops.simpo_ext
 TOKEN_OPTIONS = (-100, True, 1.0, 0.0)
-# average, beta, ratio, sigmoid, smoothing, sft 0.2 per sequence, mean, normalizers, drop
-PREFERENCE_OPTIONS = (-100, True, True, 2.0, 0.5, 0, 0.1, 0.2, 0, 1, 0.0, 0.0, 0)
+# average, beta, ratio, sigmoid, smoothing, sft 0.2 per sequence, mean, drop
+PREFERENCE_OPTIONS = (-100, True, True, 2.0, 0.5, 0, 0.1, 0.2, 0, 1, 0)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid": {},
@@ -152,6 +152,19 @@ def test_compiles_with_dynamic_shapes() -> None:
     compiled = torch.compile(logps, fullgraph=True, dynamic=True)
     for pairs, time, vocabulary in ((2, 8, 50), (3, 5, 33), (1, 11, 129)):
         both_ways(logps, compiled, *make_batch(pairs, time, vocabulary))
+
+
+def test_compiled_code_takes_a_new_normalizer_every_step() -> None:
+    batch = make_batch(pairs=3)
+    module = simpo_ext.SimPOLoss(sft_weight=0.3, sft_reduction="token")
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True)
+    # More values than torch.compile would compile anew for.
+    for step in range(1, 13):
+        normalizer = (step + 0.5, 7.0 * step)
+        torch.testing.assert_close(
+            compiled(*batch, normalizer=normalizer).loss, module(*batch, normalizer=normalizer).loss
+        )
 
 
 def test_the_module_compiles_and_exports() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,39 +33,69 @@ def build(source: Path, folder: Path, *definitions: str) -> None:
     run("cmake", "--build", folder)
 
 
+# TorchConfig.cmake of a CUDA build of torch fails without a toolkit.
+needs_libtorch = pytest.mark.skipif(
+    torch.version.cuda is not None and shutil.which("nvcc") is None,
+    reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
+)
+
+
+def skip_unless_sanitizer_works(sanitizer: str, folder: Path) -> None:
+    """Its runtime may be missing, or at odds with the kernel's address space layout."""
+    (folder / "probe.cpp").write_text("int main() {}")
+    flags = [f"-fsanitize={sanitizer}", "-o", "probe"]
+    compiled = subprocess.run(["c++", "probe.cpp", *flags], cwd=folder, check=False)
+    if compiled.returncode or subprocess.run(["./probe"], cwd=folder, check=False).returncode:
+        pytest.skip(f"-fsanitize={sanitizer} does not work on this machine")
+
+
+# As in consumer/main.cpp.
+OPTION_TABLE: list[dict[str, Any]] = [
+    {},
+    {"beta": 2.5, "gamma": 1.5, "label_smoothing": 0.1, "sft_weight": 0.25, "softcap": 20.0},
+    {"gamma_beta_ratio": 0.1, "loss_type": "hinge", "reduction": "sum"},
+    {"sft_weight": 0.5, "average_log_prob": False, "reduction": "none"},
+    {"sft_weight": 0.5, "sft_reduction": "token", "shift": False},
+    {"sft_weight": 0.5, "normalizer": 7.0},
+    {"sft_weight": 0.5, "sft_reduction": "token", "normalizer": (7.0, 11.0)},
+    {"empty": "nan", "ignore_index": 3, "logit_scale": 0.5},
+]
+
+
+@needs_libtorch
 def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) -> None:
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
     build(CPP / "consumer", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefixes}")
+    # Labels without -100, so that each ignore_index of the table works; the first sequence is all
+    # of 3s: empty under the last option.
     batch = make_batch(pairs=3, vocabulary=60)
+    batch.labels[batch.labels == -100] = 3
+    batch.labels[0] = 3
     torch.save(list(batch), tmp_path / "batch.pt")
     printed = run(tmp_path / "build" / "consumer", tmp_path / "batch.pt", tmp_path / "results.pt")
     assert printed.strip() == "ok"
 
+    expected: list[torch.Tensor] = []
+    for options in OPTION_TABLE:
+        leaf = batch.logits.clone().requires_grad_()
+        out = simpo_ext.simpo_loss(leaf, batch.labels, **options)
+        out.loss.sum().backward()
+        expected += [*out, leaf.grad]
     leaf = batch.logits.clone().requires_grad_()
-    out = simpo_ext.simpo_loss(
-        leaf,
-        batch.labels,
-        beta=2.5,
-        gamma=1.5,
-        label_smoothing=0.1,
-        sft_weight=0.25,
-        softcap=20.0,
-    )
-    out.loss.backward()
-    other = batch.logits.clone().requires_grad_()
-    sequences = simpo_ext.sequence_logps(other, batch.labels, average_log_prob=False)
+    sequences = simpo_ext.sequence_logps(leaf, batch.labels, average_log_prob=False)
     sequences.sum().backward()
-    expected = [*out, leaf.grad, sequences, other.grad]
+    expected += [sequences, leaf.grad]
     # weights_only refuses the lists that C++ writes; the file is our own.
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     for ours, theirs in zip(results, expected, strict=True):
-        assert torch.equal(ours, theirs.detach())
+        torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_kernels_run_clean_under_a_sanitizer(sanitizer: str, tmp_path: Path) -> None:
-    build(CPP / "kernels", tmp_path, f"-DSANITIZER={sanitizer}")
-    assert run(tmp_path / "kernels").strip() == "ok"
+    skip_unless_sanitizer_works(sanitizer, tmp_path)
+    build(CPP / "kernels", tmp_path / "build", f"-DSANITIZER={sanitizer}")
+    assert run(tmp_path / "build" / "kernels").strip() == "ok"
 
 
 PROGRAM = """
@@ -81,6 +113,7 @@ target_link_libraries(app PRIVATE simpo_ext::simpo_ext)
 """
 
 
+@needs_libtorch
 def test_a_build_without_python_installs_a_package_that_programs_find(tmp_path: Path) -> None:
     prefix = tmp_path / "prefix"
     build(
@@ -106,9 +139,19 @@ def test_a_build_without_python_installs_a_package_that_programs_find(tmp_path: 
     assert run(app / "build" / "app").strip() == "ok"
 
 
-def test_an_unusable_torch_directory_is_explained(tmp_path: Path) -> None:
-    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DSIMPO_PYTHON=OFF", "-DSIMPO_CUDA=OFF"]
+@pytest.mark.parametrize(
+    ("definition", "message"),
+    [
+        ("-DSIMPO_CUDA=OFF", "torch's headers were not found"),
+        ("-DSIMPO_TORCH_INCLUDE=/nonexistent", "SIMPO_TORCH_INCLUDE: expected a directory"),
+        ("-DSIMPO_CUDA=maybe", "SIMPO_CUDA: expected AUTO, ON or OFF, got 'maybe'"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_explained(
+    definition: str, message: str, tmp_path: Path
+) -> None:
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DSIMPO_PYTHON=OFF", definition]
     environment = {k: v for k, v in os.environ.items() if k != "CMAKE_PREFIX_PATH"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode != 0
-    assert "torch's headers were not found" in done.stderr
+    assert message in " ".join(done.stderr.split())

@@ -151,7 +151,7 @@ def _bad_numbers(name: str, bound: str, *outside: float) -> list[OptionCase]:
     values = (*outside, NAN, INF, -INF)
     return [
         *(({name: v}, ValueError, (f"{name}: expected", "number", bound, v)) for v in values),
-        *_bad_types(name, ": expected a number", True, "1", [1.0], 1j, torch.tensor(1.0)),
+        *_bad_types(name, ": expected a number", True, "1", [1.0], 1j, torch.ones(1)),
     ]
 
 
@@ -338,7 +338,7 @@ TENSORS: dict[str, Tensor] = {
 NUMBERS: dict[str, Any] = dict(
     ignore_index=-100, shift=True, average_log_prob=True, logit_scale=1.0, softcap=0.0, beta=2.0,
     gamma_beta_ratio=0.5, loss_type=0, label_smoothing=0.0, sft_weight=0.0, sft_reduction=0,
-    reduction=1, pair_normalizer=0.0, token_normalizer=0.0, empty=0,
+    reduction=1, empty=0,
 )  # fmt: skip
 OP_NAMES = ("token_logps", "token_logps_backward", "token_logps_backward_", "sequence_logps",
             "sequence_logps_backward", "preference_loss", "preference_loss_backward")  # fmt: skip

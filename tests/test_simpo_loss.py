@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,6 +152,13 @@ def test_micro_batches_with_a_normalizer_give_the_gradient_of_the_whole() -> Non
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-13, atol=1e-16)
 
 
+def test_a_normalizer_may_be_a_number_of_numpy_or_a_tensor() -> None:
+    batch = make_batch(pairs=3)
+    expected = simpo_ext.simpo_loss(*batch, normalizer=5.0).loss
+    for normalizer in (5, np.float32(5.0), np.int64(5), torch.tensor(5.0), torch.tensor(5)):
+        assert torch.equal(simpo_ext.simpo_loss(*batch, normalizer=normalizer).loss, expected)
+
+
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_from_logps_agrees_with_the_formula(dtype: torch.dtype, loss_type: str) -> None:
@@ -185,6 +193,25 @@ def test_from_logps_is_the_same_kernel_as_simpo_loss() -> None:
     )
     torch.testing.assert_close(losses, out.losses, rtol=1e-6, atol=0)
     assert torch.equal(chosen_rewards, out.chosen_rewards)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
+def test_losses_far_from_the_margin_neither_overflow_nor_vanish(loss_type: str) -> None:
+    logps = torch.tensor([-1000.0, 0.0], dtype=torch.float64)
+    losses, _, _ = simpo_ext.simpo_loss_from_logps(logps, logps.flip(0), loss_type=loss_type)
+    # z = -1000.5 and 999.5: softplus(2001) and softplus(-1999), or 1 + 2001 and nothing.
+    assert losses.tolist() == ([2001.0, 0.0] if loss_type == "sigmoid" else [2002.0, 0.0])
+    slightly, _, _ = simpo_ext.simpo_loss_from_logps(
+        logps[1:], logps[1:] - 20.0, loss_type="sigmoid"
+    )
+    assert slightly.item() == pytest.approx(math.exp(-39.0), rel=1e-12)
+
+
+def test_a_tie_is_not_counted_as_accurate() -> None:
+    logits = torch.zeros(4, 3, 5)
+    out = simpo_ext.simpo_loss(logits, torch.zeros(4, 3, dtype=torch.int64))
+    assert torch.equal(out.chosen_rewards, out.rejected_rewards)
+    assert out.metrics()["rewards/accuracies"] == 0.0
 
 
 # ---- the specification's worked examples ---------------------------------------------------------

@@ -157,3 +157,59 @@ def test_the_sum_over_a_long_sequence_is_exact() -> None:
     total = simpo_ext.sequence_logps(logits, labels, average_log_prob=False)
     truth = simpo_ext.token_logps(logits, labels).double().sum(1)
     assert abs((total.double() - truth) / truth).item() <= 6e-8  # half an ulp
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_first_block_of_minus_infinity_leaves_the_rest_exact(dtype: torch.dtype) -> None:
+    # The first half of the vocabulary masked out: whole blocks of -inf before the first number.
+    batch = make_batch(vocabulary=5003, dtype=dtype)
+    batch.logits[:, :, :2500] = float("-inf")
+    batch.labels[batch.labels >= 0] %= 2500
+    batch.labels[batch.labels >= 0] += 2500
+    upstream = torch.ones(batch.labels.shape)
+    args = batch.logits.double().numpy(), batch.labels.numpy()
+    expected, _, _ = oracle.token_logps(*args)
+    ours, _ = gradients(batch, upstream)
+    truth = oracle.token_logps_grad(upstream.double().numpy(), *args)
+    assert max_error(simpo_ext.token_logps(*batch), torch.from_numpy(expected)) < 2e-6
+    rounding = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    assert max_error(ours, torch.from_numpy(truth)) < rounding
+
+
+def test_small_probabilities_keep_their_digits() -> None:
+    # Relative, down to 1e-30: an exp that gives up early shows here.
+    logits = torch.linspace(-68.0, 0.0, 1500).expand(1, 1, 1500).contiguous().requires_grad_()
+    labels = torch.full((1, 1), 1499)
+    simpo_ext.token_logps(logits, labels, shift=False).backward(torch.ones(1, 1))
+    truth = torch.from_numpy(
+        oracle.token_logps_grad(
+            [[1.0]], logits.detach().double().numpy(), labels.numpy(), shift=False
+        )
+    )
+    # float32 of exp(-68) is off by 68 ulp of its argument at most.
+    assert ((logits.grad.double() - truth) / truth).abs().max() < 68 * 2.0**-24 + 2e-7
+
+
+def test_the_label_s_gradient_keeps_its_digits_where_the_model_is_sure() -> None:
+    logits = torch.zeros(1, 1, 100, dtype=torch.float64)
+    logits[0, 0, 7] = 30.0
+    logits.requires_grad_()
+    labels = torch.full((1, 1), 7)
+    upstream = torch.ones(1, 1, dtype=torch.float64)
+    simpo_ext.token_logps(logits, labels, shift=False).backward(upstream)
+    others = 99 * torch.exp(torch.tensor(-30.0, dtype=torch.float64))
+    # 1 - softmax = 9.3e-12, of which 1 - exp(logp) would keep five digits.
+    assert abs(logits.grad[0, 0, 7] / (others / (1 + others)) - 1).item() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sequence_op_takes_strides_and_loses_nothing_to_cancellation(
+    dtype: torch.dtype,
+) -> None:
+    token_logps = torch.tensor([[1e16, 5.0], [1.0, 6.0], [-1e16, 7.0]], dtype=dtype).t()
+    assert token_logps.stride() == (1, 2)
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    op = torch.ops.simpo_ext.sequence_logps
+    logps, counts = op(token_logps, labels, -100, False, False)
+    assert logps.tolist() == [1.0, 18.0]
+    assert counts.tolist() == [3, 3]

@@ -33,13 +33,13 @@ using Compute = typename ComputeOf<T>::type;
 
 SIMPO_HOST_DEVICE inline uint32_t float_bits(float value) {
   uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
+  std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
 SIMPO_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
   float value;
-  memcpy(&value, &bits, sizeof(value));
+  std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 

@@ -126,8 +126,6 @@ struct LossReduction {
   SftReduction sft_reduction;
   EmptyPolicy empty;
   double sft_weight;
-  double pair_normalizer;   // replaces the number of counted pairs; 0: count
-  double token_normalizer;  // replaces the number of counted chosen tokens; 0: count
 };
 
 SIMPO_HOST_DEVICE inline bool is_pair_counted(int64_t chosen_count, int64_t rejected_count,
@@ -138,16 +136,16 @@ SIMPO_HOST_DEVICE inline bool is_pair_counted(int64_t chosen_count, int64_t reje
 // total / denominator; a mean over nothing is 0 where empties are dropped and NaN where they are
 // not.
 template <typename Scalar>
-SIMPO_HOST_DEVICE inline Scalar reduce_total(Scalar total, double denominator,
+SIMPO_HOST_DEVICE inline Scalar reduce_total(Scalar total, int64_t denominator,
                                              const LossReduction& reduction) {
   if (reduction.reduction != Reduction::kMean) return total;
-  if (denominator == 0.0 && reduction.empty == EmptyPolicy::kDrop) return Scalar(0);
+  if (denominator == 0 && reduction.empty == EmptyPolicy::kDrop) return Scalar(0);
   return total / static_cast<Scalar>(denominator);
 }
 
 // d reduce_total / d (one term of total).
 template <typename Scalar>
-SIMPO_HOST_DEVICE inline Scalar reduce_total_slope(double denominator,
+SIMPO_HOST_DEVICE inline Scalar reduce_total_slope(int64_t denominator,
                                                    const LossReduction& reduction) {
   if (reduction.reduction != Reduction::kMean) return Scalar(1);
   return Scalar(1) / static_cast<Scalar>(denominator);

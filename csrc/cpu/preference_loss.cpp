@@ -16,17 +16,7 @@
 namespace simpo_ext::cpu {
 namespace {
 
-double pair_denominator(const LossReduction& reduction, int64_t num_pairs) {
-  return reduction.pair_normalizer > 0.0 ? reduction.pair_normalizer
-                                         : static_cast<double>(num_pairs);
-}
-
-double token_denominator(const LossReduction& reduction, int64_t num_chosen_tokens) {
-  return reduction.token_normalizer > 0.0 ? reduction.token_normalizer
-                                          : static_cast<double>(num_chosen_tokens);
-}
-
-// The per-sequence sums, and the running totals over the counted pairs.
+// Running totals over the counted pairs.
 struct Totals {
   int64_t num_pairs = 0;
   int64_t num_tokens = 0;
@@ -101,12 +91,11 @@ void forward(const PreferenceLossArgs& args, ParallelFor parallel_for) {
   }
 
   if (reduction.reduction != Reduction::kNone) {
-    const double pairs = pair_denominator(reduction, totals.num_pairs);
+    const int64_t pairs = totals.num_pairs;
     const double sft =
         reduction.sft_reduction == SftReduction::kSequence
             ? reduce_total(-totals.chosen_logps.value(), pairs, reduction)
-            : reduce_total(-totals.chosen_token_logps.value(),
-                           token_denominator(reduction, totals.num_chosen_tokens), reduction);
+            : reduce_total(-totals.chosen_token_logps.value(), totals.num_chosen_tokens, reduction);
     const double preference = reduce_total(totals.losses.value(), pairs, reduction);
     const double total =
         reduction.sft_weight > 0.0 ? preference + reduction.sft_weight * sft : preference;
@@ -146,13 +135,10 @@ void backward(const PreferenceLossBackwardArgs& args, ParallelFor parallel_for) 
       num_chosen_tokens += args.counts[p];
     }
   }
-  const double pair_slope =
-      reduce_total_slope<double>(pair_denominator(reduction, num_pairs), reduction);
+  const double pair_slope = reduce_total_slope<double>(num_pairs, reduction);
   const bool sft_by_token = reduction.sft_reduction == SftReduction::kToken;
   const double sft_slope =
-      sft_by_token
-          ? reduce_total_slope<double>(token_denominator(reduction, num_chosen_tokens), reduction)
-          : pair_slope;
+      sft_by_token ? reduce_total_slope<double>(num_chosen_tokens, reduction) : pair_slope;
 
   const auto do_pairs = [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {

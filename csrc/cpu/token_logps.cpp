@@ -1,11 +1,11 @@
 // Per-token log-probabilities on the CPU.
 //
 // Memory contract, per row of V logits:
-//   forward   reads a valid row once, writes 16 bytes (24 for float64); a masked row costs
-//             its label.
-//   backward  reads a valid row once and writes it once, also in place; a masked row, or one whose
+//   forward   reads a valid row once, writes 16 bytes (24 for float64); a masked row costs its
+//   label. backward  reads a valid row once and writes it once, also in place; a masked row, or one
+//   whose
 //             incoming gradient is 0, is written (zeros) and not read.
-// Scratch: 8 bytes a token for the list of rows to do. Nothing of size [B, T, V] is allocated.
+// Scratch: 8 bytes a token for the lists of rows to do. Nothing of size [B, T, V] is allocated.
 //
 // A row is reduced by one thread in an order that depends on V alone, so its result has the same
 // bits whatever stands beside it and however many threads there are.
@@ -95,8 +95,7 @@ void row_gradient(const T* x, int64_t V, int64_t label, LogitTransform transform
   using Scalar = Compute<T>;
   const Scalar label_z = transform_logit(widen(x[label]), transform);  // before dx overwrites it
 
-  // softmax = exp(z - max) / sum, with the division folded into the coefficient. Rows of -inf alone
-  // are left to become NaN here: hence max, and not reference().
+  // softmax = exp(z - max) / sum, with the division folded into the coefficient.
   const Scalar max = logsumexp.max;
   const Scalar coefficient = static_cast<Scalar>(-grad / logsumexp.sum);
   alignas(64) Scalar z[kBlock];
@@ -115,7 +114,7 @@ void row_gradient(const T* x, int64_t V, int64_t label, LogitTransform transform
     std::copy(out, out + n, dx + i);
   }
 
-  // 1 - softmax without cancellation where the model is sure of the label.
+  // 1 - softmax as expm1, since 1 - exp would cancel where the model is sure of the label.
   const double label_logp = logsumexp.log_probability(label_z);
   const double one_minus_p = -std::expm1(label_logp > 0.0 ? 0.0 : label_logp);
   const double slope = transform_logit_slope(static_cast<double>(label_z), transform);
@@ -138,7 +137,6 @@ LabelError find_label_error(const Targets& targets, int64_t V) {
 template <typename Predicate>
 std::vector<int64_t> select_rows(const Targets& targets, const Predicate& predicate) {
   std::vector<int64_t> rows;
-  rows.reserve(static_cast<size_t>(targets.B * targets.T));
   for (int64_t b = 0; b < targets.B; ++b) {
     for (int64_t t = 0; t < targets.T; ++t) {
       if (predicate(b, t)) rows.push_back(b * targets.T + t);

@@ -1,41 +1,40 @@
 // Every schema of the library, and nothing else. Mutation shows as Tensor(a!) and a trailing
 // underscore.
 //
-// Enums cross as int (values in core/loss_math.h), an absent softcap or normalizer as 0: the stable
-// ABI carries no strings safely.
+// Enums cross as int (values in core/loss_math.h) and an absent softcap as 0: the stable ABI
+// carries no strings safely.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(simpo_ext, m) {
   m.def(
-      "token_logps(Tensor logits, Tensor labels, int ignore_index, bool shift, float logit_scale, "
-      "float softcap) -> (Tensor logps, Tensor max, Tensor sum_exp)");
+      "token_logps(Tensor logits, Tensor labels, int ignore_index, bool shift, float "
+      "logit_scale, float softcap) -> (Tensor logps, Tensor max, Tensor sum_exp)");
   m.def(
-      "token_logps_backward(Tensor grad_logps, Tensor logits, Tensor labels, Tensor max, Tensor "
-      "sum_exp, "
-      "int ignore_index, bool shift, float logit_scale, float softcap) -> Tensor");
+      "token_logps_backward(Tensor grad_logps, Tensor logits, Tensor labels, Tensor max, "
+      "Tensor sum_exp, int ignore_index, bool shift, float logit_scale, float softcap) -> "
+      "Tensor");
   m.def(
-      "token_logps_backward_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor max, "
-      "Tensor sum_exp, "
-      "int ignore_index, bool shift, float logit_scale, float softcap) -> ()");
+      "token_logps_backward_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor "
+      "max, Tensor sum_exp, int ignore_index, bool shift, float logit_scale, float softcap) "
+      "-> ()");
   m.def(
-      "sequence_logps(Tensor token_logps, Tensor labels, int ignore_index, bool shift, "
-      "bool average_log_prob) -> (Tensor logps, Tensor counts)");
+      "sequence_logps(Tensor token_logps, Tensor labels, int ignore_index, bool shift, bool "
+      "average_log_prob) -> (Tensor logps, Tensor counts)");
   m.def(
-      "sequence_logps_backward(Tensor grad_logps, Tensor labels, Tensor counts, int ignore_index, "
-      "bool shift, bool average_log_prob) -> Tensor");
+      "sequence_logps_backward(Tensor grad_logps, Tensor labels, Tensor counts, int "
+      "ignore_index, bool shift, bool average_log_prob) -> Tensor");
   m.def(
       "preference_loss(Tensor token_logps, Tensor labels, int ignore_index, bool shift, "
-      "bool average_log_prob, float beta, float gamma_beta_ratio, int loss_type, "
-      "float label_smoothing, float sft_weight, int sft_reduction, int reduction, "
-      "float pair_normalizer, float token_normalizer, int empty) -> (Tensor loss, Tensor losses, "
-      "Tensor logps, Tensor rewards, Tensor sft_loss, Tensor metrics, Tensor slopes, Tensor "
-      "counts)");
+      "bool average_log_prob, float beta, float gamma_beta_ratio, int loss_type, float "
+      "label_smoothing, float sft_weight, int sft_reduction, int reduction, int empty) -> "
+      "(Tensor loss, Tensor losses, Tensor logps, Tensor rewards, Tensor sft_loss, Tensor "
+      "metrics, Tensor slopes, Tensor counts)");
   m.def(
       "preference_loss_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logps, "
-      "Tensor? grad_sft_loss, Tensor labels, Tensor slopes, Tensor counts, int ignore_index, "
-      "bool shift, bool average_log_prob, float sft_weight, int sft_reduction, int reduction, "
-      "float pair_normalizer, float token_normalizer, int empty) -> Tensor");
+      "Tensor? grad_sft_loss, Tensor labels, Tensor slopes, Tensor counts, int "
+      "ignore_index, bool shift, bool average_log_prob, float sft_weight, int "
+      "sft_reduction, int reduction, int empty) -> Tensor");
 }
 
 // A C++ program refers to this symbol so that its linker keeps the library, which it otherwise

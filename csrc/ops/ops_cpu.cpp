@@ -206,7 +206,7 @@ Tensor sequence_logps_backward(const Tensor& grad_logps, const Tensor& labels, c
 }
 
 LossReduction make_reduction(double sft_weight, int64_t sft_reduction, int64_t reduction,
-                             double pair_normalizer, double token_normalizer, int64_t empty) {
+                             int64_t empty) {
   STD_TORCH_CHECK(sft_reduction == 0 || sft_reduction == 1, "sft_reduction: expected 0 or 1, got ",
                   sft_reduction);
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2, got ",
@@ -217,8 +217,6 @@ LossReduction make_reduction(double sft_weight, int64_t sft_reduction, int64_t r
       .sft_reduction = static_cast<SftReduction>(sft_reduction),
       .empty = static_cast<EmptyPolicy>(empty),
       .sft_weight = sft_weight,
-      .pair_normalizer = pair_normalizer,
-      .token_normalizer = token_normalizer,
   };
 }
 
@@ -226,14 +224,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
     const Tensor& token_logps, const Tensor& labels, int64_t ignore_index, bool shift,
     bool average_log_prob, double beta, double gamma_beta_ratio, int64_t loss_type,
     double label_smoothing, double sft_weight, int64_t sft_reduction, int64_t reduction,
-    double pair_normalizer, double token_normalizer, int64_t empty) {
+    int64_t empty) {
   const DType dtype = check_token_logps(token_logps, labels);
   const Targets targets = make_targets(labels, ignore_index, shift);
   STD_TORCH_CHECK(targets.B % 2 == 0,
                   "token_logps: expected an even B (chosen, then rejected), got ", targets.B);
   STD_TORCH_CHECK(loss_type == 0 || loss_type == 1, "loss_type: expected 0 or 1, got ", loss_type);
-  const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, pair_normalizer,
-                                           token_normalizer, empty);
+  const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, empty);
   const int64_t P = targets.B / 2;
   const auto reduced = [&] {
     return how.reduction == Reduction::kNone ? new_empty(token_logps, {P})
@@ -297,8 +294,7 @@ Tensor preference_loss_backward(std::optional<Tensor> grad_loss, std::optional<T
                                 std::optional<Tensor> grad_sft_loss, const Tensor& labels,
                                 const Tensor& slopes, const Tensor& counts, int64_t ignore_index,
                                 bool shift, bool average_log_prob, double sft_weight,
-                                int64_t sft_reduction, int64_t reduction, double pair_normalizer,
-                                double token_normalizer, int64_t empty) {
+                                int64_t sft_reduction, int64_t reduction, int64_t empty) {
   const Targets targets = make_targets(labels, ignore_index, shift);
   STD_TORCH_CHECK(targets.B % 2 == 0, "labels: expected an even B (chosen, then rejected), got ",
                   targets.B);
@@ -308,8 +304,7 @@ Tensor preference_loss_backward(std::optional<Tensor> grad_loss, std::optional<T
   const DType dtype = compute_dtype_of(slopes, "slopes");
   const Tensor saved_slopes = torch::stable::contiguous(slopes);
   const Tensor saved_counts = check_counts(counts, 2 * P);
-  const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, pair_normalizer,
-                                           token_normalizer, empty);
+  const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, empty);
   const Gradient of_loss = check_reduced_gradient(grad_loss, how.reduction, P, slopes, "grad_loss");
   const Gradient of_losses = check_gradient(grad_losses, P, slopes, "grad_losses");
   const Gradient of_logps = check_gradient(grad_logps, 2 * P, slopes, "grad_logps");

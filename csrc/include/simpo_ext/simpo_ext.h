@@ -8,15 +8,16 @@
 // the dispatcher alone, so it needs no libtorch of the same version. Formulas, defaults and edge
 // cases are those of the Python function of the same name; B = 2P sequences, chosen rows first.
 //
-// Errors are c10::TypeError, c10::ValueError and c10::IndexError (label out of range).
+// Errors are c10::TypeError, c10::ValueError, c10::IndexError (label out of range) and, for a
+// device without kernels and a double backward, c10::Error.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/torch.h>
 
 #include <cmath>
+#include <exception>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -35,24 +36,24 @@ struct TokenLogpsOptions {
   int64_t ignore_index = -100;
   bool shift = true;  // the logits at t are scored with labels[:, t + 1]
   double logit_scale = 1.0;
-  std::optional<double> softcap;
+  std::optional<double> softcap{};
   bool inplace_backward = false;  // the backward overwrites logits with their gradient
 };
 
 struct SimPOOptions {
   double beta = 2.0;
-  std::optional<double> gamma_beta_ratio;  // 0.5 where neither it nor gamma is given
-  std::optional<double> gamma;
+  std::optional<double> gamma_beta_ratio{};  // 0.5 where neither it nor gamma is given
+  std::optional<double> gamma{};
   LossType loss_type = LossType::kSigmoid;
   double label_smoothing = 0.0;
   double sft_weight = 0.0;
   SftReduction sft_reduction = SftReduction::kSequence;
   bool average_log_prob = true;
   Reduction reduction = Reduction::kMean;
-  std::optional<double> pair_normalizer;   // replaces the number of counted pairs in a mean
-  std::optional<double> token_normalizer;  // and that of their chosen tokens
+  std::optional<double> pair_normalizer{};   // replaces the number of counted pairs in a mean
+  std::optional<double> token_normalizer{};  // and that of their chosen tokens
   Empty empty = Empty::kDrop;
-  TokenLogpsOptions tokens;
+  TokenLogpsOptions tokens{};
 };
 
 // float32, or float64 for float64 logits. All but rewards and metrics are differentiable.
@@ -102,8 +103,12 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
       try {
         return op.call(logits, labels, options.ignore_index, options.shift, options.logit_scale,
                        softcap_or_zero(options));
-      } catch (const std::out_of_range& error) {
-        TORCH_CHECK_INDEX(false, error.what());
+      } catch (const std::exception& error) {
+        // std::out_of_range where it left the library; torch may have made it an error of its own.
+        const std::string message = error.what();
+        TORCH_CHECK_INDEX(message.find("is out of range") == std::string::npos,
+                          message.substr(0, message.find('\n')));
+        throw;
       }
     }();
     ctx->save_for_backward({logits, labels, max, sum_exp});
@@ -185,7 +190,7 @@ struct PreferenceLoss : torch::autograd::Function<PreferenceLoss> {
     using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
                                  at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, const at::Tensor&, int64_t, bool, bool, double, double, int64_t, double,
-        double, int64_t, int64_t, double, double, int64_t);
+        double, int64_t, int64_t, int64_t);
     static const auto op = find_op<Signature>("simpo_ext::preference_loss");
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, losses, logps, rewards, sft_loss, metrics, slopes, counts] =
@@ -193,8 +198,7 @@ struct PreferenceLoss : torch::autograd::Function<PreferenceLoss> {
                 options.average_log_prob, options.beta, gamma_beta_ratio,
                 static_cast<int64_t>(options.loss_type), options.label_smoothing,
                 options.sft_weight, static_cast<int64_t>(options.sft_reduction),
-                static_cast<int64_t>(options.reduction), options.pair_normalizer.value_or(0.0),
-                options.token_normalizer.value_or(0.0), static_cast<int64_t>(options.empty));
+                static_cast<int64_t>(options.reduction), static_cast<int64_t>(options.empty));
     ctx->save_for_backward({labels, slopes, counts});
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({rewards, metrics});
@@ -204,8 +208,6 @@ struct PreferenceLoss : torch::autograd::Function<PreferenceLoss> {
     ctx->saved_data["sft_weight"] = options.sft_weight;
     ctx->saved_data["sft_reduction"] = static_cast<int64_t>(options.sft_reduction);
     ctx->saved_data["reduction"] = static_cast<int64_t>(options.reduction);
-    ctx->saved_data["pair_normalizer"] = options.pair_normalizer.value_or(0.0);
-    ctx->saved_data["token_normalizer"] = options.token_normalizer.value_or(0.0);
     ctx->saved_data["empty"] = static_cast<int64_t>(options.empty);
     return {loss, losses, logps, rewards, sft_loss, metrics};
   }
@@ -213,9 +215,9 @@ struct PreferenceLoss : torch::autograd::Function<PreferenceLoss> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     refuse_double_backward();
     using Optional = const std::optional<at::Tensor>&;
-    using Signature = at::Tensor(Optional, Optional, Optional, Optional, const at::Tensor&,
-                                 const at::Tensor&, const at::Tensor&, int64_t, bool, bool, double,
-                                 int64_t, int64_t, double, double, int64_t);
+    using Signature =
+        at::Tensor(Optional, Optional, Optional, Optional, const at::Tensor&, const at::Tensor&,
+                   const at::Tensor&, int64_t, bool, bool, double, int64_t, int64_t, int64_t);
     static const auto op = find_op<Signature>("simpo_ext::preference_loss_backward");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
@@ -227,8 +229,7 @@ struct PreferenceLoss : torch::autograd::Function<PreferenceLoss> {
         op.call(gradient(0), gradient(1), gradient(2), gradient(4), saved[0], saved[1], saved[2],
                 data["ignore_index"].toInt(), data["shift"].toBool(), data["average"].toBool(),
                 data["sft_weight"].toDouble(), data["sft_reduction"].toInt(),
-                data["reduction"].toInt(), data["pair_normalizer"].toDouble(),
-                data["token_normalizer"].toDouble(), data["empty"].toInt()),
+                data["reduction"].toInt(), data["empty"].toInt()),
         at::Tensor(), at::Tensor(), at::Tensor()};
   }
 };
@@ -238,36 +239,59 @@ inline void check_number(const char* name, double value, bool in_range, const ch
                     value);
 }
 
+inline void check_tensor(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), name, ": expected a tensor, got an undefined one");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, ": expected a dense tensor, got layout ",
+                   tensor.layout());
+  TORCH_CHECK(tensor.device().is_cpu(), name,
+              ": expected a CPU tensor, which is all this build has "
+              "kernels for, got one on ",
+              tensor.device());
+}
+
+// Logits whose memory the backward may overwrite with their gradient.
+inline void check_inplace_backward(const at::Tensor& logits) {
+  if (!at::GradMode::is_enabled() || !logits.requires_grad()) return;
+  TORCH_CHECK_VALUE(
+      !logits.is_leaf() && !(logits.is_view() && logits._base().is_leaf()),
+      "inplace_backward: expected logits computed from other tensors, got a leaf that "
+      "requires grad (or a view of one), whose values the backward would overwrite");
+  if (logits.numel() == 0) return;
+  const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2);
+  const int64_t stride_b = logits.stride(0), stride_t = logits.stride(1);
+  const bool apart = (T == 1 || stride_t >= V) && (B == 1 || stride_b >= V) &&
+                     (B == 1 || T == 1 || stride_b >= (T - 1) * stride_t + V ||
+                      stride_t >= (B - 1) * stride_b + V);
+  TORCH_CHECK_VALUE(
+      apart && (V == 1 || logits.stride(2) == 1),
+      "inplace_backward: expected logits with stride 1 in the vocabulary and rows apart "
+      "in memory, got strides ",
+      logits.strides(), " for shape ", logits.sizes());
+}
+
 inline void check_token_arguments(const at::Tensor& logits, const at::Tensor& labels,
                                   const TokenLogpsOptions& options) {
-  TORCH_CHECK_TYPE(logits.defined() && logits.layout() == at::kStrided,
-                   "logits: expected a dense tensor");
-  TORCH_CHECK_TYPE(labels.defined() && labels.layout() == at::kStrided,
-                   "labels: expected a dense tensor");
-  const at::ScalarType dtype = logits.scalar_type();
+  check_tensor("logits", logits);
+  check_tensor("labels", labels);
+  const at::ScalarType dtype = logits.scalar_type(), label_dtype = labels.scalar_type();
   TORCH_CHECK_TYPE(
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
       "logits: expected dtype float64, float32, bfloat16 or float16, got ", dtype);
-  TORCH_CHECK_TYPE(at::isIntegralType(labels.scalar_type(), /*includeBool=*/false),
-                   "labels: expected an integer dtype, got ", labels.scalar_type());
+  TORCH_CHECK_TYPE(
+      label_dtype == at::kLong || label_dtype == at::kInt || label_dtype == at::kShort ||
+          label_dtype == at::kChar || label_dtype == at::kByte,
+      "labels: expected an integer dtype (int64, int32, int16, int8, uint8), got ", label_dtype);
   TORCH_CHECK_VALUE(logits.dim() == 3, "logits: expected shape [B, T, V], got ", logits.sizes());
   TORCH_CHECK_VALUE(
       labels.dim() == 2 && labels.size(0) == logits.size(0) && labels.size(1) == logits.size(1),
       "labels: expected shape [B, T] as of logits ", logits.sizes(), ", got ", labels.sizes());
-  TORCH_CHECK_VALUE(labels.device() == logits.device(), "labels: expected device ", logits.device(),
-                    " as of logits, got ", labels.device());
-  check_number("logit_scale", options.logit_scale, options.logit_scale > 0.0,
-               "a finite number > 0");
+  check_number("logit_scale", options.logit_scale, options.logit_scale >= 1e-30,
+               "a finite number >= 1e-30");
   if (options.softcap.has_value()) {
-    check_number("softcap", *options.softcap, *options.softcap > 0.0, "a finite number > 0");
+    check_number("softcap", *options.softcap, *options.softcap >= 1e-30 && *options.softcap <= 1e30,
+                 "a number in [1e-30, 1e30]");
   }
-  if (options.inplace_backward && at::GradMode::is_enabled() && logits.requires_grad()) {
-    const bool view_of_leaf = logits.is_view() && logits._base().is_leaf();
-    TORCH_CHECK_VALUE(
-        !logits.is_leaf() && !view_of_leaf,
-        "inplace_backward: expected logits computed from other tensors, got a leaf that "
-        "requires grad (or a view of one), whose values the backward would overwrite");
-  }
+  if (options.inplace_backward) check_inplace_backward(logits);
 }
 
 // The ratio gamma / beta.
@@ -291,10 +315,13 @@ inline double check_simpo_options(const SimPOOptions& options) {
                       "normalizer: expected none without Reduction::kMean, got ", *normalizer);
     check_number("normalizer", *normalizer, *normalizer > 0.0, "a finite number > 0");
   }
+  TORCH_CHECK_VALUE(options.pair_normalizer.has_value() || !options.token_normalizer.has_value(),
+                    "token_normalizer: expected a pair_normalizer beside it, got ",
+                    options.token_normalizer.value_or(0.0), " alone");
   TORCH_CHECK_VALUE(
-      !(token_wise_sft && options.sft_weight > 0.0 && options.pair_normalizer.has_value() &&
-        !options.token_normalizer.has_value()),
-      "token_normalizer: expected one beside pair_normalizer with a token-wise SFT term");
+      !token_wise_sft ||
+          options.token_normalizer.has_value() == options.pair_normalizer.has_value(),
+      "token_normalizer: expected one beside pair_normalizer with SftReduction::kToken, got none");
   const double ratio = options.gamma.has_value() ? *options.gamma / options.beta
                                                  : options.gamma_beta_ratio.value_or(0.5);
   check_number("gamma_beta_ratio", ratio, true, "a finite number");
@@ -328,8 +355,20 @@ inline SimPOOutput simpo_loss(const at::Tensor& logits, const at::Tensor& labels
   const double gamma_beta_ratio = detail::check_simpo_options(options);
   const at::Tensor long_labels = labels.to(at::kLong);
   const at::Tensor logps = detail::TokenLogps::apply(logits, long_labels, options.tokens);
-  const torch::autograd::variable_list out =
-      detail::PreferenceLoss::apply(logps, long_labels, options, gamma_beta_ratio);
+  SimPOOptions op_options = options;
+  if (options.pair_normalizer.has_value()) {  // sums, to be divided here
+    op_options.reduction = Reduction::kSum;
+    op_options.sft_weight = 0.0;
+  }
+  torch::autograd::variable_list out =
+      detail::PreferenceLoss::apply(logps, long_labels, op_options, gamma_beta_ratio);
+  if (options.pair_normalizer.has_value()) {
+    const double pairs = *options.pair_normalizer;
+    const bool by_token = options.sft_reduction == SftReduction::kToken;
+    out[0] = out[0] / pairs;
+    out[4] = out[4] / (by_token ? *options.token_normalizer : pairs);
+    if (options.sft_weight > 0.0) out[0] = out[0] + options.sft_weight * out[4];
+  }
   const int64_t P = logits.size(0) / 2;
   return {
       .loss = out[0],

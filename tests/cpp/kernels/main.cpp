@@ -3,17 +3,25 @@
 // threads are plain std::threads. Values are compared with a direct double computation. Exits
 // non-zero on the first failure.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "core/kernels.h"
+#include "cpu/fast_exp.h"
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #define POISON(pointer, bytes) ASAN_POISON_MEMORY_REGION(pointer, bytes)
@@ -233,8 +241,7 @@ void check_preference_loss(int64_t P, int64_t T_) {
   std::vector<double> metrics(kNumMetrics);
   std::vector<int64_t> counts(2 * pairs);
   float loss = 0.0f, sft_loss = 0.0f;
-  const LossReduction reduction{
-      Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop, 0.5, 0.0, 0.0};
+  const LossReduction reduction{Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop, 0.5};
   cpu::preference_loss({DType::kFloat32,
                         token_logps.data(),
                         {T_, 1},
@@ -269,10 +276,51 @@ void check_preference_loss(int64_t P, int64_t T_) {
   }
 }
 
+void check_sequence_logps() {
+  constexpr int64_t B = 3, T_ = 4;
+  std::vector<double> token_logps(B * T_), logps(B), gradient(B * T_);
+  std::vector<int64_t> labels(B * T_, 1), counts(B);
+  for (size_t i = 0; i < token_logps.size(); ++i) token_logps[i] = -static_cast<double>(i);
+  for (size_t t = 0; t < T_; ++t) labels[t] = -100;  // the first sequence is empty
+  labels[6] = -100;
+  const Targets targets{labels.data(), {T_, 1}, B, T_, -100, false};
+  cpu::sequence_logps(
+      {DType::kFloat64, token_logps.data(), {T_, 1}, targets, true, logps.data(), counts.data()},
+      kThreads);
+  require(std::isnan(logps[0]) && counts[0] == 0, "an empty sequence is NaN");
+  require(logps[1] == -(4.0 + 5.0 + 7.0) / 3 && counts[1] == 3, "mean of the valid tokens",
+          logps[1]);
+  require(logps[2] == -9.5 && counts[2] == 4, "mean of all tokens", logps[2]);
+  const std::vector<double> upstream{1.0, 3.0, 8.0};
+  cpu::sequence_logps_backward(
+      {DType::kFloat64, targets, true, upstream.data(), 1, counts.data(), gradient.data()},
+      kThreads);
+  const std::vector<double> expected{0, 0, 0, 0, 1, 1, 0, 1, 2, 2, 2, 2};
+  for (size_t i = 0; i < expected.size(); ++i) {
+    require(std::fabs(gradient[i] - expected[i]) < 1e-15, "gradient of a mean", gradient[i],
+            expected[i]);
+  }
+}
+
+// Every float in [-87, 88] at a stride, and the edges.
+void check_fast_exp() {
+  for (float x = -87.0f; x <= 88.0f; x += 3.1e-5f) {
+    const double expected = std::exp(static_cast<double>(x));
+    const double error = std::fabs(static_cast<double>(cpu::fast_exp(x)) - expected) / expected;
+    require(error < 9e-8, "fast_exp", static_cast<double>(x), error);
+  }
+  require(cpu::fast_exp(0.0f) == 1.0f, "exp(0) is 1");
+  require(cpu::fast_exp(-INFINITY) == 0.0f && cpu::fast_exp(-1e30f) == 0.0f,
+          "exp of far below is 0");
+  require(std::isnan(cpu::fast_exp(NAN)), "exp(NaN) is NaN");
+}
+
 }  // namespace
 
 int main() {
   check_conversions();
+  check_fast_exp();
+  check_sequence_logps();
   std::mt19937 random(0);
   // 1; less than a vector; a block of 1024 less one, exactly, and more; enough for several threads.
   for (const int64_t V : {1, 3, 1023, 1024, 1025, 20000}) {

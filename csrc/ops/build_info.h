@@ -16,8 +16,8 @@ struct BuildInfo {
 
 __attribute__((visibility("default"))) BuildInfo build_info();
 
-// Devices that the CUDA runtime inside this binary sees: at least 0, or minus a cudaError_t.
-// -1 without CUDA.
+// Devices that the CUDA runtime inside this binary sees: at least 0, or minus a cudaError_t. 0 if
+// the binary has no CUDA runtime.
 __attribute__((visibility("default"))) int cuda_device_count();
 
 }  // namespace simpo_ext

@@ -1,4 +1,4 @@
-#include "core/build_info.h"
+#include "ops/build_info.h"
 
 #include "core/kernels.h"
 
@@ -31,7 +31,7 @@ int cuda_device_count() {
 #ifdef SIMPO_WITH_CUDA
   return cuda::device_count();
 #else
-  return -1;
+  return 0;
 #endif
 }
 
