@@ -120,13 +120,6 @@ def check_number(
         number = float(cast(float, value))
     except OverflowError:  # an int past every float
         number = math.inf
-    bounds = []
-    if above is not None:
-        bounds.append(f"> {above:g}")
-    if at_least is not None:
-        bounds.append(f">= {at_least:g}")
-    if at_most is not None:
-        bounds.append(f"<= {at_most:g}")
     inside = (
         abs(number) < math.inf
         and (above is None or number > above)
@@ -134,7 +127,9 @@ def check_number(
         and (at_most is None or number <= at_most)
     )
     if not inside:
-        expected = " and ".join(["a finite number", *bounds])
+        bounds = {">": above, ">=": at_least, "<=": at_most}
+        parts = [f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None]
+        expected = " and ".join(["a finite number", *parts])
         raise ValueError(f"{name}: expected {expected}, got {number}")
     return number
 

@@ -19,7 +19,6 @@ enum class SftReduction : int64_t { kSequence = 0, kToken = 1 };
 enum class EmptyPolicy : int64_t { kDrop = 0, kNan = 1 };
 
 // ---- logit transform: x -> z = softcap * tanh(logit_scale * x / softcap), or logit_scale * x
-// -------
 
 struct LogitTransform {
   double logit_scale;
@@ -46,8 +45,7 @@ SIMPO_HOST_DEVICE inline Scalar transform_logit_slope(Scalar z, LogitTransform t
   return scale * ((Scalar(1) - ratio) * (Scalar(1) + ratio));
 }
 
-// ---- sequence log-probability
-// ------------------------------------------------------------------------
+// ---- sequence log-probability ---------------------------------------------------------------
 
 // sum: the log-probs of the count valid tokens, added up. An empty sequence has none: NaN, never 0,
 // which would be the best reward there is.
@@ -63,8 +61,7 @@ SIMPO_HOST_DEVICE inline Scalar sequence_logp_slope(int64_t count, bool average)
   return average ? Scalar(1) / static_cast<Scalar>(count) : Scalar(1);
 }
 
-// ---- pair loss
-// -----------------------------------------------------------------------------------------
+// ---- pair loss ------------------------------------------------------------------------------
 
 struct PairLoss {
   LossType type;
@@ -118,8 +115,7 @@ SIMPO_HOST_DEVICE inline Scalar pair_loss_slope(Scalar margin, const PairLoss& l
   return beta * (eps * sigmoid(margin) - (Scalar(1) - eps) * sigmoid(-margin));
 }
 
-// ---- reduction over pairs and tokens
-// ---------------------------------------------------------------
+// ---- reduction over pairs and tokens --------------------------------------------------------
 
 struct LossReduction {
   Reduction reduction;

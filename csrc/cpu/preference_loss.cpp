@@ -4,8 +4,6 @@
 // reads labels and O(P), and writes [2P, T]. Scratch: 8 bytes a sequence. Sums over tokens and over
 // pairs are compensated, in double, in a fixed order.
 
-#include <cmath>
-#include <limits>
 #include <vector>
 
 #include "core/compensated_sum.h"

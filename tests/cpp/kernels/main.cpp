@@ -52,8 +52,7 @@ constexpr ParallelFor kThreads{
       for (std::thread& thread : threads) thread.join();
     }};
 
-// ---- conversions: all 65536 halves, and every rounding boundary between neighbours
-// -------------------
+// ---- conversions: all 65536 halves, and every rounding boundary between neighbours ----------
 
 template <typename Narrow, typename Widen>
 void check_narrowing(const char* what, uint32_t infinity_bits, Narrow to_bits, Widen to_float) {
@@ -100,8 +99,7 @@ void check_conversions() {
       [](uint32_t b) { return widen(BFloat16{static_cast<uint16_t>(b)}); });
 }
 
-// ---- token_logps
-// -----------------------------------------------------------------------------------------
+// ---- token_logps ----------------------------------------------------------------------------
 
 template <typename T>
 struct DTypeOf;
@@ -225,8 +223,7 @@ void check_token_logps(int64_t V, bool shift, std::mt19937& random) {
   }
 }
 
-// ---- preference_loss
-// -----------------------------------------------------------------------------------
+// ---- preference_loss ------------------------------------------------------------------------
 
 void check_preference_loss(int64_t P, int64_t T_) {
   std::vector<float> token_logps(static_cast<size_t>(2 * P * T_));
