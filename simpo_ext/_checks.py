@@ -10,10 +10,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ._library import _C
+
 LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # "meta" tensors carry shapes only and run the fake kernels.
-DEVICES = ("cpu", "meta")
+DEVICES = ("cpu", "cuda", "meta")
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
@@ -27,12 +29,29 @@ def check_tensor(name: str, value: object) -> Tensor:
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout)
         raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
-    if value.device.type not in DEVICES:
+    check_device(name, value.device)
+    return value
+
+
+def check_device(name: str, device: torch.device) -> None:
+    """A device that this build has kernels for."""
+    if device.type not in DEVICES:
+        raise RuntimeError(
+            f"{name}: simpo_ext has kernels for CPU and CUDA tensors, got a tensor on {device}; "
+            "move it with .cpu()"
+        )
+    if device.type != "cuda":
+        return
+    if torch.version.hip is not None:  # whose tensors say "cuda"
+        raise RuntimeError(
+            f"{name}: simpo_ext has kernels for NVIDIA GPUs and for CPUs, got a tensor on a GPU "
+            "under ROCm; move it with .cpu()"
+        )
+    if not _C.build_info()["cuda_runtime_version"]:
         raise RuntimeError(
             f"{name}: this build of simpo_ext has kernels for CPU tensors only, got a tensor on "
-            f"{value.device}; move it with .cpu()"
+            f"{device}; move it with .cpu(), or build simpo_ext from source where nvcc is"
         )
-    return value
 
 
 def check_floating(name: str, value: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""Numerical checks of the installed build against float64, on the machine it runs on.
+"""Numerical checks of the installed build against float64, on the CPU and the GPU, if there is one.
 
 Gradients are compared with central differences of the loss; values and gradients in every dtype
 with the same loss written out in PyTorch, in float64.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import functional
+from . import build_info, functional
 
 # Of the result: float32 sums of a few thousand terms, and one rounding to the gradient's dtype.
 _LOSS_TOLERANCE = {
@@ -69,15 +69,21 @@ def run() -> int:
 
 
 def _all_checks() -> Iterator[Check]:
-    for name, options in _VARIANTS.items():
-        yield _finite_differences(name, options)
-    for dtype in _LOSS_TOLERANCE:
+    for device in _devices():
         for name, options in _VARIANTS.items():
-            yield from _against_float64(name, options, dtype)
-        yield _in_place(dtype)
+            yield _finite_differences(name, options, device)
+        for dtype in _LOSS_TOLERANCE:
+            for name, options in _VARIANTS.items():
+                yield from _against_float64(name, options, dtype, device)
+            yield _in_place(dtype, device)
 
 
-def _batch(dtype: torch.dtype, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _devices() -> tuple[str, ...]:
+    has_kernels = build_info()["cuda_runtime_version"] and torch.version.hip is None
+    return ("cpu", "cuda") if has_kernels and torch.cuda.is_available() else ("cpu",)
+
+
+def _batch(dtype: torch.dtype, vocabulary: int, device: str) -> tuple[Tensor, Tensor]:
     """Two pairs of six positions, two of them prompt, with logits that favour a few tokens."""
     generator = torch.Generator().manual_seed(0)
     shape = (4, 6, vocabulary)
@@ -86,11 +92,11 @@ def _batch(dtype: torch.dtype, vocabulary: int) -> tuple[Tensor, Tensor]:
     logits.scatter_add_(2, labels.roll(-1, 1).unsqueeze(2), torch.full((4, 6, 1), 3.0).double())
     labels[:, :2] = -100
     labels[1, -1] = -100
-    return logits.to(dtype), labels
+    return logits.to(device, dtype), labels.to(device)
 
 
-def _finite_differences(name: str, options: dict[str, Any]) -> Check:
-    logits, labels = _batch(torch.float64, vocabulary=5)
+def _finite_differences(name: str, options: dict[str, Any], device: str) -> Check:
+    logits, labels = _batch(torch.float64, 5, device)
 
     def loss(x: Tensor) -> Tensor:
         return functional.simpo_loss(x, labels, **options).loss
@@ -103,7 +109,7 @@ def _finite_differences(name: str, options: dict[str, Any]) -> Check:
         differences.view(-1)[index] = (loss(logits + step) - loss(logits - step)).item() / 2e-5
     error = (gradient - differences).abs().max() / gradient.abs().max()
     # Rounding of the loss over the step, 1e-16 / 1e-5, and the third derivative times 1e-10.
-    return Check(f"gradient against central differences, {name}", error.item(), 1e-8)
+    return Check(f"{device}: gradient and central differences, {name}", error.item(), 1e-8)
 
 
 def _written_out(
@@ -151,8 +157,10 @@ def _value_and_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tup
     return value.detach().double(), gradient.double()
 
 
-def _against_float64(name: str, options: dict[str, Any], dtype: torch.dtype) -> Iterator[Check]:
-    logits, labels = _batch(dtype, vocabulary=2051)  # several blocks and a tail
+def _against_float64(
+    name: str, options: dict[str, Any], dtype: torch.dtype, device: str
+) -> Iterator[Check]:
+    logits, labels = _batch(dtype, 2051, device)  # several blocks and a tail
     value, gradient = _value_and_gradient(
         lambda x: functional.simpo_loss(x, labels, **options).loss, logits
     )
@@ -163,15 +171,17 @@ def _against_float64(name: str, options: dict[str, Any], dtype: torch.dtype) -> 
     largest = expected_gradient.abs().max()
     gradient_error = ((gradient - expected_gradient).abs().max() / largest).item()
     where = f"{str(dtype).removeprefix('torch.')}, {name}"
-    yield Check(f"loss, {where}", value_error, _LOSS_TOLERANCE[dtype])
-    yield Check(f"gradient, {where}", gradient_error, _GRADIENT_TOLERANCE[dtype])
+    yield Check(f"{device}: loss, {where}", value_error, _LOSS_TOLERANCE[dtype])
+    yield Check(f"{device}: gradient, {where}", gradient_error, _GRADIENT_TOLERANCE[dtype])
 
 
-def _in_place(dtype: torch.dtype) -> Check:
-    logits, labels = _batch(dtype, vocabulary=2051)
+def _in_place(dtype: torch.dtype, device: str) -> Check:
+    logits, labels = _batch(dtype, 2051, device)
     _, expected = _value_and_gradient(lambda x: functional.simpo_loss(x, labels).loss, logits)
     _, gradient = _value_and_gradient(
         lambda x: functional.simpo_loss(x * 1, labels, inplace_backward=True).loss, logits
     )
     where = str(dtype).removeprefix("torch.")
-    return Check(f"in-place gradient, {where}", (gradient - expected).abs().max().item(), 0.0)
+    return Check(
+        f"{device}: in-place gradient, {where}", (gradient - expected).abs().max().item(), 0.0
+    )

@@ -42,14 +42,12 @@ def _build_rows() -> dict[str, str]:
         "pybind11": str(build["pybind11"]),
     }
     if runtime == 0:
-        rows["CUDA"] = "none: built without nvcc"
+        rows["CUDA kernels"] = "none: built without nvcc"
     else:
         version = f"{runtime // 1000}.{runtime % 1000 // 10}"
         count = _C.cuda_device_count()
         devices = f"devices: {count}" if count >= 0 else f"no device (cudaError {-count})"
-        rows["CUDA"] = (
-            f"runtime {version} for {build['cuda_archs']}; no kernels in this build; {devices}"
-        )
+        rows["CUDA kernels"] = f"runtime {version} for {build['cuda_archs']}; {devices}"
     return rows
 
 

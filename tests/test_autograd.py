@@ -12,6 +12,8 @@ from torch import Tensor
 import simpo_ext
 from batches import DTYPES, make_batch
 
+pytestmark = pytest.mark.kernels
+
 OPS = torch.ops.simpo_ext
 TOKEN_OPTIONS = (-100, True, 1.0, 0.0)
 # average, beta, ratio, sigmoid, smoothing, sft 0.2 per sequence, mean, drop

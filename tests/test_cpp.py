@@ -13,6 +13,7 @@ import torch
 
 import simpo_ext
 from batches import make_batch
+from sanitizers import skip_unless_sanitizer_works
 
 CPP = Path(__file__).resolve().parent / "cpp"
 ROOT = CPP.parent.parent
@@ -38,15 +39,6 @@ needs_libtorch = pytest.mark.skipif(
     torch.version.cuda is not None and shutil.which("nvcc") is None,
     reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
 )
-
-
-def skip_unless_sanitizer_works(sanitizer: str, folder: Path) -> None:
-    """Its runtime may be missing, or at odds with the kernel's address space layout."""
-    (folder / "probe.cpp").write_text("int main() {}")
-    flags = [f"-fsanitize={sanitizer}", "-o", "probe"]
-    compiled = subprocess.run(["c++", "probe.cpp", *flags], cwd=folder, check=False)
-    if compiled.returncode or subprocess.run(["./probe"], cwd=folder, check=False).returncode:
-        pytest.skip(f"-fsanitize={sanitizer} does not work on this machine")
 
 
 # As in consumer/main.cpp.

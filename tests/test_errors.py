@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simpo_ext import SimPOLoss, sequence_logps, simpo_loss, simpo_loss_from_logps, token_logps
 
+pytestmark = pytest.mark.kernels
+
 P, T, V = 2, 5, 7
 B = 2 * P
 NAN, INF = float("nan"), float("inf")
@@ -113,9 +115,10 @@ def test_odd_batch_cannot_be_split_into_pairs(scorer: str) -> None:
         SCORERS[scorer](_logits()[:3], _labels()[:3])
 
 
-# ---- labels out of range -------------------------------------------------------------------------
+# ---- labels out of range: what the CPU says; of CUDA, test_cuda_kernels.py -----------------------
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("label", [-1, -99, -101, V, V + 1, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("scorer", ["token_logps", "sequence_logps", "simpo_loss"])
@@ -127,6 +130,7 @@ def test_label_out_of_range_is_named_at_its_place(scorer: str, label: int, shift
         SCORERS[scorer](_logits(), labels, shift=shift)
 
 
+@pytest.mark.cpu_only
 def test_only_scored_labels_must_be_in_range() -> None:
     labels = _labels()
     labels[1, 0] = 99  # With shift, no logits are scored with the first column.
@@ -385,6 +389,7 @@ def test_op_refuses_enums_it_does_not_know(name: str, value: int) -> None:
         OPS.preference_loss(**{**_op_arguments("preference_loss"), name: value})
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("op", [op for op in OP_NAMES if op.startswith("token_logps")])
 def test_op_refuses_labels_out_of_range(op: str) -> None:
     arguments = _op_arguments(op)

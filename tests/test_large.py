@@ -11,6 +11,8 @@ from torch import Tensor
 import simpo_ext
 from batches import make_batch
 
+pytestmark = pytest.mark.kernels
+
 FAR = 2**31 + 64
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 import simpo_ext
 from batches import make_batch
 
+pytestmark = pytest.mark.kernels
+
 
 def allocated_bytes(function: Callable[[], object]) -> int:
     """Sum of all tensor allocations while the function runs, freed or not."""

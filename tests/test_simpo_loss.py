@@ -14,6 +14,8 @@ import oracle
 import simpo_ext
 from batches import DTYPES, Batch, make_batch
 
+pytestmark = pytest.mark.kernels
+
 COMBINATIONS = [
     {"loss_type": loss_type, "average_log_prob": average, "reduction": reduction, **sft}
     for loss_type, average, reduction, sft in itertools.product(

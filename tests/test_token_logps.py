@@ -10,6 +10,8 @@ import oracle
 import simpo_ext
 from batches import DTYPES, Batch, eager_token_logps, make_batch
 
+pytestmark = pytest.mark.kernels
+
 # 1: a softmax of one. 7: less than a vector. 1000: just below a block of 1024 logits; 1024: one;
 # 1025: one and a tail of one. 5003: several blocks and an odd tail.
 VOCABULARIES = (1, 7, 1000, 1024, 1025, 5003)

@@ -14,6 +14,8 @@ from torch import Tensor
 import simpo_ext
 from batches import Batch, make_batch
 
+pytestmark = pytest.mark.kernels
+
 
 def princeton_get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool) -> Tensor:
     labels = labels[:, 1:].clone()

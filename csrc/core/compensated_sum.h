@@ -17,6 +17,12 @@ class CompensatedSum {
     sum_ = next;
   }
 
+  // As if the other's values had been added here.
+  SIMPO_HOST_DEVICE void merge(const CompensatedSum& other) {
+    add(other.sum_);
+    lost_ += other.lost_;
+  }
+
   SIMPO_HOST_DEVICE Scalar value() const {
     // Once the sum is infinite, inf - inf has made the correction NaN.
     return std::isfinite(sum_) ? sum_ + lost_ : sum_;

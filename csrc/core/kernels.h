@@ -91,6 +91,7 @@ struct PreferenceLossArgs {
   bool average;
   PairLoss pair_loss;
   LossReduction reduction;
+  double* sums;  // [2P] scratch
   void* loss;    // [] or, with Reduction::kNone, [P]; compute
   void* losses;  // [P], compute: the preference loss of each pair, without the SFT term; 0: dropped
   void* logps;   // [2P], compute; NaN for an empty sequence
@@ -135,4 +136,20 @@ void preference_loss_backward(const PreferenceLossBackwardArgs& args, ParallelFo
 const char* capability();
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The kernels run on the current device, on a stream of it, and these return when they are
+// enqueued: 0, or the cudaError_t of a launch that did not happen. Nothing waits for the device and
+// nothing is allocated. A label out of range gives a row of NaN, without a read out of bounds.
+using Stream = void*;  // cudaStream_t
+int token_logps(const TokenLogpsArgs& args, Stream stream);
+int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream);
+
+int sequence_logps(const SequenceLogpsArgs& args, Stream stream);
+int sequence_logps_backward(const SequenceLogpsBackwardArgs& args, Stream stream);
+int preference_loss(const PreferenceLossArgs& args, Stream stream);
+int preference_loss_backward(const PreferenceLossBackwardArgs& args, Stream stream);
+
+}  // namespace cuda
 }  // namespace simpo_ext

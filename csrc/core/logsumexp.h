@@ -38,4 +38,10 @@ struct LogSumExp {
   }
 };
 
+// 1 - exp(logp), for a log-probability that rounding may have put above 0. expm1, since 1 - exp
+// would cancel where the model is sure.
+SIMPO_HOST_DEVICE inline double one_minus_exp(double logp) {
+  return -std::expm1(logp > 0.0 ? 0.0 : logp);
+}
+
 }  // namespace simpo_ext

@@ -30,9 +30,16 @@ struct Targets {
 
   SIMPO_HOST_DEVICE int64_t label_position(int64_t t) const { return shift ? t + 1 : t; }
 
+  // Whether a label is there for (b, t) to be scored with; only then is label_offset(b, t) that of
+  // one.
+  SIMPO_HOST_DEVICE bool has_label(int64_t t) const { return label_position(t) < T; }
+
+  SIMPO_HOST_DEVICE int64_t label_offset(int64_t b, int64_t t) const {
+    return strides.offset(b, label_position(t));
+  }
+
   SIMPO_HOST_DEVICE int64_t at(int64_t b, int64_t t) const {
-    const int64_t position = label_position(t);
-    return position < T ? labels[strides.offset(b, position)] : ignore_index;
+    return has_label(t) ? labels[label_offset(b, t)] : ignore_index;
   }
 
   SIMPO_HOST_DEVICE bool is_valid(int64_t b, int64_t t) const { return at(b, t) != ignore_index; }

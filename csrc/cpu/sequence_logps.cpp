@@ -3,8 +3,8 @@
 
 #include "cpu/sequence_logps.h"
 
+#include "core/dtype_dispatch.h"
 #include "core/kernels.h"
-#include "cpu/dtype_dispatch.h"
 
 namespace simpo_ext::cpu {
 namespace {

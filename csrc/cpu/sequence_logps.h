@@ -6,14 +6,10 @@
 #include <cstdint>
 
 #include "core/compensated_sum.h"
+#include "core/preference.h"
 #include "core/views.h"
 
 namespace simpo_ext::cpu {
-
-struct SequenceSum {
-  double sum;
-  int64_t count;
-};
 
 // Of the valid tokens of sequence b. Masked positions are not read.
 template <typename Scalar>

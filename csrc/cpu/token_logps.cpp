@@ -16,9 +16,9 @@
 #include <limits>
 #include <vector>
 
+#include "core/dtype_dispatch.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
-#include "cpu/dtype_dispatch.h"
 #include "cpu/fast_exp.h"
 
 namespace simpo_ext::cpu {
@@ -114,9 +114,7 @@ void row_gradient(const T* x, int64_t V, int64_t label, LogitTransform transform
     std::copy(out, out + n, dx + i);
   }
 
-  // 1 - softmax as expm1, since 1 - exp would cancel where the model is sure of the label.
-  const double label_logp = logsumexp.log_probability(label_z);
-  const double one_minus_p = -std::expm1(label_logp > 0.0 ? 0.0 : label_logp);
+  const double one_minus_p = one_minus_exp(logsumexp.log_probability(label_z));
   const double slope = transform_logit_slope(static_cast<double>(label_z), transform);
   dx[label] = narrow<T>(static_cast<Scalar>(grad * one_minus_p * slope));
 }

@@ -47,10 +47,6 @@ inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* name
                   torch::headeronly::toString(tensor.scalar_type()));
 }
 
-inline void check_cpu(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor, got one on another device");
-}
-
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:

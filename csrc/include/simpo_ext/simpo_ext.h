@@ -243,10 +243,9 @@ inline void check_tensor(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), name, ": expected a tensor, got an undefined one");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, ": expected a dense tensor, got layout ",
                    tensor.layout());
-  TORCH_CHECK(tensor.device().is_cpu(), name,
-              ": expected a CPU tensor, which is all this build has "
-              "kernels for, got one on ",
-              tensor.device());
+  TORCH_CHECK(tensor.device().is_cpu() || tensor.device().is_cuda(), name,
+              ": simpo_ext has kernels for CPU and CUDA tensors, got a tensor on ", tensor.device(),
+              "; move it with .cpu()");
 }
 
 // Logits whose memory the backward may overwrite with their gradient.

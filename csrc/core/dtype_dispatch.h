@@ -3,7 +3,7 @@
 
 #include "core/dtypes.h"
 
-namespace simpo_ext::cpu {
+namespace simpo_ext {
 
 template <typename T>
 struct TypeTag {
@@ -35,4 +35,4 @@ void dispatch_compute_dtype(DType dtype, const Function& function) {
   }
 }
 
-}  // namespace simpo_ext::cpu
+}  // namespace simpo_ext

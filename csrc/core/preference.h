@@ -1,0 +1,200 @@
+// From the sums of two sequences to the loss of their pair, and from the pairs to the loss of the
+// batch: what every device does between reading token log-probs and writing gradients. The formulas
+// themselves are in loss_math.h. All of it is in double, on O(P) values.
+#pragma once
+
+#include <cstdint>
+
+#include "core/compensated_sum.h"
+#include "core/host_device.h"
+#include "core/kernels.h"
+#include "core/loss_math.h"
+
+namespace simpo_ext {
+
+// Of the valid tokens of a sequence.
+struct SequenceSum {
+  double sum;
+  int64_t count;
+};
+
+// ---- forward --------------------------------------------------------------------------------
+
+struct ScoredPair {
+  SequenceSum chosen, rejected;
+  double chosen_logp, rejected_logp;
+  double chosen_reward, rejected_reward;
+  bool is_counted;
+  double loss, slope, sft_loss;  // 0 unless counted
+};
+
+SIMPO_HOST_DEVICE inline ScoredPair score_pair(SequenceSum chosen, SequenceSum rejected,
+                                               const PreferenceLossArgs& args) {
+  ScoredPair pair{};
+  pair.chosen = chosen;
+  pair.rejected = rejected;
+  pair.chosen_logp = sequence_logp(chosen.sum, chosen.count, args.average);
+  pair.rejected_logp = sequence_logp(rejected.sum, rejected.count, args.average);
+  pair.chosen_reward = args.pair_loss.beta * pair.chosen_logp;
+  pair.rejected_reward = args.pair_loss.beta * pair.rejected_logp;
+  pair.is_counted = is_pair_counted(chosen.count, rejected.count, args.reduction.empty);
+  if (pair.is_counted) {
+    const double margin = scaled_margin(pair.chosen_logp, pair.rejected_logp, args.pair_loss);
+    pair.loss = pair_loss(margin, args.pair_loss);
+    pair.slope = pair_loss_slope(margin, args.pair_loss);
+    pair.sft_loss = -pair.chosen_logp;
+  }
+  return pair;
+}
+
+SIMPO_HOST_DEVICE inline double add_sft_term(double loss, double sft_loss,
+                                             const LossReduction& reduction) {
+  return reduction.sft_weight > 0.0 ? loss + reduction.sft_weight * sft_loss : loss;
+}
+
+// The outputs that pair p of P has to itself.
+template <typename Scalar>
+SIMPO_HOST_DEVICE inline void write_pair(const ScoredPair& pair, int64_t p, int64_t P,
+                                         const PreferenceLossArgs& args) {
+  Scalar* logps = static_cast<Scalar*>(args.logps);
+  Scalar* rewards = static_cast<Scalar*>(args.rewards);
+  logps[p] = static_cast<Scalar>(pair.chosen_logp);
+  logps[P + p] = static_cast<Scalar>(pair.rejected_logp);
+  rewards[p] = static_cast<Scalar>(pair.chosen_reward);
+  rewards[P + p] = static_cast<Scalar>(pair.rejected_reward);
+  static_cast<Scalar*>(args.losses)[p] = static_cast<Scalar>(pair.loss);
+  static_cast<Scalar*>(args.slopes)[p] = static_cast<Scalar>(pair.slope);
+  if (args.reduction.reduction == Reduction::kNone) {
+    static_cast<Scalar*>(args.loss)[p] =
+        static_cast<Scalar>(add_sft_term(pair.loss, pair.sft_loss, args.reduction));
+    static_cast<Scalar*>(args.sft_loss)[p] = static_cast<Scalar>(pair.sft_loss);
+  }
+}
+
+// Totals over the counted pairs, compensated.
+struct PreferenceTotals {
+  int64_t num_pairs = 0;
+  int64_t num_tokens = 0;
+  int64_t num_chosen_tokens = 0;
+  int64_t num_correct = 0;
+  CompensatedSum<double> losses, chosen_logps, rejected_logps, chosen_rewards, rejected_rewards,
+      margins, chosen_token_logps;
+
+  SIMPO_HOST_DEVICE void add(const ScoredPair& pair) {
+    if (!pair.is_counted) return;
+    num_pairs += 1;
+    num_tokens += pair.chosen.count + pair.rejected.count;
+    num_chosen_tokens += pair.chosen.count;
+    num_correct += pair.chosen_reward > pair.rejected_reward ? 1 : 0;
+    losses.add(pair.loss);
+    chosen_logps.add(pair.chosen_logp);
+    rejected_logps.add(pair.rejected_logp);
+    chosen_rewards.add(pair.chosen_reward);
+    rejected_rewards.add(pair.rejected_reward);
+    margins.add(pair.chosen_reward - pair.rejected_reward);
+    chosen_token_logps.add(pair.chosen.sum);
+  }
+
+  SIMPO_HOST_DEVICE void merge(const PreferenceTotals& other) {
+    num_pairs += other.num_pairs;
+    num_tokens += other.num_tokens;
+    num_chosen_tokens += other.num_chosen_tokens;
+    num_correct += other.num_correct;
+    losses.merge(other.losses);
+    chosen_logps.merge(other.chosen_logps);
+    rejected_logps.merge(other.rejected_logps);
+    chosen_rewards.merge(other.chosen_rewards);
+    rejected_rewards.merge(other.rejected_rewards);
+    margins.merge(other.margins);
+    chosen_token_logps.merge(other.chosen_token_logps);
+  }
+};
+
+// The outputs of the batch as a whole: the reduced losses and the metrics.
+template <typename Scalar>
+SIMPO_HOST_DEVICE inline void write_totals(const PreferenceTotals& totals, int64_t P,
+                                           const PreferenceLossArgs& args) {
+  const LossReduction& reduction = args.reduction;
+  if (reduction.reduction != Reduction::kNone) {
+    const double loss = reduce_total(totals.losses.value(), totals.num_pairs, reduction);
+    const double sft_loss =
+        reduction.sft_reduction == SftReduction::kSequence
+            ? reduce_total(-totals.chosen_logps.value(), totals.num_pairs, reduction)
+            : reduce_total(-totals.chosen_token_logps.value(), totals.num_chosen_tokens, reduction);
+    *static_cast<Scalar*>(args.loss) = static_cast<Scalar>(add_sft_term(loss, sft_loss, reduction));
+    *static_cast<Scalar*>(args.sft_loss) = static_cast<Scalar>(sft_loss);
+  }
+  const double n = static_cast<double>(totals.num_pairs);  // no pair: 0 / 0, the metrics' NaN
+  args.metrics[kRewardsChosen] = totals.chosen_rewards.value() / n;
+  args.metrics[kRewardsRejected] = totals.rejected_rewards.value() / n;
+  args.metrics[kRewardsAccuracies] = static_cast<double>(totals.num_correct) / n;
+  args.metrics[kRewardsMargins] = totals.margins.value() / n;
+  args.metrics[kLogpsChosen] = totals.chosen_logps.value() / n;
+  args.metrics[kLogpsRejected] = totals.rejected_logps.value() / n;
+  args.metrics[kNumPairs] = n;
+  args.metrics[kDroppedPairs] = static_cast<double>(P - totals.num_pairs);
+  args.metrics[kNumTokens] = static_cast<double>(totals.num_tokens);
+}
+
+// ---- backward -------------------------------------------------------------------------------
+
+// What a mean divides by: over the counted pairs.
+struct PairCounts {
+  int64_t num_pairs = 0;
+  int64_t num_chosen_tokens = 0;
+
+  SIMPO_HOST_DEVICE void add(int64_t chosen_count, int64_t rejected_count, EmptyPolicy empty) {
+    if (!is_pair_counted(chosen_count, rejected_count, empty)) return;
+    num_pairs += 1;
+    num_chosen_tokens += chosen_count;
+  }
+};
+
+// The gradient of each valid token log-prob of a pair.
+struct TokenGradients {
+  double chosen, rejected;
+};
+
+template <typename Scalar>
+SIMPO_HOST_DEVICE inline double gradient_at(const void* gradient, int64_t stride, int64_t index) {
+  if (gradient == nullptr) return 0.0;
+  return static_cast<double>(static_cast<const Scalar*>(gradient)[index * stride]);
+}
+
+template <typename Scalar>
+SIMPO_HOST_DEVICE inline TokenGradients pair_gradients(int64_t p, int64_t P,
+                                                       const PairCounts& totals,
+                                                       const PreferenceLossBackwardArgs& args) {
+  const LossReduction& reduction = args.reduction;
+  const int64_t chosen_count = args.counts[p], rejected_count = args.counts[P + p];
+  // Of the sequence log-probs, in the order the outputs feed them.
+  double grad_chosen = gradient_at<Scalar>(args.grad_logps, args.grad_logps_stride, p);
+  double grad_rejected = gradient_at<Scalar>(args.grad_logps, args.grad_logps_stride, P + p);
+  double grad_chosen_token = 0.0;
+  if (is_pair_counted(chosen_count, rejected_count, reduction.empty)) {
+    const double pair_slope = reduce_total_slope<double>(totals.num_pairs, reduction);
+    const double grad_loss = gradient_at<Scalar>(args.grad_loss, args.grad_loss_stride, p);
+    const double grad_pair_loss =
+        grad_loss * pair_slope + gradient_at<Scalar>(args.grad_losses, args.grad_losses_stride, p);
+    double grad_sft = gradient_at<Scalar>(args.grad_sft_loss, args.grad_sft_loss_stride, p);
+    if (reduction.sft_weight > 0.0) grad_sft += grad_loss * reduction.sft_weight;
+    // A gradient of exactly 0 is selected, so that a NaN slope nobody asked for does not count.
+    if (grad_pair_loss != 0.0) {
+      const double slope = static_cast<double>(static_cast<const Scalar*>(args.slopes)[p]);
+      grad_chosen += grad_pair_loss * slope;
+      grad_rejected -= grad_pair_loss * slope;
+    }
+    if (grad_sft != 0.0) {
+      if (reduction.sft_reduction == SftReduction::kToken) {
+        grad_chosen_token =
+            -grad_sft * reduce_total_slope<double>(totals.num_chosen_tokens, reduction);
+      } else {
+        grad_chosen -= grad_sft * pair_slope;
+      }
+    }
+  }
+  return {grad_chosen * sequence_logp_slope<double>(chosen_count, args.average) + grad_chosen_token,
+          grad_rejected * sequence_logp_slope<double>(rejected_count, args.average)};
+}
+
+}  // namespace simpo_ext

@@ -1,0 +1,113 @@
+// CUDA as the kernels use it, and the only header that includes the toolkit for them. Everything
+// else that a kernel needs is CUDA's own language: __global__, __syncthreads, threadIdx ...
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define SIMPO_DEVICE __device__ __forceinline__
+#define SIMPO_SHARED(T, name, n) __shared__ T name[n]
+#define SIMPO_UNROLL _Pragma("unroll")
+
+namespace simpo_ext::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+constexpr int64_t kMaxGridX = 2147483647;
+constexpr int64_t kMaxGridY = 65535;
+
+// Enqueues the kernel; 0, or the cudaError_t of a launch that did not happen.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+           Arguments&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error =
+      cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (error != cudaSuccess) cudaGetLastError();  // reported here, and not once more by the next
+  return static_cast<int>(error);
+}
+
+// ---- global memory --------------------------------------------------------------------------
+
+struct alignas(16) Vector16 {
+  uint32_t words[4];
+};
+
+template <typename T>
+SIMPO_DEVICE T load(const T* pointer) {
+  return *pointer;
+}
+
+// Of an address that all threads of the block read.
+template <typename T>
+SIMPO_DEVICE T load_uniform(const T* pointer) {
+  return *pointer;
+}
+
+template <typename T>
+SIMPO_DEVICE void store(T* pointer, T value) {
+  *pointer = value;
+}
+
+// Data read once bypasses the first-level cache. Volatile and with a memory clobber, because the
+// pointer may be one that this thread stores to later (a gradient in place).
+SIMPO_DEVICE Vector16 load_streaming(const Vector16* pointer) {
+  Vector16 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(pointer)
+               : "memory");
+  return v;
+}
+
+SIMPO_DEVICE void store_streaming(Vector16* pointer, Vector16 v) {
+  __stcs(reinterpret_cast<uint4*>(pointer),
+         make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]));
+}
+
+// ---- instructions that C++ has no spelling for ----------------------------------------------
+
+// 2^x within 2 ulp; exact at 0; 0 where the result would be subnormal.
+SIMPO_DEVICE float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+SIMPO_DEVICE float widen_float16(uint16_t bits) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(bits));
+  return result;
+}
+
+// Two values rounded to nearest even, the first in the low half.
+SIMPO_DEVICE uint32_t narrow_bfloat16x2(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+SIMPO_DEVICE uint32_t narrow_float16x2(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// The larger of each half; of a number and a NaN, the number.
+SIMPO_DEVICE uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+SIMPO_DEVICE uint32_t max_float16x2(uint32_t a, uint32_t b) {
+  uint32_t result;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+}  // namespace simpo_ext::cuda

@@ -1,0 +1,85 @@
+// How token rows are laid over a grid, and a row over the threads of its block.
+#pragma once
+
+#include <cstdint>
+
+#include "core/views.h"
+#include "cuda/elements.h"
+#include "cuda/platform.h"
+
+namespace simpo_ext::cuda {
+
+// One block for each of count rows, count > 0. The second grid dimension takes what the first
+// cannot hold, in equal shares, so that at most gridDim.y blocks are in excess.
+inline dim3 grid_of_rows(int64_t count) {
+  const int64_t y = (count + kMaxGridX - 1) / kMaxGridX;
+  const int64_t x = (count + y - 1) / y;
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+}
+
+// The row of this block; blocks in excess get one that is not less than count.
+SIMPO_DEVICE int64_t row_of_block() {
+  return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+}
+
+struct Token {
+  int64_t b, t;
+};
+
+SIMPO_DEVICE Token token_of_row(int64_t row, int64_t T) {
+  if (((row | T) >> 32) == 0) {  // 64-bit division is slow
+    const uint32_t b = static_cast<uint32_t>(row) / static_cast<uint32_t>(T);
+    return {b, row - b * T};
+  }
+  return {row / T, row % T};
+}
+
+// The label of a token, of which all threads of the block ask.
+SIMPO_DEVICE int64_t uniform_label_at(const Targets& targets, Token token) {
+  if (!targets.has_label(token.t)) return targets.ignore_index;
+  return load_uniform(targets.labels + targets.label_offset(token.b, token.t));
+}
+
+SIMPO_DEVICE bool is_in_vocabulary(int64_t label, int64_t V) {
+  return static_cast<uint64_t>(label) < static_cast<uint64_t>(V);
+}
+
+// A row cut for 16-byte access: up to kWidth - 1 elements in front of the first aligned one, whole
+// vectors, and up to kWidth - 1 elements behind. Vector i belongs to thread i % kThreads, and edge
+// i (of those in front and behind, counted through) to thread i.
+template <typename T>
+class RowCut {
+ public:
+  static constexpr int kWidth = Elements<T>::kWidth;
+
+  SIMPO_DEVICE RowCut(const T* row, int64_t V) : V_(V) {
+    const auto address = reinterpret_cast<uintptr_t>(row);
+    const int64_t to_boundary = static_cast<int64_t>((16 - address % 16) % 16 / sizeof(T));
+    head_ = to_boundary < V ? to_boundary : V;
+    num_vectors_ = (V - head_) / kWidth;
+  }
+
+  SIMPO_DEVICE int64_t num_vectors() const { return num_vectors_; }
+  SIMPO_DEVICE int64_t num_edges() const { return V_ - num_vectors_ * kWidth; }
+
+  SIMPO_DEVICE const Vector16* vectors(const T* row) const {
+    return reinterpret_cast<const Vector16*>(row + head_);
+  }
+  SIMPO_DEVICE Vector16* vectors(T* row) const { return reinterpret_cast<Vector16*>(row + head_); }
+
+  SIMPO_DEVICE int64_t element_of_edge(int64_t edge) const {
+    return edge < head_ ? edge : edge + num_vectors_ * kWidth;
+  }
+
+  SIMPO_DEVICE int64_t thread_of_element(int64_t element, int64_t num_threads) const {
+    if (element < head_) return element;
+    const int64_t vector = (element - head_) / kWidth;
+    if (vector < num_vectors_) return vector % num_threads;
+    return element - num_vectors_ * kWidth;
+  }
+
+ private:
+  int64_t V_, head_, num_vectors_;
+};
+
+}  // namespace simpo_ext::cuda

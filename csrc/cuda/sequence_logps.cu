@@ -1,0 +1,58 @@
+// Sequence log-probabilities on the GPU. Reads each valid token once, writes 8 + 4 (or 8) bytes a
+// sequence; the backward writes [B, T].
+
+#include "core/dtype_dispatch.h"
+#include "core/kernels.h"
+#include "cuda/sequence_sums.cuh"
+
+namespace simpo_ext::cuda {
+namespace {
+
+template <typename Scalar>
+__global__ void __launch_bounds__(kSequenceThreads) sequence_logps_kernel(SequenceLogpsArgs args) {
+  const int64_t b = row_of_block();
+  if (b >= args.targets.B) return;
+  const SequenceSum total = sum_valid_tokens<Scalar, kSequenceThreads>(
+      static_cast<const Scalar*>(args.token_logps), args.token_strides, args.targets, b);
+  if (threadIdx.x == 0) {
+    store(static_cast<Scalar*>(args.logps) + b,
+          static_cast<Scalar>(sequence_logp(total.sum, total.count, args.average)));
+    store(args.counts + b, total.count);
+  }
+}
+
+template <typename Scalar>
+__global__ void __launch_bounds__(kSequenceThreads)
+    sequence_logps_backward_kernel(SequenceLogpsBackwardArgs args) {
+  const int64_t b = row_of_block();
+  if (b >= args.targets.B) return;
+  const Scalar grad =
+      load_uniform(static_cast<const Scalar*>(args.grad_logps) + b * args.grad_stride);
+  const double slope = sequence_logp_slope<double>(load_uniform(args.counts + b), args.average);
+  spread_to_valid_tokens<Scalar, kSequenceThreads>(static_cast<double>(grad) * slope, args.targets,
+                                                   b, static_cast<Scalar*>(args.grad_token_logps));
+}
+
+}  // namespace
+
+int sequence_logps(const SequenceLogpsArgs& args, Stream stream) {
+  if (args.targets.B == 0) return 0;
+  int error = 0;
+  dispatch_compute_dtype(args.dtype, [&](auto tag) {
+    error = launch(sequence_logps_kernel<typename decltype(tag)::type>,
+                   grid_of_rows(args.targets.B), dim3(kSequenceThreads), stream, args);
+  });
+  return error;
+}
+
+int sequence_logps_backward(const SequenceLogpsBackwardArgs& args, Stream stream) {
+  if (args.targets.B * args.targets.T == 0) return 0;
+  int error = 0;
+  dispatch_compute_dtype(args.dtype, [&](auto tag) {
+    error = launch(sequence_logps_backward_kernel<typename decltype(tag)::type>,
+                   grid_of_rows(args.targets.B), dim3(kSequenceThreads), stream, args);
+  });
+  return error;
+}
+
+}  // namespace simpo_ext::cuda

@@ -1,0 +1,72 @@
+// Masked sums over a sequence's tokens, and their gradient: the step between token log-probs and
+// everything per sequence. A block for each sequence; reads each valid token once, masked ones not
+// at all. Sums are compensated, in double, in a fixed order.
+#pragma once
+
+#include <cstdint>
+
+#include "core/compensated_sum.h"
+#include "core/preference.h"
+#include "core/views.h"
+#include "cuda/platform.h"
+#include "cuda/rows.h"
+#include "cuda/warp.h"
+
+namespace simpo_ext::cuda {
+
+constexpr int kSequenceThreads = 128;
+
+SIMPO_DEVICE bool is_valid_token(const Targets& targets, int64_t b, int64_t t) {
+  return targets.has_label(t) &&
+         load(targets.labels + targets.label_offset(b, t)) != targets.ignore_index;
+}
+
+struct PartialSum {
+  CompensatedSum<double> sum;
+  int64_t count = 0;
+};
+
+// Of sequence b, in thread 0.
+template <typename Scalar, int kThreads>
+SIMPO_DEVICE SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStrides strides,
+                                          const Targets& targets, int64_t b) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  constexpr int kWords = kWordsOf<PartialSum>;
+  SIMPO_SHARED(uint64_t, of_warps, kWarps* kWords);
+  const auto merge = [](PartialSum a, const PartialSum& other) {
+    a.sum.merge(other.sum);
+    a.count += other.count;
+    return a;
+  };
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+
+  PartialSum partial;
+  for (int64_t t = threadIdx.x; t < targets.T; t += kThreads) {
+    if (!is_valid_token(targets, b, t)) continue;
+    partial.sum.add(static_cast<double>(load(token_logps + strides.offset(b, t))));
+    ++partial.count;
+  }
+  partial = reduce_warp_of_structs(partial, merge);
+  if (lane == 0) put_words(partial, of_warps + warp * kWords);
+  __syncthreads();
+
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < kWarps; ++i) {
+      partial = merge(partial, from_words<PartialSum>(of_warps + i * kWords));
+    }
+  }
+  return {partial.sum.value(), partial.count};
+}
+
+// grad_token_logps[b, :] = gradient at valid positions and 0 at masked ones, whatever gradient is.
+template <typename Scalar, int kThreads>
+SIMPO_DEVICE void spread_to_valid_tokens(double gradient, const Targets& targets, int64_t b,
+                                         Scalar* grad_token_logps) {
+  const Scalar value = static_cast<Scalar>(gradient);
+  for (int64_t t = threadIdx.x; t < targets.T; t += kThreads) {
+    store(grad_token_logps + b * targets.T + t, is_valid_token(targets, b, t) ? value : Scalar(0));
+  }
+}
+
+}  // namespace simpo_ext::cuda

@@ -1,0 +1,374 @@
+// The ops on any device: check, allocate, forward to the kernels. No arithmetic.
+//
+// Device says where tensors have to lie and calls that device's kernels:
+//   Device(tensor, name)        for the duration of an op; refuses a tensor it has no kernels for
+//   check(tensor, name)         refuses a tensor that lies elsewhere than the first
+//   token_logps(args), ...      the kernels of core/kernels.h, with their errors thrown
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "core/kernels.h"
+#include "ops/checks.h"
+
+namespace simpo_ext::ops {
+
+using torch::stable::new_empty;
+
+inline TokenStrides token_strides(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1)};
+}
+
+inline bool has_unit_stride_in_vocabulary(const Tensor& logits) {
+  return logits.size(2) <= 1 || logits.stride(2) == 1;
+}
+
+// Two rows that share memory cannot both be overwritten.
+inline bool has_distinct_rows(const Tensor& logits) {
+  const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2);
+  const int64_t stride_b = logits.stride(0), stride_t = logits.stride(1);
+  if (B * T * V == 0) return true;
+  const bool time_apart = T == 1 || stride_t >= V;
+  const bool batch_apart = B == 1 || stride_b >= V;
+  const bool nested =
+      B == 1 || T == 1 || stride_b >= (T - 1) * stride_t + V || stride_t >= (B - 1) * stride_b + V;
+  return time_apart && batch_apart && nested;
+}
+
+template <class Device>
+class Ops {
+ public:
+  // ---- token_logps --------------------------------------------------------------------------
+
+  static std::tuple<Tensor, Tensor, Tensor> token_logps(const Tensor& logits, const Tensor& labels,
+                                                        int64_t ignore_index, bool shift,
+                                                        double logit_scale, double softcap) {
+    const Device device(logits, "logits");
+    const Logits checked = check_logits(logits, labels);
+    const Targets targets = make_targets(device, labels, ignore_index, shift);
+    const Tensor rows = with_unit_stride(logits);
+    const ScalarType compute = compute_scalar_type(checked.dtype);
+    Tensor logps = new_empty(logits, {checked.B, checked.T}, compute);
+    Tensor max = new_empty(logits, {checked.B, checked.T}, compute);
+    Tensor sum_exp = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
+    device.token_logps({
+        .dtype = checked.dtype,
+        .V = checked.V,
+        .logits = rows.const_data_ptr(),
+        .logits_strides = token_strides(rows),
+        .targets = targets,
+        .transform = {logit_scale, softcap},
+        .logps = logps.mutable_data_ptr(),
+        .max = max.mutable_data_ptr(),
+        .sum_exp = sum_exp.mutable_data_ptr<double>(),
+    });
+    return {logps, max, sum_exp};
+  }
+
+  static Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& logits,
+                                     const Tensor& labels, const Tensor& max, const Tensor& sum_exp,
+                                     int64_t ignore_index, bool shift, double logit_scale,
+                                     double softcap) {
+    const Device device(logits, "logits");
+    const Logits checked = check_logits(logits, labels);
+    const Tensor rows = with_unit_stride(logits);
+    Tensor dlogits = new_empty(logits, {checked.B, checked.T, checked.V});
+    token_logps_backward_into(device, dlogits, grad_logps, rows, labels, max, sum_exp, ignore_index,
+                              shift, logit_scale, softcap);
+    return dlogits;
+  }
+
+  static void token_logps_backward_inplace(const Tensor& grad_logps, const Tensor& logits,
+                                           const Tensor& labels, const Tensor& max,
+                                           const Tensor& sum_exp, int64_t ignore_index, bool shift,
+                                           double logit_scale, double softcap) {
+    const Device device(logits, "logits");
+    check_logits(logits, labels);
+    STD_TORCH_CHECK(
+        has_unit_stride_in_vocabulary(logits) && has_distinct_rows(logits),
+        "logits: expected stride 1 in the vocabulary and rows apart in memory, got strides [",
+        logits.stride(0), ", ", logits.stride(1), ", ", logits.stride(2), "] for shape ",
+        shape_text(logits));
+    token_logps_backward_into(device, logits, grad_logps, logits, labels, max, sum_exp,
+                              ignore_index, shift, logit_scale, softcap);
+  }
+
+  // ---- sequence_logps -----------------------------------------------------------------------
+
+  static std::tuple<Tensor, Tensor> sequence_logps(const Tensor& token_logps, const Tensor& labels,
+                                                   int64_t ignore_index, bool shift,
+                                                   bool average_log_prob) {
+    const Device device(token_logps, "token_logps");
+    const DType dtype = check_token_logps(token_logps, labels);
+    const Targets targets = make_targets(device, labels, ignore_index, shift);
+    Tensor logps = new_empty(token_logps, {targets.B});
+    Tensor counts = new_empty(token_logps, {targets.B}, ScalarType::Long);
+    device.sequence_logps({
+        .dtype = dtype,
+        .token_logps = token_logps.const_data_ptr(),
+        .token_strides = token_strides(token_logps),
+        .targets = targets,
+        .average = average_log_prob,
+        .logps = logps.mutable_data_ptr(),
+        .counts = counts.mutable_data_ptr<int64_t>(),
+    });
+    return {logps, counts};
+  }
+
+  static Tensor sequence_logps_backward(const Tensor& grad_logps, const Tensor& labels,
+                                        const Tensor& counts, int64_t ignore_index, bool shift,
+                                        bool average_log_prob) {
+    const Device device(labels, "labels");
+    const Targets targets = make_targets(device, labels, ignore_index, shift);
+    device.check(grad_logps, "grad_logps");
+    check_shape(grad_logps, {targets.B}, "grad_logps");
+    const DType dtype = compute_dtype_of(grad_logps, "grad_logps");
+    const Tensor saved_counts = check_counts(device, counts, targets.B);
+    Tensor grad_token_logps = new_empty(grad_logps, {targets.B, targets.T});
+    device.sequence_logps_backward({
+        .dtype = dtype,
+        .targets = targets,
+        .average = average_log_prob,
+        .grad_logps = grad_logps.const_data_ptr(),
+        .grad_stride = grad_logps.stride(0),
+        .counts = saved_counts.template const_data_ptr<int64_t>(),
+        .grad_token_logps = grad_token_logps.mutable_data_ptr(),
+    });
+    return grad_token_logps;
+  }
+
+  // ---- preference_loss ----------------------------------------------------------------------
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss(
+      const Tensor& token_logps, const Tensor& labels, int64_t ignore_index, bool shift,
+      bool average_log_prob, double beta, double gamma_beta_ratio, int64_t loss_type,
+      double label_smoothing, double sft_weight, int64_t sft_reduction, int64_t reduction,
+      int64_t empty) {
+    const Device device(token_logps, "token_logps");
+    const DType dtype = check_token_logps(token_logps, labels);
+    const Targets targets = make_targets(device, labels, ignore_index, shift);
+    STD_TORCH_CHECK(targets.B % 2 == 0,
+                    "token_logps: expected an even B (chosen, then rejected), got ", targets.B);
+    STD_TORCH_CHECK(loss_type == 0 || loss_type == 1, "loss_type: expected 0 or 1, got ",
+                    loss_type);
+    const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, empty);
+    const int64_t P = targets.B / 2;
+    const auto reduced = [&] {
+      return how.reduction == Reduction::kNone ? new_empty(token_logps, {P})
+                                               : new_empty(token_logps, {});
+    };
+    Tensor loss = reduced(), losses = new_empty(token_logps, {P});
+    Tensor logps = new_empty(token_logps, {2 * P}), rewards = new_empty(token_logps, {2 * P});
+    Tensor sft_loss = reduced();
+    Tensor metrics = new_empty(token_logps, {kNumMetrics}, ScalarType::Double);
+    Tensor slopes = new_empty(token_logps, {P});
+    Tensor counts = new_empty(token_logps, {2 * P}, ScalarType::Long);
+    Tensor sums = new_empty(token_logps, {2 * P}, ScalarType::Double);
+    device.preference_loss({
+        .dtype = dtype,
+        .token_logps = token_logps.const_data_ptr(),
+        .token_strides = token_strides(token_logps),
+        .targets = targets,
+        .average = average_log_prob,
+        .pair_loss = {static_cast<LossType>(loss_type), beta, gamma_beta_ratio, label_smoothing},
+        .reduction = how,
+        .sums = sums.mutable_data_ptr<double>(),
+        .loss = loss.mutable_data_ptr(),
+        .losses = losses.mutable_data_ptr(),
+        .logps = logps.mutable_data_ptr(),
+        .rewards = rewards.mutable_data_ptr(),
+        .sft_loss = sft_loss.mutable_data_ptr(),
+        .metrics = metrics.mutable_data_ptr<double>(),
+        .slopes = slopes.mutable_data_ptr(),
+        .counts = counts.mutable_data_ptr<int64_t>(),
+    });
+    return {loss, losses, logps, rewards, sft_loss, metrics, slopes, counts};
+  }
+
+  static Tensor preference_loss_backward(std::optional<Tensor> grad_loss,
+                                         std::optional<Tensor> grad_losses,
+                                         std::optional<Tensor> grad_logps,
+                                         std::optional<Tensor> grad_sft_loss, const Tensor& labels,
+                                         const Tensor& slopes, const Tensor& counts,
+                                         int64_t ignore_index, bool shift, bool average_log_prob,
+                                         double sft_weight, int64_t sft_reduction,
+                                         int64_t reduction, int64_t empty) {
+    const Device device(labels, "labels");
+    const Targets targets = make_targets(device, labels, ignore_index, shift);
+    STD_TORCH_CHECK(targets.B % 2 == 0, "labels: expected an even B (chosen, then rejected), got ",
+                    targets.B);
+    const int64_t P = targets.B / 2;
+    device.check(slopes, "slopes");
+    check_shape(slopes, {P}, "slopes");
+    const DType dtype = compute_dtype_of(slopes, "slopes");
+    const Tensor saved_slopes = torch::stable::contiguous(slopes);
+    const Tensor saved_counts = check_counts(device, counts, 2 * P);
+    const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, empty);
+    const auto check_gradient = [&](const std::optional<Tensor>& gradient, int64_t length,
+                                    const char* name) {
+      return Gradient::check(device, gradient, slopes, {length}, name);
+    };
+    const auto check_reduced_gradient = [&](const std::optional<Tensor>& gradient,
+                                            const char* name) {
+      return how.reduction == Reduction::kNone
+                 ? check_gradient(gradient, P, name)
+                 : Gradient::check(device, gradient, slopes, {}, name);
+    };
+    const Gradient of_loss = check_reduced_gradient(grad_loss, "grad_loss");
+    const Gradient of_losses = check_gradient(grad_losses, P, "grad_losses");
+    const Gradient of_logps = check_gradient(grad_logps, 2 * P, "grad_logps");
+    const Gradient of_sft_loss = check_reduced_gradient(grad_sft_loss, "grad_sft_loss");
+    Tensor grad_token_logps = new_empty(slopes, {targets.B, targets.T});
+    device.preference_loss_backward({
+        .dtype = dtype,
+        .targets = targets,
+        .average = average_log_prob,
+        .reduction = how,
+        .slopes = saved_slopes.const_data_ptr(),
+        .counts = saved_counts.template const_data_ptr<int64_t>(),
+        .grad_loss = of_loss.data,
+        .grad_loss_stride = of_loss.stride,
+        .grad_losses = of_losses.data,
+        .grad_losses_stride = of_losses.stride,
+        .grad_logps = of_logps.data,
+        .grad_logps_stride = of_logps.stride,
+        .grad_sft_loss = of_sft_loss.data,
+        .grad_sft_loss_stride = of_sft_loss.stride,
+        .grad_token_logps = grad_token_logps.mutable_data_ptr(),
+    });
+    return grad_token_logps;
+  }
+
+ private:
+  struct Logits {
+    DType dtype;
+    int64_t B, T, V;
+  };
+
+  static Logits check_logits(const Tensor& logits, const Tensor& labels) {
+    STD_TORCH_CHECK(logits.dim() == 3, "logits: expected shape [B, T, V], got ",
+                    shape_text(logits));
+    const Logits checked{dtype_of(logits, "logits"), logits.size(0), logits.size(1),
+                         logits.size(2)};
+    check_shape(labels, {checked.B, checked.T}, "labels");
+    return checked;
+  }
+
+  static Targets make_targets(const Device& device, const Tensor& labels, int64_t ignore_index,
+                              bool shift) {
+    device.check(labels, "labels");
+    check_dtype(labels, ScalarType::Long, "labels");
+    STD_TORCH_CHECK(labels.dim() == 2, "labels: expected shape [B, T], got ", shape_text(labels));
+    return {labels.const_data_ptr<int64_t>(),
+            token_strides(labels),
+            labels.size(0),
+            labels.size(1),
+            ignore_index,
+            shift};
+  }
+
+  static Tensor with_unit_stride(const Tensor& logits) {
+    return has_unit_stride_in_vocabulary(logits) ? logits : torch::stable::contiguous(logits);
+  }
+
+  // dlogits may be logits itself.
+  static void token_logps_backward_into(const Device& device, const Tensor& dlogits,
+                                        const Tensor& grad_logps, const Tensor& logits,
+                                        const Tensor& labels, const Tensor& max,
+                                        const Tensor& sum_exp, int64_t ignore_index, bool shift,
+                                        double logit_scale, double softcap) {
+    const Logits checked = check_logits(logits, labels);
+    const Targets targets = make_targets(device, labels, ignore_index, shift);
+    const auto check_row_values = [&](const Tensor& tensor, ScalarType dtype, const char* name) {
+      device.check(tensor, name);
+      check_shape(tensor, {checked.B, checked.T}, name);
+      check_dtype(tensor, dtype, name);
+    };
+    const ScalarType compute = compute_scalar_type(checked.dtype);
+    check_row_values(grad_logps, compute, "grad_logps");
+    check_row_values(max, compute, "max");
+    check_row_values(sum_exp, ScalarType::Double, "sum_exp");
+    const Tensor saved_max = torch::stable::contiguous(max);
+    const Tensor saved_sum_exp = torch::stable::contiguous(sum_exp);
+    device.token_logps_backward({
+        .dtype = checked.dtype,
+        .V = checked.V,
+        .logits = logits.const_data_ptr(),
+        .logits_strides = token_strides(logits),
+        .targets = targets,
+        .transform = {logit_scale, softcap},
+        .grad_logps = grad_logps.const_data_ptr(),
+        .grad_strides = token_strides(grad_logps),
+        .max = saved_max.const_data_ptr(),
+        .sum_exp = saved_sum_exp.template const_data_ptr<double>(),
+        .dlogits = dlogits.mutable_data_ptr(),
+        .dlogits_strides = token_strides(dlogits),
+    });
+  }
+
+  static DType check_token_logps(const Tensor& token_logps, const Tensor& labels) {
+    STD_TORCH_CHECK(token_logps.dim() == 2, "token_logps: expected shape [B, T], got ",
+                    shape_text(token_logps));
+    check_shape(labels, {token_logps.size(0), token_logps.size(1)}, "labels");
+    return compute_dtype_of(token_logps, "token_logps");
+  }
+
+  // Counts as a forward returned them: [B], contiguous.
+  static Tensor check_counts(const Device& device, const Tensor& counts, int64_t B) {
+    device.check(counts, "counts");
+    check_shape(counts, {B}, "counts");
+    check_dtype(counts, ScalarType::Long, "counts");
+    return torch::stable::contiguous(counts);
+  }
+
+  static LossReduction make_reduction(double sft_weight, int64_t sft_reduction, int64_t reduction,
+                                      int64_t empty) {
+    STD_TORCH_CHECK(sft_reduction == 0 || sft_reduction == 1,
+                    "sft_reduction: expected 0 or 1, got ", sft_reduction);
+    STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0, 1 or 2, got ",
+                    reduction);
+    STD_TORCH_CHECK(empty == 0 || empty == 1, "empty: expected 0 or 1, got ", empty);
+    return {
+        .reduction = static_cast<Reduction>(reduction),
+        .sft_reduction = static_cast<SftReduction>(sft_reduction),
+        .empty = static_cast<EmptyPolicy>(empty),
+        .sft_weight = sft_weight,
+    };
+  }
+
+  // Of an output of preference_loss. An absent one is zero; a scalar has stride 0, every pair reads
+  // it.
+  struct Gradient {
+    const void* data = nullptr;
+    int64_t stride = 0;
+
+    static Gradient check(const Device& device, const std::optional<Tensor>& gradient,
+                          const Tensor& like, std::initializer_list<int64_t> sizes,
+                          const char* name) {
+      if (!gradient.has_value()) return {};
+      device.check(*gradient, name);
+      check_dtype(*gradient, like.scalar_type(), name);
+      check_shape(*gradient, sizes, name);
+      return {gradient->const_data_ptr(), sizes.size() == 0 ? 0 : gradient->stride(0)};
+    }
+  };
+};
+
+// The implementations of every op for one dispatch key.
+template <class Device>
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("token_logps", TORCH_BOX(&Ops<Device>::token_logps));
+  m.impl("token_logps_backward", TORCH_BOX(&Ops<Device>::token_logps_backward));
+  m.impl("token_logps_backward_", TORCH_BOX(&Ops<Device>::token_logps_backward_inplace));
+  m.impl("sequence_logps", TORCH_BOX(&Ops<Device>::sequence_logps));
+  m.impl("sequence_logps_backward", TORCH_BOX(&Ops<Device>::sequence_logps_backward));
+  m.impl("preference_loss", TORCH_BOX(&Ops<Device>::preference_loss));
+  m.impl("preference_loss_backward", TORCH_BOX(&Ops<Device>::preference_loss_backward));
+}
+
+}  // namespace simpo_ext::ops

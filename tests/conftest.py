@@ -1,0 +1,88 @@
+"""Which kernels the tests run on.
+
+``pytest`` tests the installed package as it is. ``pytest --kernels=emulated`` and
+``pytest --kernels=cuda`` run the tests marked ``kernels`` again, unchanged and on the same CPU
+tensors, after others have taken the place of the CPU kernels: the CUDA kernels in the emulator, or
+the CUDA kernels on the GPU that the tensors are sent to and back.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import simpo_ext  # noqa: F401  (registers the ops)
+
+CUDA_ROUTING = pytest.StashKey[torch.library.Library]()
+EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        choices=("cpu", "emulated", "cuda"),
+        default="cpu",
+        help="what stands behind the ops on CPU tensors in the tests marked 'kernels'",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in (
+        "kernels: a test of the ops' results, which --kernels=emulated and --kernels=cuda repeat",
+        "cpu_only: holds for the CPU kernels alone",
+        "cuda_only: holds for the CUDA kernels alone, emulated or not",
+        "gpu: needs a GPU",
+    ):
+        config.addinivalue_line("markers", line)
+    kernels = config.getoption("--kernels")
+    if kernels == "emulated":
+        folder = config.cache.mkdir("emulated_ops")
+        load_emulated_ops(Path(folder))
+    elif kernels == "cuda":
+        from cuda_routing import route_cpu_ops_to_cuda
+
+        config.stash[CUDA_ROUTING] = route_cpu_ops_to_cuda()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"kernels behind the ops on CPU tensors: {config.getoption('--kernels')}"
+
+
+def load_emulated_ops(folder: Path) -> None:
+    """Builds the emulated CUDA kernels in ``folder`` and puts them in place of the CPU kernels."""
+    torch_dir = Path(torch.__file__).parent
+    configure = ("cmake", "-S", EMULATION, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch_dir}")
+    for command in (configure, ("cmake", "--build", folder)):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise pytest.UsageError(f"{command} failed:\n{done.stdout}\n{done.stderr}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the dispatcher's, that a kernel was registered anew
+        torch.ops.load_library(folder / "libemulated_ops.so")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_cpu = config.getoption("--kernels") == "cpu"
+
+    def is_selected(item: pytest.Item) -> bool:
+        has = item.get_closest_marker
+        if on_cpu:
+            return not has("cuda_only")
+        return bool(has("kernels")) and not has("cpu_only")
+
+    selected = [item for item in items if is_selected(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not is_selected(item)])
+    items[:] = selected
+
+
+@pytest.fixture(autouse=True)
+def _gpu_tests_need_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if os.environ.get("FAIL_WITHOUT_CUDA"):
+            pytest.fail("FAIL_WITHOUT_CUDA is set, and there is no GPU")
+        pytest.skip("needs a GPU")

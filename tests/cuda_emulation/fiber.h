@@ -1,0 +1,210 @@
+// Fibers: stacks that one OS thread switches between, and what the sanitizers must be told of it.
+//
+// For emulator.cpp alone, which is never compiled with -fsanitize=thread: TSan would take the
+// scheduler's own bookkeeping, which all fibers share, for races of the kernel. It is compiled with
+// -DSIMPO_EMULATION_TSAN=1 instead, and then TSan knows the fibers and what orders them.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define SIMPO_EMULATION_ASAN 1
+#endif
+#if __has_feature(thread_sanitizer)
+#define SIMPO_EMULATION_INSTRUMENTED 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#define SIMPO_EMULATION_ASAN 1
+#endif
+#if defined(__SANITIZE_THREAD__) || defined(SIMPO_EMULATION_INSTRUMENTED)
+#error "compile the emulator with -DSIMPO_EMULATION_TSAN=1 and without -fsanitize=thread"
+#endif
+
+#if SIMPO_EMULATION_ASAN
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#if SIMPO_EMULATION_TSAN
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
+#endif
+
+#if !defined(__x86_64__) || !defined(__linux__)
+#define SIMPO_EMULATION_UCONTEXT 1
+#endif
+
+#if SIMPO_EMULATION_UCONTEXT
+#include <ucontext.h>
+#else
+// Saves the caller's registers on its stack, and its stack pointer in *suspended; then returns
+// from the call that left resumed behind.
+extern "C" void simpo_emulation_switch_stack(void** suspended, void* resumed);
+// The System V ABI lets a function clobber all registers but these six.
+asm(R"(
+  .pushsection .text
+  .globl simpo_emulation_switch_stack
+  .hidden simpo_emulation_switch_stack
+  .type simpo_emulation_switch_stack, @function
+simpo_emulation_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size simpo_emulation_switch_stack, . - simpo_emulation_switch_stack
+  .popsection
+)");
+#endif
+
+namespace simpo_ext::emulation {
+
+// ---- happens-before, as TSan sees it --------------------------------------------------------
+
+// One event that some threads reach and others wait for. TSan knows it by its address.
+struct SyncPoint {
+  char address = 0;
+
+  void release() {
+#if SIMPO_EMULATION_TSAN
+    __tsan_release(&address);
+#endif
+  }
+
+  void acquire() {
+#if SIMPO_EMULATION_TSAN
+    __tsan_acquire(&address);
+#endif
+  }
+};
+
+// TSan sees malloc, free and memset even of code it did not instrument. What the emulator does with
+// its own memory on behalf of a thread must neither race nor order anything.
+class HiddenFromTsan {
+ public:
+  HiddenFromTsan() {
+#if SIMPO_EMULATION_TSAN
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+  }
+  ~HiddenFromTsan() {
+#if SIMPO_EMULATION_TSAN
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+#endif
+  }
+  HiddenFromTsan(const HiddenFromTsan&) = delete;
+  HiddenFromTsan& operator=(const HiddenFromTsan&) = delete;
+};
+
+// ---- contexts -------------------------------------------------------------------------------
+
+// Something that can be suspended: a fiber, or the OS thread that resumed the first of them.
+struct Context {
+#if SIMPO_EMULATION_UCONTEXT
+  ucontext_t registers;
+#else
+  void* stack_pointer = nullptr;
+#endif
+  const void* stack_bottom = nullptr;  // ASan fills in those of an OS thread
+  size_t stack_bytes = 0;
+  void* asan_fake_stack = nullptr;
+  void* tsan_fiber = nullptr;
+};
+
+// Whose stack the running context has to describe to ASan.
+inline Context* last_suspended = nullptr;
+
+// What a context does first when it runs again; a fiber also when it runs for the first time.
+inline void arrive_in([[maybe_unused]] Context& context) {
+#if SIMPO_EMULATION_ASAN
+  __sanitizer_finish_switch_fiber(context.asan_fake_stack, &last_suspended->stack_bottom,
+                                  &last_suspended->stack_bytes);
+#endif
+}
+
+// Suspends from, the running context, until someone switches to it.
+inline void switch_context(Context& from, Context& to) {
+  last_suspended = &from;
+#if SIMPO_EMULATION_ASAN
+  __sanitizer_start_switch_fiber(&from.asan_fake_stack, to.stack_bottom, to.stack_bytes);
+#endif
+#if SIMPO_EMULATION_TSAN
+  constexpr unsigned kNoSync = 1;  // by default, a switch would order everything
+  __tsan_switch_to_fiber(to.tsan_fiber, kNoSync);
+#endif
+#if SIMPO_EMULATION_UCONTEXT
+  swapcontext(&from.registers, &to.registers);
+#else
+  simpo_emulation_switch_stack(&from.stack_pointer, to.stack_pointer);
+#endif
+  arrive_in(from);
+}
+
+// Makes context the running OS thread's, before it switches to a fiber.
+inline void become_host(Context& context) {
+  context = Context{};
+#if SIMPO_EMULATION_TSAN
+  context.tsan_fiber = __tsan_get_current_fiber();
+#endif
+}
+
+// Makes context a fiber that, when first switched to, calls entry, which must never return. Its
+// stack is never given back.
+inline void become_fiber(Context& context, void (*entry)(), unsigned index) {
+  // Reserved, not used: a sanitizer's report runs on this stack and needs more than a kernel does.
+  constexpr size_t kStackBytes = 256 * 1024;
+  constexpr size_t kPage = 4096;
+  char* memory = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  // The lowest page faults, so that an overflow does not reach another stack.
+  if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) {
+    std::perror("cuda emulation: no memory for a stack");
+    std::abort();
+  }
+  context.stack_bottom = memory + kPage;
+  // Stacks that all began at the same offset in their pages would evict each other from the cache.
+  constexpr size_t kCacheLine = 64;
+  context.stack_bytes = kStackBytes - kPage - index % (kPage / kCacheLine) * kCacheLine;
+#if SIMPO_EMULATION_TSAN
+  context.tsan_fiber = __tsan_create_fiber(0);
+#endif
+#if SIMPO_EMULATION_UCONTEXT
+  getcontext(&context.registers);
+  context.registers.uc_stack.ss_sp = memory + kPage;
+  context.registers.uc_stack.ss_size = context.stack_bytes;
+  context.registers.uc_link = nullptr;
+  makecontext(&context.registers, entry, 0);
+#else
+  void** top = reinterpret_cast<void**>(memory + kPage + context.stack_bytes);
+  *--top = nullptr;  // entry's return address: the end of every backtrace
+  *--top = reinterpret_cast<void*>(entry);
+  constexpr int kSavedRegisters = 6;
+  for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
+  context.stack_pointer = top;
+#endif
+}
+
+}  // namespace simpo_ext::emulation

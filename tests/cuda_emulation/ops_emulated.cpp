@@ -1,0 +1,50 @@
+// The CUDA kernels, emulated, as the ops on CPU tensors: loaded after simpo_ext, this library takes
+// the place of the CPU kernels, so that every test of the Python API tests the CUDA kernels
+// instead.
+
+#include "core/kernels.h"
+#include "ops/checks.h"
+#include "ops/ops.h"
+
+namespace simpo_ext::ops {
+namespace {
+
+class EmulatedCuda {
+ public:
+  EmulatedCuda(const Tensor& tensor, const char* name) { check(tensor, name); }
+
+  void check(const Tensor& tensor, const char* name) const {
+    STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor, got one on another device");
+  }
+
+  void token_logps(const TokenLogpsArgs& args) const {
+    check_launch(cuda::token_logps(args, nullptr));
+  }
+  void token_logps_backward(const TokenLogpsBackwardArgs& args) const {
+    check_launch(cuda::token_logps_backward(args, nullptr));
+  }
+  void sequence_logps(const SequenceLogpsArgs& args) const {
+    check_launch(cuda::sequence_logps(args, nullptr));
+  }
+  void sequence_logps_backward(const SequenceLogpsBackwardArgs& args) const {
+    check_launch(cuda::sequence_logps_backward(args, nullptr));
+  }
+  void preference_loss(const PreferenceLossArgs& args) const {
+    check_launch(cuda::preference_loss(args, nullptr));
+  }
+  void preference_loss_backward(const PreferenceLossBackwardArgs& args) const {
+    check_launch(cuda::preference_loss_backward(args, nullptr));
+  }
+
+ private:
+  static void check_launch(int error) {
+    STD_TORCH_CHECK(error == 0, "an emulated kernel was not launched: error ", error);
+  }
+};
+
+}  // namespace
+}  // namespace simpo_ext::ops
+
+STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CPU, m) {
+  simpo_ext::ops::register_ops<simpo_ext::ops::EmulatedCuda>(m);
+}
