@@ -108,8 +108,9 @@ def token_logps(
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
         ValueError: A shape, a device or a number does not fit, or ``inplace_backward`` was asked of
             logits that cannot be overwritten.
-        IndexError: A label is neither ``ignore_index`` nor in [0, V). Under ``torch.compile`` it
-            may come as a RuntimeError.
+        IndexError: A label of CPU tensors is neither ``ignore_index`` nor in [0, V). Under
+            ``torch.compile`` it may come as a RuntimeError. On a GPU, which is not waited for, such
+            a label makes its position's log-probability and gradient NaN instead.
         NotImplementedError: ``logits`` carry a tangent of forward-mode differentiation.
         RuntimeError: There are no kernels for the device; or, of the backward, its gradient was
             differentiated once more.
@@ -299,8 +300,9 @@ def simpo_loss(
     Raises:
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
         ValueError: A shape, a device, a number or a combination does not fit.
-        IndexError: A label is neither ``ignore_index`` nor in [0, V). Under ``torch.compile`` it
-            may come as a RuntimeError.
+        IndexError: A label of CPU tensors is neither ``ignore_index`` nor in [0, V). Under
+            ``torch.compile`` it may come as a RuntimeError. On a GPU, which is not waited for, such
+            a label makes its position's log-probability and gradient NaN instead.
     """
     logits, labels = _checks.check_logits_and_labels(logits, labels)
     _checks.check_even_batch("logits", logits.shape[0])

@@ -1,9 +1,9 @@
 """Which kernels the tests run on.
 
-``pytest`` tests the installed package as it is. ``pytest --kernels=emulated`` and
-``pytest --kernels=cuda`` run the tests marked ``kernels`` again, unchanged and on the same CPU
-tensors, after others have taken the place of the CPU kernels: the CUDA kernels in the emulator, or
-the CUDA kernels on the GPU that the tensors are sent to and back.
+``pytest`` tests the installed package as it is. ``pytest --kernels=emulated`` runs the tests marked
+``kernels`` again, unchanged and on the same CPU tensors, after the CUDA kernels in the emulator
+have taken the place of the CPU kernels. ``pytest --kernels=cuda`` runs the whole suite but the
+emulator's own tests, with the CPU ops sending their tensors to the GPU and back.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kernels",
         choices=("cpu", "emulated", "cuda"),
         default="cpu",
-        help="what stands behind the ops on CPU tensors in the tests marked 'kernels'",
+        help="what stands behind the ops on CPU tensors",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for line in (
-        "kernels: a test of the ops' results, which --kernels=emulated and --kernels=cuda repeat",
+        "kernels: a test of the ops' results, which --kernels=emulated repeats",
+        "emulation: a test of the emulator or in it, which a GPU has no part in",
         "cpu_only: holds for the CPU kernels alone",
         "cuda_only: holds for the CUDA kernels alone, emulated or not",
         "gpu: needs a GPU",
@@ -67,13 +68,15 @@ def load_emulated_ops(folder: Path) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    on_cpu = config.getoption("--kernels") == "cpu"
+    kernels = config.getoption("--kernels")
 
     def is_selected(item: pytest.Item) -> bool:
-        has = item.get_closest_marker
-        if on_cpu:
-            return not has("cuda_only")
-        return bool(has("kernels")) and not has("cpu_only")
+        marks = {mark.name for mark in item.iter_markers()}
+        if kernels == "cpu":
+            return "cuda_only" not in marks
+        if kernels == "emulated":
+            return "kernels" in marks and "cpu_only" not in marks
+        return not marks & {"cpu_only", "emulation"}
 
     selected = [item for item in items if is_selected(item)]
     config.hook.pytest_deselected(items=[item for item in items if not is_selected(item)])

@@ -21,17 +21,18 @@ FORWARD_AND_BACKWARD = (
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
-    """A copy with the same strides, from the same place within an aligned 16 bytes.
-
-    Of the storage only the part that the tensor spans is moved.
-    """
+    """A copy with the same strides, from the same place within an aligned 16 bytes."""
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     first = tensor.data_ptr() % 16 // tensor.element_size()
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    memory = torch.empty(first + last + 1, dtype=tensor.dtype, device=device)
-    memory[first:] = tensor.as_strided((last + 1,), (1,), tensor.storage_offset())
-    return memory.as_strided(tensor.shape, tensor.stride(), first)
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    memory = torch.empty(first + span, dtype=tensor.dtype, device=device)
+    copy = memory.as_strided(tensor.shape, tensor.stride(), first)
+    if span <= 4 * tensor.numel():  # rows that overlap, too
+        memory[first:] = tensor.as_strided((span,), (1,), tensor.storage_offset())
+    else:
+        copy.copy_(tensor)
+    return copy
 
 
 def route_cpu_ops_to_cuda(device: str = "cuda") -> torch.library.Library:

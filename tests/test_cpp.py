@@ -131,6 +131,14 @@ def test_a_build_without_python_installs_a_package_that_programs_find(tmp_path: 
     assert run(app / "build" / "app").strip() == "ok"
 
 
+def configuration_error(definitions: list[str], folder: Path) -> str:
+    command = ["cmake", "-S", ROOT, "-B", folder, "-DSIMPO_PYTHON=OFF", *definitions]
+    environment = {k: v for k, v in os.environ.items() if k != "CMAKE_PREFIX_PATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode != 0
+    return " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("definition", "message"),
     [
@@ -142,8 +150,13 @@ def test_a_build_without_python_installs_a_package_that_programs_find(tmp_path: 
 def test_a_configuration_that_cannot_work_is_explained(
     definition: str, message: str, tmp_path: Path
 ) -> None:
-    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DSIMPO_PYTHON=OFF", definition]
-    environment = {k: v for k, v in os.environ.items() if k != "CMAKE_PREFIX_PATH"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode != 0
-    assert message in " ".join(done.stderr.split())
+    assert message in configuration_error([definition], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="built without nvcc")
+def test_an_architecture_that_lacks_the_kernels_instructions_is_refused(tmp_path: Path) -> None:
+    include = Path(torch.__file__).parent / "include"
+    definitions = [f"-DSIMPO_TORCH_INCLUDE={include}", "-DSIMPO_CUDA_ARCHS=90;75-real"]
+    error = configuration_error(definitions, tmp_path)
+    assert "SIMPO_CUDA_ARCHS: expected 80 or higher" in error
+    assert "got '75-real'" in error

@@ -15,6 +15,8 @@ import pytest
 
 from sanitizers import skip_unless_sanitizer_works
 
+pytestmark = pytest.mark.emulation
+
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 CSRC = EMULATION.parent.parent / "csrc"
 SOURCE = EMULATION / "faults.cpp"

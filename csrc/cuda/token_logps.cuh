@@ -70,12 +70,14 @@ constexpr int kMaxThreadsPerSM = 2048;
 #endif
 
 // How many threads shall fit on a multiprocessor. The limit of registers that this sets is what
-// each kernel needs, without spills: 32 (40 where fewer threads fit), 64, and 128 for exp of a
-// double.
+// each kernel needs without spills: 32 (40 where fewer threads fit) in the forward of the common
+// case, else 64, and 128 for exp of a double.
 template <class Transform>
-constexpr int kThreadsPerSM = sizeof(typename Transform::Scalar) == 8 ? 512
-                              : Transform::kSoftcap                   ? 1024
-                                                                      : kMaxThreadsPerSM;
+constexpr int kForwardThreadsPerSM = sizeof(typename Transform::Scalar) == 8 ? 512
+                                     : Transform::kSoftcap                   ? 1024
+                                                                             : kMaxThreadsPerSM;
+template <class Transform>
+constexpr int kBackwardThreadsPerSM = sizeof(typename Transform::Scalar) == 8 ? 512 : 1024;
 
 // ---- forward --------------------------------------------------------------------------------
 
@@ -165,7 +167,7 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t nu
 }
 
 template <typename T, class Transform, int kThreads, int kUnroll>
-__global__ void __launch_bounds__(kThreads, kThreadsPerSM<Transform> / kThreads)
+__global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Transform> / kThreads)
     token_logps_kernel(TokenLogpsArgs args, Transform transform) {
   using Scalar = Compute<T>;
   const Targets& targets = args.targets;
@@ -276,7 +278,7 @@ SIMPO_DEVICE void write_vectors(const Vector16* x, Vector16* dx, int64_t first, 
 }
 
 template <typename T, class Transform, int kThreads, int kUnroll>
-__global__ void __launch_bounds__(kThreads, kThreadsPerSM<Transform> / kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Transform> / kThreads)
     token_logps_backward_kernel(TokenLogpsBackwardArgs args, Transform transform) {
   using Scalar = Compute<T>;
   const Targets& targets = args.targets;

@@ -46,6 +46,9 @@ cuda::Stream current_stream(int32_t device_index) {
   return stream;
 }
 
+// The kernels use bfloat16 instructions of it.
+constexpr int kLeastCapability = 80;
+
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
@@ -54,7 +57,10 @@ void check_launch(int error) {
   if (error == 0) return;
   const BuildInfo info = build_info();
   if (cuda::is_unsupported_architecture(error)) {
-    const std::string capability = std::to_string(cuda::compute_capability());
+    const int capability = cuda::compute_capability();
+    STD_TORCH_CHECK(capability >= kLeastCapability,
+                    "simpo_ext needs a GPU of compute capability 8.0 or higher, got ",
+                    capability / 10, ".", capability % 10, "; move the tensors with .cpu()");
     STD_TORCH_CHECK(false, "this build of simpo_ext has CUDA kernels for architectures ",
                     info.cuda_archs, ", and this GPU is of architecture ", capability,
                     "; build simpo_ext from source with SIMPO_CUDA_ARCHS=", capability,

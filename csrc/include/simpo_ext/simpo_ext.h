@@ -8,8 +8,9 @@
 // the dispatcher alone, so it needs no libtorch of the same version. Formulas, defaults and edge
 // cases are those of the Python function of the same name; B = 2P sequences, chosen rows first.
 //
-// Errors are c10::TypeError, c10::ValueError, c10::IndexError (label out of range) and, for a
-// device without kernels and a double backward, c10::Error.
+// Errors are c10::TypeError, c10::ValueError, c10::IndexError (label of CPU tensors out of range;
+// on a GPU its position becomes NaN) and, for a device without kernels and a double backward,
+// c10::Error.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -1,0 +1,248 @@
+"""Measures per-token log-probabilities and the SimPO loss: every candidate, side by side.
+
+    python bench/bench_token_logps.py [--device cuda] [--sizes 32768x32768 ...] [--json FILE]
+
+A candidate's values and gradient are held against float64 before it is timed; one that is wrong is
+reported with its error and not timed. GB/s are the fewest bytes that the work has to move
+(workload.py) over the median time, and per cent are of a device-to-device copy of the logits, bytes
+read and written, that takes its turn in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import report
+from peers import Candidate, candidates
+from reference import Reference, gradient_error, make_reference, value_error
+from timing import Clock, Subject, Times, interleaved, make_clock
+from workload import Size, Workload, fewest_bytes, make_workload
+
+SIZES = ("32768x32768", "16384x128256", "8192x262144")
+VALID = (1.0, 0.4)
+ROUNDS = 15
+
+# Relative errors. A result in float32 comes from arithmetic in float32; one in bfloat16 was rounded
+# to 8 bits, and a gradient may have been computed from such a one.
+VALUE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
+GRADIENT_TOLERANCE = {torch.float32: 2.0**-7, torch.bfloat16: 2.0**-6}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a phase hands to the next."""
+
+    logits: Tensor
+    output: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+def _make_subject(candidate: Candidate, workload: Workload, buffer: Tensor) -> Subject:
+    zero = torch.zeros((), dtype=buffer.dtype, device=buffer.device, requires_grad=True)
+
+    def prepare() -> _Step:
+        buffer.copy_(workload.logits)  # some candidates overwrite them
+        # Part of a graph without a copy, as a model's output is: a leaf may not be overwritten.
+        return _Step(buffer.detach().add_(zero))
+
+    def forward(step: _Step) -> _Step:
+        return _Step(step.logits, candidate.forward(step.logits, workload.labels))
+
+    def backward(step: _Step) -> _Step:
+        assert step.output is not None
+        gradient = candidate.backward(step.output, step.logits, workload.upstream)
+        return _Step(step.logits, step.output.detach(), gradient)
+
+    return Subject(prepare, {"forward": forward, "backward": backward})
+
+
+def _copy_subject(workload: Workload, buffer: Tensor) -> Subject:
+    return Subject(
+        prepare=lambda: buffer.copy_(workload.logits),
+        phases={"copy": lambda _: buffer.copy_(workload.logits)},
+    )
+
+
+def _errors(subject: Subject, work: str, reference: Reference) -> dict[str, Any]:
+    """Runs a subject once and compares; the tolerances are those of the result's dtype."""
+    step = subject.prepare()
+    for phase in subject.phases.values():
+        step = phase(step)
+    if work == "token_logps":
+        expected, upstream = reference.token_logps, reference.workload.upstream
+    else:
+        expected, upstream = reference.simpo_loss, reference.simpo_upstream
+    return {
+        "value_error": value_error(step.output, expected),
+        "value_tolerance": VALUE_TOLERANCE[step.output.dtype],
+        "gradient_error": gradient_error(step.gradient, upstream, reference),
+        "gradient_tolerance": GRADIENT_TOLERANCE[step.output.dtype],
+    }
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _checked(
+    candidate: Candidate, subject: Subject, reference: Reference, clock: Clock, device: torch.device
+) -> dict[str, Any]:
+    """Status, errors and peak memory of a candidate; only status "right" goes on to be timed."""
+    result: dict[str, Any] = {
+        "name": candidate.name,
+        "work": candidate.work,
+        "ours": candidate.is_ours,
+    }
+    is_available, reason = candidate.available(device)
+    if not is_available:
+        return {**result, "status": "unavailable", "reason": reason}
+    try:
+        errors = _errors(subject, candidate.work, reference)
+        is_right = (
+            errors["value_error"] <= errors["value_tolerance"]
+            and errors["gradient_error"] <= errors["gradient_tolerance"]
+        )
+        # Not to be read as numbers, and JSON has neither.
+        errors = {key: x if math.isfinite(x) else str(x) for key, x in errors.items()}
+        result.update(errors)
+        if not is_right:
+            return {**result, "status": "wrong", "reason": "differs from float64 by too much"}
+        _release_memory(device)
+        peaks = clock.peak_extra_mib(subject)
+    except Exception as error:  # of a foreign package, whatever it is
+        text = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {text[0] if text else ''}"
+        return {**result, "status": "failed", "reason": reason}
+    finally:
+        _release_memory(device)
+    phases = zip(subject.phases, peaks, strict=True)
+    peak_by_phase = {f"{phase}_peak_extra_mib": peak for phase, peak in phases}
+    return {**result, "status": "right", **peak_by_phase}
+
+
+def _speed(times: Times, moved_bytes: int, copy_gb_per_s: float) -> dict[str, Any]:
+    gb_per_s = moved_bytes / times.median_ms / 1e6
+    return {
+        **asdict(times),
+        "gb_per_s": gb_per_s,
+        "percent_of_copy": 100.0 * gb_per_s / copy_gb_per_s,
+    }
+
+
+def measure(
+    size: Size,
+    valid_fraction: float,
+    chosen: Sequence[Candidate],
+    clock: Clock,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Any]:
+    """Everything about one batch: copy bandwidth, and errors and times of the candidates."""
+    workload = make_workload(size, valid_fraction, device)
+    reference = make_reference(workload)
+    buffer = torch.empty_like(workload.logits)
+
+    subjects = {each.name: _make_subject(each, workload, buffer) for each in chosen}
+    results = [_checked(each, subjects[each.name], reference, clock, device) for each in chosen]
+    right = {
+        result["name"]: subjects[result["name"]]
+        for result in results
+        if result["status"] == "right"
+    }
+    times = interleaved({"copy": _copy_subject(workload, buffer), **right}, clock, rounds)
+
+    moved = fewest_bytes(size, workload.valid_rows, buffer.element_size())
+    copy_times = times["copy"]["copy"]
+    copy_gb_per_s = 2 * buffer.nbytes / copy_times.median_ms / 1e6
+    for result in results:
+        if result["status"] == "right":
+            of_candidate = times[result["name"]]
+            result["forward"] = _speed(of_candidate["forward"], moved.forward, copy_gb_per_s)
+            result["backward"] = _speed(of_candidate["backward"], moved.backward, copy_gb_per_s)
+    return {
+        "rows": size.rows,
+        "vocabulary": size.vocabulary,
+        "valid_fraction": valid_fraction,
+        "valid_rows": workload.valid_rows,
+        "logits_mib": buffer.nbytes / 2**20,
+        "forward_bytes": moved.forward,
+        "backward_bytes": moved.backward,
+        "copy": {**asdict(copy_times), "gb_per_s": copy_gb_per_s},
+        "candidates": results,
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Times token_logps beside its peers.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxV")
+    parser.add_argument("--valid", nargs="+", type=float, default=VALID, metavar="FRACTION")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--candidates", nargs="+", metavar="NAME", help="these only, instead of all"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    try:
+        options.sizes = [Size.parse(text) for text in options.sizes]
+    except ValueError as error:
+        parser.error(str(error))
+    if options.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {options.rounds}")
+    if not all(0.0 < fraction <= 1.0 for fraction in options.valid):
+        parser.error(f"--valid: expected fractions in (0, 1], got {options.valid}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: expected a CUDA device, torch finds none; --device cpu times a CPU")
+    known = {candidate.name: candidate for candidate in candidates()}
+    unknown = [name for name in options.candidates or () if name not in known]
+    if unknown:
+        parser.error(f"--candidates: expected some of {list(known)}, got {unknown}")
+    options.candidates = [known[name] for name in options.candidates or known]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes what the command line asks for.
+
+    Returns:
+        0 if all of this project's candidates were right and timed, else 1.
+    """
+    options = _parse(arguments)
+    device = torch.device(options.device)
+    clock = make_clock(device)
+    runs: list[dict[str, Any]] = []
+    for size in options.sizes:
+        for valid_fraction in options.valid:
+            run = measure(size, valid_fraction, options.candidates, clock, device, options.rounds)
+            runs.append(run)
+            report.print_run(run, device.type)
+            _release_memory(device)
+    measurements = {
+        "device": device.type,
+        "dtype": "bfloat16",
+        "timing": clock.description,
+        "copy_gb_per_s": statistics.median(run["copy"]["gb_per_s"] for run in runs),
+        "runs": runs,
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(measurements, indent=1, allow_nan=False) + "\n")
+    ours = [result for run in runs for result in run["candidates"] if result["ours"]]
+    return 0 if all(result["status"] == "right" for result in ours) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The routing that lets CPU tensors test the CUDA kernels, sent to the CPU itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from batches import make_batch
+from cuda_routing import _routed, moved
+
+OPS = torch.ops.simpo_ext
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: x[:, 1:],
+        lambda x: x[1:, ::2],
+        lambda x: x.t(),
+        lambda x: x[::5, ::8],
+        lambda x: x[:, :1].expand(6, 9),
+        lambda x: x[:0],
+        lambda x: x.flatten()[3],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_a_moved_tensor_has_its_values_strides_and_alignment(dtype: torch.dtype, make: Any) -> None:
+    tensor: Tensor = make(torch.arange(54).reshape(6, 9).to(dtype))
+    copy = moved(tensor, "cpu")
+    assert torch.equal(copy, tensor)
+    assert copy.stride() == tensor.stride()
+    assert copy.dtype == tensor.dtype
+    if tensor.numel():
+        assert copy.data_ptr() % 16 == tensor.data_ptr() % 16
+        assert copy.data_ptr() != tensor.data_ptr()
+
+
+def test_routed_ops_return_and_overwrite_what_the_ops_do() -> None:
+    batch = make_batch()
+    token = (-100, True, 1.0, 0.0)
+
+    def run(name: str, *args: Any) -> Any:
+        sent = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+        routed = _routed(name, "cpu")(*sent)
+        torch.testing.assert_close(routed, getattr(OPS, name)(*args), rtol=0, atol=0)
+        for a, b in zip(sent, args, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+        return routed
+
+    logps, row_max, sum_exp = run("token_logps", *batch, *token)
+    grad = torch.ones_like(logps)
+    run("token_logps_backward", grad, *batch, row_max, sum_exp, *token)
+    run("token_logps_backward_", grad, *batch, row_max, sum_exp, *token)
+    _, counts = run("sequence_logps", logps, batch.labels, -100, True, True)
+    run("sequence_logps_backward", torch.ones(4), batch.labels, counts, -100, True, True)
+    options = (-100, True, True, 2.0, 0.5, 0, 0.0, 0.1, 0, 1, 0)
+    out = run("preference_loss", logps, batch.labels, *options)
+    grads = (torch.ones(()), None, torch.ones(4), None)
+    backward = (-100, True, True, 0.1, 0, 1, 0)
+    run("preference_loss_backward", *grads, batch.labels, out[6], out[7], *backward)

@@ -1,0 +1,123 @@
+"""The machine code of the installed library's CUDA kernels, for every architecture in it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import simpo_ext
+from machine_code import Kernel, cuobjdump, kernels, loads_in_flight, loops
+from simpo_ext import _C
+
+LIBRARY = Path(_C.__file__).parent / "lib" / "libsimpo_ext.so"
+
+needs_cuda_build = pytest.mark.skipif(
+    not simpo_ext.build_info()["cuda_runtime_version"], reason="built without nvcc"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Kernel]:
+    return kernels(LIBRARY)
+
+
+def streaming(compiled: list[Kernel]) -> list[Kernel]:
+    """The kernels that read or write [B, T, V]."""
+    found = [k for k in compiled if "token_logps" in k.name]
+    assert len(found) == 4 * 3 * 2 * len({k.architecture for k in compiled})  # dtype, size, op
+    return found
+
+
+def is_float64(kernel: Kernel) -> bool:
+    return "kernelId" in kernel.name
+
+
+def label(kernel: Kernel) -> str:
+    return f"{kernel.architecture} {kernel.name}"
+
+
+@needs_cuda_build
+def test_the_library_carries_every_architecture_and_ptx_for_later_ones(
+    compiled: list[Kernel],
+) -> None:
+    names = {
+        arch: {k.name for k in compiled if k.architecture == arch}
+        for arch in {k.architecture for k in compiled}
+    }
+    built_for = str(simpo_ext.build_info()["cuda_archs"]).split(",")
+    assert set(names) == {f"sm_{arch.removesuffix('-real')}" for arch in built_for}
+    # The same kernels for each.
+    assert len({frozenset(kernels) for kernels in names.values()}) == 1
+    ptx = {f"sm_{arch}.ptx" for arch in built_for if not arch.endswith("-real")}
+    listed = cuobjdump("--list-ptx", LIBRARY)
+    assert ptx
+    assert all(name in listed for name in ptx)
+
+
+@needs_cuda_build
+def test_no_kernel_spills_or_touches_local_memory(compiled: list[Kernel]) -> None:
+    for kernel in compiled:
+        assert kernel.stack_bytes == 0, label(kernel)
+        assert kernel.local_bytes == 0, label(kernel)
+        assert not kernel.uses_local_memory(), label(kernel)
+
+
+@needs_cuda_build
+def test_streaming_kernels_leave_room_for_many_threads(compiled: list[Kernel]) -> None:
+    # 64 registers: 1024 threads on a multiprocessor. exp of a double takes more.
+    for kernel in streaming(compiled):
+        assert kernel.registers <= (128 if is_float64(kernel) else 64), label(kernel)
+
+
+@needs_cuda_build
+def test_main_loops_have_four_wide_loads_in_flight(compiled: list[Kernel]) -> None:
+    for kernel in streaming(compiled):
+        in_flight = max(loads_in_flight(body) for body in loops(kernel.instructions))
+        assert in_flight >= (2 if is_float64(kernel) else 4), label(kernel)
+
+
+@needs_cuda_build
+def test_no_kernel_uses_an_atomic(compiled: list[Kernel]) -> None:
+    for kernel in compiled:
+        opcodes = {i.opcode.split(".")[0] for i in kernel.instructions}
+        assert not opcodes & {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}, label(kernel)
+
+
+# What the checks above are there to find. The array is indexed by a value known only at run time,
+# so that it cannot live in registers; the second kernel uses each load before the next.
+FAULTY = """
+__global__ void spills(const float* in, const int* at, float* out, int n) {
+  float values[32];
+  for (int i = 0; i < 32; ++i) values[i] = in[i * n + threadIdx.x];
+  float sum = 0;
+  for (int i = 0; i < n; ++i) sum += values[at[i] & 31] * values[at[i + n] & 31];
+  out[threadIdx.x] = sum;
+}
+__global__ void loads_one_by_one(const uint4* in, uint4* out, int n) {
+  #pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const uint4 v = in[i];
+    out[i] = make_uint4(v.x + 1, v.y + 2, v.z + 3, v.w + 4);
+  }
+}
+__global__ void counts(int* out) { atomicAdd(out, 1); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="built without nvcc")
+def test_the_checks_see_faulty_code(tmp_path: Path) -> None:
+    (tmp_path / "faulty.cu").write_text(FAULTY)
+    command = ["nvcc", "-arch=sm_90", "-c", "faulty.cu", "-o", "faulty.o"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    found = {kernel.name: kernel for kernel in kernels(tmp_path / "faulty.o")}
+    spills = next(kernel for name, kernel in found.items() if "spills" in name)
+    assert spills.stack_bytes > 0
+    assert spills.uses_local_memory()
+    one_by_one = next(kernel for name, kernel in found.items() if "one_by_one" in name)
+    assert max(map(loads_in_flight, loops(one_by_one.instructions))) == 1
+    assert one_by_one.stack_bytes == 0
+    counts = next(kernel for name, kernel in found.items() if "counts" in name)
+    assert {i.opcode.split(".")[0] for i in counts.instructions} & {"ATOMG", "RED", "REDG"}
