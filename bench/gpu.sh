@@ -154,7 +154,9 @@ run_tests() {
   fi
   local parallel=()
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
-  FAIL_WITHOUT_CUDA=1 limited "$python" -m pytest -q --kernels=cuda "${parallel[@]}"
+  export FAIL_WITHOUT_CUDA=1
+  limited "$python" -m pytest -q tests/test_cuda.py &&
+    limited "$python" -m pytest -q --kernels=cuda "${parallel[@]}"
 }
 
 sanitize() { # TOOL
@@ -191,7 +193,7 @@ run_stream_tests() {
     skip "dry run: needs a GPU"
     return
   fi
-  FAIL_WITHOUT_CUDA=1 limited "$python" -m pytest -q --kernels=cuda "${selected[@]}"
+  FAIL_WITHOUT_CUDA=1 limited "$python" -m pytest -q "${selected[@]}"
 }
 
 measure() {

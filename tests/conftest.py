@@ -2,21 +2,25 @@
 
 ``pytest`` tests the installed package as it is. ``pytest --kernels=emulated`` runs the tests marked
 ``kernels`` again, unchanged and on the same CPU tensors, after the CUDA kernels in the emulator
-have taken the place of the CPU kernels. ``pytest --kernels=cuda`` runs the whole suite but the
-emulator's own tests, with the CPU ops sending their tensors to the GPU and back.
+have taken the place of the CPU kernels. ``pytest --kernels=cuda`` runs the whole suite with the CPU
+ops sending their tensors to the GPU and back; not the emulator's own tests, nor those of CUDA
+tensors, which compare them with the CPU's.
 """
 
 from __future__ import annotations
 
 import os
-import subprocess
 import warnings
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 import simpo_ext  # noqa: F401  (registers the ops)
+from builds import build
+from emulation import EmulatedKernels
 
 CUDA_ROUTING = pytest.StashKey[torch.library.Library]()
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
@@ -57,14 +61,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 def load_emulated_ops(folder: Path) -> None:
     """Builds the emulated CUDA kernels in ``folder`` and puts them in place of the CPU kernels."""
     torch_dir = Path(torch.__file__).parent
-    configure = ("cmake", "-S", EMULATION, "-B", folder, "-G", "Ninja", f"-DTORCH_DIR={torch_dir}")
-    for command in (configure, ("cmake", "--build", folder)):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise pytest.UsageError(f"{command} failed:\n{done.stdout}\n{done.stderr}")
+    build(EMULATION, folder, f"-DTORCH_DIR={torch_dir}", target="emulated_ops")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the dispatcher's, that a kernel was registered anew
         torch.ops.load_library(folder / "libemulated_ops.so")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedKernels]:
+    """A build of the emulated kernels' test program, made when first asked for."""
+    return cache(lambda name: EmulatedKernels(tmp_path_factory.mktemp(name), name))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -76,7 +82,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return "cuda_only" not in marks
         if kernels == "emulated":
             return "kernels" in marks and "cpu_only" not in marks
-        return not marks & {"cpu_only", "emulation"}
+        return not marks & {"cpu_only", "emulation", "gpu"}
 
     selected = [item for item in items if is_selected(item)]
     config.hook.pytest_deselected(items=[item for item in items if not is_selected(item)])

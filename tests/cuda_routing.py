@@ -3,6 +3,7 @@ there, and brings the results back, so that tests written for CPU tensors test t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,10 @@ def moved(tensor: Tensor, device: str) -> Tensor:
 def route_cpu_ops_to_cuda(device: str = "cuda") -> torch.library.Library:
     """Replaces the CPU kernels of every op. They are back when the library returned is gone."""
     library = torch.library.Library("simpo_ext", "IMPL")
-    for name in FORWARD_AND_BACKWARD:
-        library.impl(name, _routed(name, device), "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the dispatcher's, that a kernel was registered anew
+        for name in FORWARD_AND_BACKWARD:
+            library.impl(name, _routed(name, device), "CPU", allow_override=True)
     return library
 
 

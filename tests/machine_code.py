@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -34,11 +35,17 @@ class Kernel(NamedTuple):
 
 
 def tool(package: str, name: str) -> Path:
-    """A program from one of NVIDIA's packages on PyPI."""
-    for file in metadata.files(package) or ():
-        if file.name == name and file.parent.name == "bin":
-            return Path(str(file.locate())).resolve()
-    raise FileNotFoundError(f"{package} has no {name}")
+    """A program from one of NVIDIA's packages on PyPI, or from a CUDA toolkit."""
+    try:
+        for file in metadata.files(package) or ():
+            if file.name == name and file.parent.name == "bin":
+                return Path(str(file.locate())).resolve()
+    except metadata.PackageNotFoundError:
+        pass
+    found = shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}/usr/local/cuda/bin")
+    if found is None:
+        raise FileNotFoundError(f"expected {name} from {package} or a CUDA toolkit, found none")
+    return Path(found)
 
 
 def cuobjdump(*arguments: str | Path) -> str:

@@ -13,25 +13,10 @@ import torch
 
 import simpo_ext
 from batches import make_batch
-from sanitizers import skip_unless_sanitizer_works
+from builds import build, run, skip_unless_sanitizer_works
 
 CPP = Path(__file__).resolve().parent / "cpp"
 ROOT = CPP.parent.parent
-
-
-def run(*command: str | Path, **options: object) -> str:
-    """The command's output; a failure shows all of it."""
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, **options
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def build(source: Path, folder: Path, *definitions: str) -> None:
-    options = ("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug")
-    run("cmake", "-S", source, "-B", folder, *options, *definitions)
-    run("cmake", "--build", folder)
 
 
 # TorchConfig.cmake of a CUDA build of torch fails without a toolkit.

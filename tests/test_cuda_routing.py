@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +40,17 @@ def test_a_moved_tensor_has_its_values_strides_and_alignment(dtype: torch.dtype,
     if tensor.numel():
         assert copy.data_ptr() % 16 == tensor.data_ptr() % 16
         assert copy.data_ptr() != tensor.data_ptr()
+
+
+def test_pytest_starts_with_the_ops_routed() -> None:
+    # To a GPU that need not be there to collect.
+    command = [sys.executable, "-m", "pytest", "--kernels=cuda", "--collect-only", "-q"]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [*command, "tests/test_token_logps.py"], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_values_are_at_least_as_exact_as_eager" in done.stdout
 
 
 def test_routed_ops_return_and_overwrite_what_the_ops_do() -> None:

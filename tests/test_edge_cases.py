@@ -241,7 +241,9 @@ def test_subnormal_logits_keep_their_value(dtype: torch.dtype, unit: int, scale:
     integers = torch.arange(-60.0, 60.0, dtype=torch.float64).reshape(2, 3, 20)
     labels = torch.tensor([[0, 19, 3], [7, 10, 11]])
     got = token_logps((integers * 2.0**unit).to(dtype), labels, logit_scale=2.0**scale)
-    assert torch.equal(got, token_logps((integers * 2.0 ** (unit + scale)).to(got.dtype), labels))
+    want = token_logps((integers * 2.0 ** (unit + scale)).to(got.dtype), labels)
+    # The order of a sum depends on how many logits make 16 bytes.
+    torch.testing.assert_close(got, want, rtol=2 * torch.finfo(got.dtype).eps, atol=0.0)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

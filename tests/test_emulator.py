@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sanitizers import skip_unless_sanitizer_works
+from builds import run as run_command
+from builds import skip_unless_sanitizer_works
 
 pytestmark = pytest.mark.emulation
 
@@ -28,7 +29,7 @@ KERNEL_FLAGS = {
     "plain": ["-O2"],
     "ucontext": ["-O2"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "tsan": ["-O1", "-fsanitize=thread"],
+    "tsan": ["-O1", "-fsanitize=thread", "-fno-builtin-memcpy"],
 }
 EMULATOR_FLAGS = {
     **KERNEL_FLAGS,
@@ -38,12 +39,6 @@ EMULATOR_FLAGS = {
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
 Run = Callable[[str, str], "subprocess.CompletedProcess[str]"]
-
-
-def compile_(folder: Path, *arguments: str | Path) -> None:
-    command = ["c++", *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +51,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         if checker in SANITIZERS:
             skip_unless_sanitizer_works(SANITIZERS[checker], folder)
         flags = [*FLAGS, *EMULATOR_FLAGS[checker]]
-        compile_(folder, *flags, "-c", EMULATION / "emulator.cpp", "-o", "emulator.o")
+        emulator = ("-c", EMULATION / "emulator.cpp", "-o", "emulator.o")
+        run_command("c++", *flags, *emulator, cwd=folder)
         flags = [*FLAGS, *KERNEL_FLAGS[checker]]
-        compile_(folder, *flags, SOURCE, "emulator.o", "-o", "faults")
+        run_command("c++", *flags, SOURCE, "emulator.o", "-o", "faults", cwd=folder)
         return folder
 
     def run_program(checker: str, name: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import simpo_ext
 from batches import make_batch
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.emulation]  # test_cuda.py has the GPU's own
 
 FAR = 2**31 + 64
 

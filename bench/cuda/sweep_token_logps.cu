@@ -114,10 +114,10 @@ struct Variant {
 
 template <int kThreads, int kUnroll>
 Variant variant() {
-  using Transform = simpo_ext::cuda::LinearTransform<float>;
+  using Logits = simpo_ext::ScaledLogits<float>;
   return {kThreads, kUnroll,
-          &simpo_ext::cuda::launch_token_logps<BFloat16, Transform, kThreads, kUnroll>,
-          &simpo_ext::cuda::launch_token_logps_backward<BFloat16, Transform, kThreads, kUnroll>};
+          &simpo_ext::cuda::launch_token_logps<BFloat16, Logits, kThreads, kUnroll>,
+          &simpo_ext::cuda::launch_token_logps_backward<BFloat16, Logits, kThreads, kUnroll>};
 }
 
 std::vector<Variant> all_variants() {

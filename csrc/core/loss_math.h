@@ -23,27 +23,58 @@ enum class EmptyPolicy : int64_t { kDrop = 0, kNan = 1 };
 struct LogitTransform {
   double logit_scale;
   double softcap;  // 0: no softcap
+};
 
-  SIMPO_HOST_DEVICE bool is_identity() const { return logit_scale == 1.0 && softcap == 0.0; }
+// Either form of the transform, at the precision of Scalar: z(x), and below it dz/dx from z itself,
+// as the product of a factor that all logits share and one of their own. What has to be divided is
+// divided once, here. Both are increasing, so that the largest z is that of the largest x.
+
+template <typename Scalar>
+class ScaledLogits {
+ public:
+  using ScalarType = Scalar;
+  static constexpr bool kIsCapped = false;
+
+  SIMPO_HOST_DEVICE explicit ScaledLogits(LogitTransform transform)
+      : scale_(static_cast<Scalar>(transform.logit_scale)) {}
+
+  SIMPO_HOST_DEVICE Scalar z(Scalar x) const { return x * scale_; }
+  SIMPO_HOST_DEVICE Scalar common_slope() const { return scale_; }
+  SIMPO_HOST_DEVICE Scalar own_slope(Scalar /*z*/) const { return Scalar(1); }
+
+ private:
+  Scalar scale_;
 };
 
 template <typename Scalar>
-SIMPO_HOST_DEVICE inline Scalar transform_logit(Scalar x, LogitTransform transform) {
-  const Scalar scaled = x * static_cast<Scalar>(transform.logit_scale);
-  if (transform.softcap == 0.0) return scaled;
-  const Scalar cap = static_cast<Scalar>(transform.softcap);
-  return cap * std::tanh(scaled / cap);
-}
+class CappedLogits {
+ public:
+  using ScalarType = Scalar;
+  static constexpr bool kIsCapped = true;
 
-// dz/dx, from z itself: logit_scale * (1 - (z / softcap)^2).
-template <typename Scalar>
-SIMPO_HOST_DEVICE inline Scalar transform_logit_slope(Scalar z, LogitTransform transform) {
-  const Scalar scale = static_cast<Scalar>(transform.logit_scale);
-  if (transform.softcap == 0.0) return scale;
-  const Scalar ratio = z / static_cast<Scalar>(transform.softcap);
-  // (1 - r)(1 + r) keeps the digits that 1 - r * r loses where the cap saturates.
-  return scale * ((Scalar(1) - ratio) * (Scalar(1) + ratio));
-}
+  SIMPO_HOST_DEVICE explicit CappedLogits(LogitTransform transform)
+      : scale_(static_cast<Scalar>(transform.logit_scale)),
+        cap_(static_cast<Scalar>(transform.softcap)),
+        inverse_cap_(static_cast<Scalar>(1.0 / transform.softcap)) {
+    // An infinite factor would make NaN of a logit of 0.
+    const double ratio = transform.logit_scale / transform.softcap;
+    const double largest = static_cast<double>(std::numeric_limits<Scalar>::max());
+    scale_over_cap_ = static_cast<Scalar>(ratio < largest ? ratio : largest);
+  }
+
+  SIMPO_HOST_DEVICE Scalar z(Scalar x) const { return cap_ * std::tanh(x * scale_over_cap_); }
+  SIMPO_HOST_DEVICE Scalar common_slope() const { return scale_; }
+
+  // 1 - (z / cap)^2. As (1 - r)(1 + r), which keeps the digits that 1 - r * r loses where the cap
+  // saturates.
+  SIMPO_HOST_DEVICE Scalar own_slope(Scalar z) const {
+    const Scalar ratio = z * inverse_cap_;
+    return (Scalar(1) - ratio) * (Scalar(1) + ratio);
+  }
+
+ private:
+  Scalar scale_, cap_, inverse_cap_, scale_over_cap_;
+};
 
 // ---- sequence log-probability ---------------------------------------------------------------
 

@@ -4,7 +4,7 @@
 // reads labels and O(P), and writes [2P, T]. Sums over tokens and over pairs are compensated, in
 // double, in a fixed order.
 
-#include "core/dtype_dispatch.h"
+#include "core/dispatch.h"
 #include "core/kernels.h"
 #include "core/preference.h"
 #include "cpu/sequence_logps.h"

@@ -3,7 +3,7 @@
 
 #include "cpu/sequence_logps.h"
 
-#include "core/dtype_dispatch.h"
+#include "core/dispatch.h"
 #include "core/kernels.h"
 
 namespace simpo_ext::cpu {

@@ -16,7 +16,7 @@
 #include <limits>
 #include <vector>
 
-#include "core/dtype_dispatch.h"
+#include "core/dispatch.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
 #include "cpu/fast_exp.h"
@@ -36,14 +36,10 @@ int64_t rows_per_task(int64_t V) {
   return std::max<int64_t>(1, kLogitsPerTask / std::max<int64_t>(V, 1));
 }
 
-// z[0, n) = transform(x[0, n)).
-template <typename T>
-void load_block(const T* x, int64_t n, LogitTransform transform, Compute<T>* z) {
-  if (transform.is_identity()) {
-    for (int64_t i = 0; i < n; ++i) z[i] = widen(x[i]);
-  } else {
-    for (int64_t i = 0; i < n; ++i) z[i] = transform_logit(widen(x[i]), transform);
-  }
+// z[0, n) = logits.z(x[0, n)).
+template <typename T, class Logits>
+void load_block(const T* x, int64_t n, const Logits& logits, Compute<T>* z) {
+  for (int64_t i = 0; i < n; ++i) z[i] = logits.z(widen(x[i]));
 }
 
 // Folds the upper half of values onto the lower until one is left: loops without a carried
@@ -74,14 +70,14 @@ double block_sum_exp(const Scalar* z, int64_t n, Scalar reference, Scalar* scrat
   return static_cast<double>(fold(scratch, n, [](Scalar a, Scalar b) { return a + b; }));
 }
 
-template <typename T>
-LogSumExp<Compute<T>> row_logsumexp(const T* x, int64_t V, LogitTransform transform) {
+template <typename T, class Logits>
+LogSumExp<Compute<T>> row_logsumexp(const T* x, int64_t V, const Logits& logits) {
   LogSumExp<Compute<T>> logsumexp;
   alignas(64) Compute<T> z[kBlock];
   alignas(64) Compute<T> scratch[kBlock];
   for (int64_t i = 0; i < V; i += kBlock) {
     const int64_t n = std::min(kBlock, V - i);
-    load_block(x + i, n, transform, z);
+    load_block(x + i, n, logits, z);
     logsumexp.raise_max(block_max(z, n, scratch));
     logsumexp.add_terms(block_sum_exp(z, n, logsumexp.reference(), scratch));
   }
@@ -89,34 +85,30 @@ LogSumExp<Compute<T>> row_logsumexp(const T* x, int64_t V, LogitTransform transf
 }
 
 // dx may be x.
-template <typename T>
-void row_gradient(const T* x, int64_t V, int64_t label, LogitTransform transform,
+template <typename T, class Logits>
+void row_gradient(const T* x, int64_t V, int64_t label, const Logits& logits,
                   const LogSumExp<Compute<T>>& logsumexp, double grad, T* dx) {
   using Scalar = Compute<T>;
-  const Scalar label_z = transform_logit(widen(x[label]), transform);  // before dx overwrites it
+  const Scalar label_z = logits.z(widen(x[label]));  // before dx overwrites it
 
   // softmax = exp(z - max) / sum, with the division folded into the coefficient.
   const Scalar max = logsumexp.max;
-  const Scalar coefficient = static_cast<Scalar>(-grad / logsumexp.sum);
+  const double common_grad = grad * static_cast<double>(logits.common_slope());
+  const Scalar coefficient = static_cast<Scalar>(-common_grad / logsumexp.sum);
   alignas(64) Scalar z[kBlock];
   alignas(64) T out[kBlock];
   for (int64_t i = 0; i < V; i += kBlock) {
     const int64_t n = std::min(kBlock, V - i);
-    load_block(x + i, n, transform, z);
-    if (transform.is_identity()) {
-      for (int64_t j = 0; j < n; ++j) out[j] = narrow<T>(coefficient * fast_exp(z[j] - max));
-    } else {
-      for (int64_t j = 0; j < n; ++j) {
-        const Scalar slope = transform_logit_slope(z[j], transform);
-        out[j] = narrow<T>(coefficient * fast_exp(z[j] - max) * slope);
-      }
+    load_block(x + i, n, logits, z);
+    for (int64_t j = 0; j < n; ++j) {
+      out[j] = narrow<T>(coefficient * fast_exp(z[j] - max) * logits.own_slope(z[j]));
     }
     std::copy(out, out + n, dx + i);
   }
 
   const double one_minus_p = one_minus_exp(logsumexp.log_probability(label_z));
-  const double slope = transform_logit_slope(static_cast<double>(label_z), transform);
-  dx[label] = narrow<T>(static_cast<Scalar>(grad * one_minus_p * slope));
+  const double slope = static_cast<double>(logits.own_slope(label_z));
+  dx[label] = narrow<T>(static_cast<Scalar>(common_grad * one_minus_p * slope));
 }
 
 LabelError find_label_error(const Targets& targets, int64_t V) {
@@ -143,9 +135,10 @@ std::vector<int64_t> select_rows(const Targets& targets, const Predicate& predic
   return rows;
 }
 
-template <typename T>
+template <typename T, class Logits>
 void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   using Scalar = Compute<T>;
+  const Logits transformed(args.transform);
   const Targets& targets = args.targets;
   const T* logits = static_cast<const T*>(args.logits);
   Scalar* logps = static_cast<Scalar*>(args.logps);
@@ -160,8 +153,8 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = rows[static_cast<size_t>(i)], b = row / targets.T, t = row % targets.T;
       const T* x = logits + args.logits_strides.offset(b, t);
-      const LogSumExp<Scalar> logsumexp = row_logsumexp(x, args.V, args.transform);
-      const Scalar label_z = transform_logit(widen(x[targets.at(b, t)]), args.transform);
+      const LogSumExp<Scalar> logsumexp = row_logsumexp(x, args.V, transformed);
+      const Scalar label_z = transformed.z(widen(x[targets.at(b, t)]));
       logps[row] = static_cast<Scalar>(logsumexp.log_probability(label_z));
       max[row] = logsumexp.max;
       args.sum_exp[row] = logsumexp.sum;
@@ -170,9 +163,10 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   parallel_for(0, static_cast<int64_t>(rows.size()), rows_per_task(args.V), do_rows);
 }
 
-template <typename T>
+template <typename T, class Logits>
 void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
   using Scalar = Compute<T>;
+  const Logits transformed(args.transform);
   const Targets& targets = args.targets;
   const T* logits = static_cast<const T*>(args.logits);
   const Scalar* grad_logps = static_cast<const Scalar*>(args.grad_logps);
@@ -186,8 +180,8 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
   const auto do_rows = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = rows[static_cast<size_t>(i)], b = row / targets.T, t = row % targets.T;
-      row_gradient(logits + args.logits_strides.offset(b, t), args.V, targets.at(b, t),
-                   args.transform, LogSumExp<Scalar>{max[row], args.sum_exp[row]},
+      row_gradient(logits + args.logits_strides.offset(b, t), args.V, targets.at(b, t), transformed,
+                   LogSumExp<Scalar>{max[row], args.sum_exp[row]},
                    static_cast<double>(grad_logps[args.grad_strides.offset(b, t)]),
                    dlogits + args.dlogits_strides.offset(b, t));
     }
@@ -210,16 +204,18 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
 LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   const LabelError error = find_label_error(args.targets, args.V);
   if (error.found()) return error;
-  dispatch_dtype(args.dtype,
-                 [&](auto tag) { forward<typename decltype(tag)::type>(args, parallel_for); });
+  dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {
+    forward<typename decltype(element)::type, typename decltype(logits)::type>(args, parallel_for);
+  });
   return error;
 }
 
 LabelError token_logps_backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
   const LabelError error = find_label_error(args.targets, args.V);
   if (error.found()) return error;
-  dispatch_dtype(args.dtype,
-                 [&](auto tag) { backward<typename decltype(tag)::type>(args, parallel_for); });
+  dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {
+    backward<typename decltype(element)::type, typename decltype(logits)::type>(args, parallel_for);
+  });
   return error;
 }
 

@@ -25,8 +25,13 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
   config.gridDim = grid;
   config.blockDim = block;
   config.stream = static_cast<cudaStream_t>(stream);
+  // The first launch of a kernel loads its code, which a capture of a graph in another mode
+  // forbids.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
   const cudaError_t error =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  cudaThreadExchangeStreamCaptureMode(&mode);
   if (error != cudaSuccess) cudaGetLastError();  // reported here, and not once more by the next
   return static_cast<int>(error);
 }

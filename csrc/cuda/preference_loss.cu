@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "core/dtype_dispatch.h"
+#include "core/dispatch.h"
 #include "core/kernels.h"
 #include "core/preference.h"
 #include "cuda/sequence_sums.cuh"
@@ -61,13 +61,13 @@ __global__ void __launch_bounds__(kPairThreads) score_pairs_kernel(PreferenceLos
 
 // Over all pairs, in every thread.
 SIMPO_DEVICE PairCounts count_pairs(const PreferenceLossBackwardArgs& args) {
-  constexpr int kWarps = kPairThreads / kWarpSize;
+  constexpr int kWarps = kSequenceThreads / kWarpSize;
   SIMPO_SHARED(int64_t, num_pairs, kWarps);
   SIMPO_SHARED(int64_t, num_chosen_tokens, kWarps);
   const auto add = [](int64_t a, int64_t b) { return a + b; };
   const int64_t P = args.targets.B / 2;
   PairCounts mine;
-  for (int64_t p = threadIdx.x; p < P; p += kPairThreads) {
+  for (int64_t p = threadIdx.x; p < P; p += kSequenceThreads) {
     mine.add(load(args.counts + p), load(args.counts + P + p), args.reduction.empty);
   }
   mine = {reduce_warp(mine.num_pairs, add), reduce_warp(mine.num_chosen_tokens, add)};
@@ -85,17 +85,14 @@ SIMPO_DEVICE PairCounts count_pairs(const PreferenceLossBackwardArgs& args) {
 }
 
 template <typename Scalar>
-__global__ void __launch_bounds__(kPairThreads)
+__global__ void __launch_bounds__(kSequenceThreads)
     preference_loss_backward_kernel(PreferenceLossBackwardArgs args) {
   const int64_t P = args.targets.B / 2;
   const PairCounts totals = count_pairs(args);
-  Scalar* grad_token_logps = static_cast<Scalar*>(args.grad_token_logps);
-  for (int64_t p = blockIdx.x; p < P; p += gridDim.x) {
-    const TokenGradients gradients = pair_gradients<Scalar>(p, P, totals, args);
-    spread_to_valid_tokens<Scalar, kPairThreads>(gradients.chosen, args.targets, p,
-                                                 grad_token_logps);
-    spread_to_valid_tokens<Scalar, kPairThreads>(gradients.rejected, args.targets, P + p,
-                                                 grad_token_logps);
+  for (int64_t b = blockIdx.x; b < 2 * P; b += gridDim.x) {
+    const TokenGradients gradients = pair_gradients<Scalar>(b < P ? b : b - P, P, totals, args);
+    spread_to_valid_tokens(b < P ? gradients.chosen : gradients.rejected, args.targets, b,
+                           static_cast<Scalar*>(args.grad_token_logps));
   }
 }
 
@@ -111,11 +108,13 @@ int forward(const PreferenceLossArgs& args, Stream stream) {
 
 template <typename Scalar>
 int backward(const PreferenceLossBackwardArgs& args, Stream stream) {
-  const int64_t P = args.targets.B / 2;
-  if (P * args.targets.T == 0) return 0;
-  const int64_t blocks = P < kMaxBackwardBlocks ? P : kMaxBackwardBlocks;
-  return launch(preference_loss_backward_kernel<Scalar>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kPairThreads), stream, args);
+  if (args.targets.B * args.targets.T == 0) return 0;
+  const unsigned z = blocks_per_sequence(args.targets.T);
+  int64_t x = kMaxBackwardBlocks / z;
+  if (x > args.targets.B) x = args.targets.B;
+  if (x > kMaxGridX) x = kMaxGridX;
+  return launch(preference_loss_backward_kernel<Scalar>, dim3(static_cast<unsigned>(x), 1, z),
+                dim3(kSequenceThreads), stream, args);
 }
 
 }  // namespace

@@ -11,10 +11,11 @@ namespace simpo_ext::cuda {
 
 // One block for each of count rows, count > 0. The second grid dimension takes what the first
 // cannot hold, in equal shares, so that at most gridDim.y blocks are in excess.
-inline dim3 grid_of_rows(int64_t count) {
+// z: blocks for each row, which share it.
+inline dim3 grid_of_rows(int64_t count, unsigned z = 1) {
   const int64_t y = (count + kMaxGridX - 1) / kMaxGridX;
   const int64_t x = (count + y - 1) / y;
-  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), z);
 }
 
 // The row of this block; blocks in excess get one that is not less than count.

@@ -1,7 +1,7 @@
 // Sequence log-probabilities on the GPU. Reads each valid token once, writes 8 + 4 (or 8) bytes a
 // sequence; the backward writes [B, T].
 
-#include "core/dtype_dispatch.h"
+#include "core/dispatch.h"
 #include "core/kernels.h"
 #include "cuda/sequence_sums.cuh"
 
@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(kSequenceThreads)
   const Scalar grad =
       load_uniform(static_cast<const Scalar*>(args.grad_logps) + b * args.grad_stride);
   const double slope = sequence_logp_slope<double>(load_uniform(args.counts + b), args.average);
-  spread_to_valid_tokens<Scalar, kSequenceThreads>(static_cast<double>(grad) * slope, args.targets,
-                                                   b, static_cast<Scalar*>(args.grad_token_logps));
+  spread_to_valid_tokens(static_cast<double>(grad) * slope, args.targets, b,
+                         static_cast<Scalar*>(args.grad_token_logps));
 }
 
 }  // namespace
@@ -50,7 +50,8 @@ int sequence_logps_backward(const SequenceLogpsBackwardArgs& args, Stream stream
   int error = 0;
   dispatch_compute_dtype(args.dtype, [&](auto tag) {
     error = launch(sequence_logps_backward_kernel<typename decltype(tag)::type>,
-                   grid_of_rows(args.targets.B), dim3(kSequenceThreads), stream, args);
+                   grid_of_rows(args.targets.B, blocks_per_sequence(args.targets.T)),
+                   dim3(kSequenceThreads), stream, args);
   });
   return error;
 }

@@ -14,7 +14,7 @@
 
 namespace simpo_ext::cuda {
 
-constexpr int kSequenceThreads = 128;
+constexpr int kSequenceThreads = 256;
 
 SIMPO_DEVICE bool is_valid_token(const Targets& targets, int64_t b, int64_t t) {
   return targets.has_label(t) &&
@@ -59,12 +59,22 @@ SIMPO_DEVICE SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStride
   return {partial.sum.value(), partial.count};
 }
 
+// Blocks that share a sequence when its gradient is spread: some tokens for each thread.
+inline unsigned blocks_per_sequence(int64_t T) {
+  constexpr int64_t kTokensPerBlock = 4 * kSequenceThreads, kMaxBlocks = 64;
+  const int64_t blocks = (T + kTokensPerBlock - 1) / kTokensPerBlock;
+  return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
+
 // grad_token_logps[b, :] = gradient at valid positions and 0 at masked ones, whatever gradient is.
-template <typename Scalar, int kThreads>
+// This block's share of it, of those along gridDim.z.
+template <typename Scalar>
 SIMPO_DEVICE void spread_to_valid_tokens(double gradient, const Targets& targets, int64_t b,
                                          Scalar* grad_token_logps) {
   const Scalar value = static_cast<Scalar>(gradient);
-  for (int64_t t = threadIdx.x; t < targets.T; t += kThreads) {
+  const int64_t first = static_cast<int64_t>(blockIdx.z) * kSequenceThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.z) * kSequenceThreads;
+  for (int64_t t = first; t < targets.T; t += step) {
     store(grad_token_logps + b * targets.T + t, is_valid_token(targets, b, t) ? value : Scalar(0));
   }
 }

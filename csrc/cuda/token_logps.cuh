@@ -1,12 +1,13 @@
 // Per-token log-probabilities on the GPU: a block of threads for each token row.
 //
 // Memory contract, per row of V logits of e bytes:
-//   forward   a valid row is read once, plus its label's logit again: (V + 1) e; 8 + 4 + 4 bytes
-//   are
-//             written (8 + 8 + 8 for float64). A masked row costs one label load.
-//   backward  a valid row is read and written once, plus its label's logit and gradient again; also
-//             in place. A masked row, or one whose incoming gradient is 0, is written (zeros) and
-//             not read.
+//
+//   forward: a valid row is read once, and its label's logit again, (V + 1) e bytes; 16 bytes are
+//   written, 24 for float64. A masked row costs one label load.
+//
+//   backward, also in place: a valid row is read and written once, and its label's logit again. A
+//   masked row, or one whose incoming gradient is 0, is written (zeros), and its logits not read.
+//
 // No scratch. A label outside [0, V) is not followed: its row becomes NaN.
 //
 // Every sum has a fixed order, so equal inputs at equal alignments give equal bits. Rows may start
@@ -27,119 +28,79 @@
 
 namespace simpo_ext::cuda {
 
-// ---- logit transforms, known at compile time so that the common one costs nothing -----------
-
-template <typename ScalarType, bool kHasSoftcap>
-class Transform {
- public:
-  using Scalar = ScalarType;
-  static constexpr bool kSoftcap = kHasSoftcap;
-
-  explicit Transform(LogitTransform transform)
-      : transform_{transform.logit_scale, kHasSoftcap ? transform.softcap : 0.0} {}
-
-  // Of the logit x. Increasing, so that the largest z is that of the largest x.
-  SIMPO_DEVICE Scalar z(Scalar x) const { return transform_logit(x, transform()); }
-
-  // dz/dx, divided by the factor that all logits share.
-  SIMPO_DEVICE Scalar relative_slope(Scalar z) const {
-    return kHasSoftcap ? transform_logit_slope(z, {1.0, transform_.softcap}) : Scalar(1);
-  }
-  SIMPO_DEVICE Scalar common_slope() const { return static_cast<Scalar>(transform_.logit_scale); }
-
-  SIMPO_DEVICE LogitTransform transform() const {
-    // The compiler sees that softcap is 0, and drops the branch on it.
-    return {transform_.logit_scale, kHasSoftcap ? transform_.softcap : 0.0};
-  }
-
- private:
-  LogitTransform transform_;
-};
-
-template <typename Scalar>
-using LinearTransform = Transform<Scalar, false>;
-template <typename Scalar>
-using SoftcapTransform = Transform<Scalar, true>;
-
-// Threads that fit on a multiprocessor of the architecture that is being compiled for.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || \
-                               __CUDA_ARCH__ == 890 || __CUDA_ARCH__ / 100 == 12)
-constexpr int kMaxThreadsPerSM = 1536;
-#else
-constexpr int kMaxThreadsPerSM = 2048;
-#endif
-
-// How many threads shall fit on a multiprocessor. The limit of registers that this sets is what
-// each kernel needs without spills: 32 (40 where fewer threads fit) in the forward of the common
-// case, else 64, and 128 for exp of a double.
-template <class Transform>
-constexpr int kForwardThreadsPerSM = sizeof(typename Transform::Scalar) == 8 ? 512
-                                     : Transform::kSoftcap                   ? 1024
-                                                                             : kMaxThreadsPerSM;
-template <class Transform>
-constexpr int kBackwardThreadsPerSM = sizeof(typename Transform::Scalar) == 8 ? 512 : 1024;
+// How many threads shall fit on a multiprocessor. The limit of registers that this sets, 40 or 64,
+// is what each kernel needs without spills; exp of a double needs up to 128.
+template <class Logits>
+constexpr int kForwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512
+                                     : Logits::kIsCapped                      ? 1024
+                                                                              : 1536;
+template <class Logits>
+constexpr int kBackwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512 : 1024;
 
 // ---- forward --------------------------------------------------------------------------------
 
-// What one thread has seen of a row: sum(exp(z - max)). Few enough terms for Scalar.
+// What one thread has seen of a row: sum(exp(z - max)). A batch of terms is added up in Scalar, and
+// the batches in double: next to the one term of a sure label, all others are small and would each
+// lose the same digits.
 template <typename Scalar>
 struct ThreadSum {
   Scalar max = -std::numeric_limits<Scalar>::infinity();
-  Scalar sum = 0;
-
-  SIMPO_DEVICE Scalar reference() const { return finite_reference(max); }
+  double sum = 0;
 
   // -inf - -inf is NaN, so while nothing above -inf has been seen, 0 is subtracted instead.
-  SIMPO_DEVICE static Scalar finite_reference(Scalar max) {
+  SIMPO_DEVICE Scalar reference() const {
     return max == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : max;
   }
 
   SIMPO_DEVICE void raise_max(Scalar new_max) {
     if (new_max > max) {
-      sum *= fast_exp(max - new_max);
+      sum *= static_cast<double>(fast_exp(max - new_max));
       max = new_max;
     }
   }
 };
 
-// The threads' sums together, in thread 0. Each warp's share in Scalar, across warps in double.
+// Rescales the lanes' sums to their common maximum, and adds them up.
+template <typename Scalar>
+SIMPO_DEVICE ThreadSum<Scalar> reduce_warp_of_sums(const ThreadSum<Scalar>& mine) {
+  ThreadSum<Scalar> result;
+  result.max = reduce_warp(mine.max, [](Scalar a, Scalar b) { return larger(a, b); });
+  const Scalar scale = fast_exp(mine.max - result.reference());
+  result.sum =
+      reduce_warp(mine.sum * static_cast<double>(scale), [](double a, double b) { return a + b; });
+  return result;
+}
+
+// The threads' sums together, in thread 0.
 template <typename Scalar, int kThreads>
 SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const ThreadSum<Scalar>& mine) {
   constexpr int kWarps = kThreads / kWarpSize;
   static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize);
   SIMPO_SHARED(Scalar, warp_maxima, kWarps);
-  SIMPO_SHARED(Scalar, warp_sums, kWarps);
-  const auto max = [](Scalar a, Scalar b) { return larger(a, b); };
-  const auto add = [](auto a, auto b) { return a + b; };
+  SIMPO_SHARED(double, warp_sums, kWarps);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 
-  const Scalar warp_max = reduce_warp(mine.max, max);
-  const Scalar rescaled =
-      mine.sum * fast_exp(mine.max - ThreadSum<Scalar>::finite_reference(warp_max));
-  const Scalar warp_sum = reduce_warp(rescaled, add);
+  const ThreadSum<Scalar> of_my_warp = reduce_warp_of_sums(mine);
   if (lane == 0) {
-    warp_maxima[warp] = warp_max;
-    warp_sums[warp] = warp_sum;
+    warp_maxima[warp] = of_my_warp.max;
+    warp_sums[warp] = of_my_warp.sum;
   }
   __syncthreads();
 
-  LogSumExp<Scalar> result;
+  ThreadSum<Scalar> of_block;
   if (warp == 0) {
-    const ThreadSum<Scalar> of_warp =
-        lane < kWarps ? ThreadSum<Scalar>{warp_maxima[lane], warp_sums[lane]} : ThreadSum<Scalar>{};
-    result.max = reduce_warp(of_warp.max, max);
-    const Scalar scale = fast_exp(of_warp.max - result.reference());
-    result.sum = reduce_warp(static_cast<double>(of_warp.sum * scale), add);
+    if (lane < kWarps) of_block = {warp_maxima[lane], warp_sums[lane]};
+    of_block = reduce_warp_of_sums(of_block);
   }
-  return result;
+  return {of_block.max, of_block.sum};
 }
 
 // Adds vectors first, first + kThreads, ... of a row, kUnroll of them; with kGuarded as many as
 // there are. All loads stand before the first use, so that they are in flight together.
-template <typename T, class Transform, int kThreads, int kUnroll, bool kGuarded>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded>
 SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t num_vectors,
-                              const Transform& transform, ThreadSum<Compute<T>>& sum) {
+                              const Logits& logits, ThreadSum<Compute<T>>& sum) {
   using Scalar = Compute<T>;
   constexpr int kWidth = Elements<T>::kWidth;
   Vector16 v[kUnroll];
@@ -151,7 +112,7 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t nu
   Vector16 maxima = v[0];
   SIMPO_UNROLL
   for (int u = 1; u < kUnroll; ++u) maxima = Elements<T>::larger(maxima, v[u]);
-  sum.raise_max(transform.z(Elements<T>::largest(maxima)));
+  sum.raise_max(logits.z(Elements<T>::largest(maxima)));
 
   const Scalar reference = sum.reference();
   Scalar terms[2] = {0, 0};  // two chains of additions, which overlap
@@ -160,15 +121,15 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t nu
     if (kGuarded && first + u * kThreads >= num_vectors) break;
     SIMPO_UNROLL
     for (int k = 0; k < kWidth; ++k) {
-      terms[k % 2] += fast_exp(transform.z(Elements<T>::get(v[u], k)) - reference);
+      terms[k % 2] += fast_exp(logits.z(Elements<T>::get(v[u], k)) - reference);
     }
   }
-  sum.sum += terms[0] + terms[1];
+  sum.sum += static_cast<double>(terms[0] + terms[1]);
 }
 
-template <typename T, class Transform, int kThreads, int kUnroll>
-__global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Transform> / kThreads)
-    token_logps_kernel(TokenLogpsArgs args, Transform transform) {
+template <typename T, class Logits, int kThreads, int kUnroll>
+__global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThreads)
+    token_logps_kernel(TokenLogpsArgs args, Logits logits) {
   using Scalar = Compute<T>;
   const Targets& targets = args.targets;
   const int64_t row = row_of_block();
@@ -201,21 +162,21 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Transform> / kT
   ThreadSum<Scalar> sum;
   int64_t i = tid;
   for (; i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {
-    add_vectors<T, Transform, kThreads, kUnroll, false>(vectors, i, num_vectors, transform, sum);
+    add_vectors<T, Logits, kThreads, kUnroll, false>(vectors, i, num_vectors, logits, sum);
   }
   if (i < num_vectors) {
-    add_vectors<T, Transform, kThreads, kUnroll, true>(vectors, i, num_vectors, transform, sum);
+    add_vectors<T, Logits, kThreads, kUnroll, true>(vectors, i, num_vectors, logits, sum);
   }
   static_assert(2 * (Elements<T>::kWidth - 1) <= kThreads);
   if (tid < cut.num_edges()) {
-    const Scalar z = transform.z(Elements<T>::widen(load(x + cut.element_of_edge(tid))));
+    const Scalar z = logits.z(Elements<T>::widen(load(x + cut.element_of_edge(tid))));
     sum.raise_max(z);
-    sum.sum += fast_exp(z - sum.reference());
+    sum.sum += static_cast<double>(fast_exp(z - sum.reference()));
   }
 
   const LogSumExp<Scalar> logsumexp = reduce_block<Scalar, kThreads>(sum);
   if (tid == 0) {
-    store(logps, static_cast<Scalar>(logsumexp.log_probability(transform.z(label_x))));
+    store(logps, static_cast<Scalar>(logsumexp.log_probability(logits.z(label_x))));
     store(max, logsumexp.max);
     store(sum_exp, logsumexp.sum);
   }
@@ -239,16 +200,16 @@ SIMPO_DEVICE void fill_row(T* dx, int64_t V, Compute<T> value) {
 }
 
 // What all elements of a row but its label's need: coefficient * exp(z - max) * slope.
-template <typename T, class Transform>
+template <typename T, class Logits>
 struct RowGradient {
   using Scalar = Compute<T>;
-  Transform transform;
+  Logits logits;
   Scalar max;
   Scalar coefficient;
 
   SIMPO_DEVICE Scalar operator()(Scalar x) const {
-    const Scalar z = transform.z(x);
-    return coefficient * fast_exp(z - max) * transform.relative_slope(z);
+    const Scalar z = logits.z(x);
+    return coefficient * fast_exp(z - max) * logits.own_slope(z);
   }
 
   SIMPO_DEVICE Vector16 operator()(const Vector16& v) const {
@@ -261,9 +222,9 @@ struct RowGradient {
 
 // The gradient of vectors first, first + kThreads, ... of a row; as add_vectors. dx may be x: a
 // thread overwrites only what it has read itself.
-template <typename T, class Transform, int kThreads, int kUnroll, bool kGuarded>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded>
 SIMPO_DEVICE void write_vectors(const Vector16* x, Vector16* dx, int64_t first, int64_t num_vectors,
-                                const RowGradient<T, Transform>& gradient) {
+                                const RowGradient<T, Logits>& gradient) {
   Vector16 v[kUnroll];
   SIMPO_UNROLL
   for (int u = 0; u < kUnroll; ++u) {
@@ -277,9 +238,9 @@ SIMPO_DEVICE void write_vectors(const Vector16* x, Vector16* dx, int64_t first, 
   }
 }
 
-template <typename T, class Transform, int kThreads, int kUnroll>
-__global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Transform> / kThreads)
-    token_logps_backward_kernel(TokenLogpsBackwardArgs args, Transform transform) {
+template <typename T, class Logits, int kThreads, int kUnroll>
+__global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThreads)
+    token_logps_backward_kernel(TokenLogpsBackwardArgs args, Logits logits) {
   using Scalar = Compute<T>;
   const Targets& targets = args.targets;
   const int64_t row = row_of_block();
@@ -291,9 +252,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Transform> / k
   const int64_t label = uniform_label_at(targets, token);
   const bool is_masked = label == targets.ignore_index;
   const bool is_scored = !is_masked && is_in_vocabulary(label, args.V);
-  const Scalar grad = is_scored ? load_uniform(static_cast<const Scalar*>(args.grad_logps) +
-                                               args.grad_strides.offset(token.b, token.t))
-                                : Scalar(0);
+  // Asked for together, so that the row is waited for once less.
+  Scalar grad = 0, max = 0;
+  double sum_exp = 1;
+  if (is_scored) {
+    grad = load_uniform(static_cast<const Scalar*>(args.grad_logps) +
+                        args.grad_strides.offset(token.b, token.t));
+    max = load_uniform(static_cast<const Scalar*>(args.max) + row);
+    sum_exp = load_uniform(args.sum_exp + row);
+  }
   if (grad == Scalar(0)) {
     fill_row<T, kThreads>(
         dx, args.V, is_masked || is_scored ? Scalar(0) : std::numeric_limits<Scalar>::quiet_NaN());
@@ -301,12 +268,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Transform> / k
   }
 
   const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, token.t);
-  const Scalar max = load_uniform(static_cast<const Scalar*>(args.max) + row);
-  const double sum_exp = load_uniform(args.sum_exp + row);
-  const Scalar common_grad = grad * transform.common_slope();
+  const Scalar common_grad = grad * logits.common_slope();
   // softmax = exp(z - max) / sum_exp, with the division folded into the coefficient.
-  const RowGradient<T, Transform> gradient{transform, max,
-                                           -common_grad / static_cast<Scalar>(sum_exp)};
+  const RowGradient<T, Logits> gradient{logits, max, -common_grad / static_cast<Scalar>(sum_exp)};
 
   // Vectors need rows that are aligned alike. Where they are not, as in a slice of an odd
   // vocabulary, elements go one by one.
@@ -325,12 +289,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Transform> / k
     const int64_t num_vectors = cut.num_vectors();
     int64_t i = tid;
     for (; i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {
-      write_vectors<T, Transform, kThreads, kUnroll, false>(vectors, cut.vectors(dx), i,
-                                                            num_vectors, gradient);
+      write_vectors<T, Logits, kThreads, kUnroll, false>(vectors, cut.vectors(dx), i, num_vectors,
+                                                         gradient);
     }
     if (i < num_vectors) {
-      write_vectors<T, Transform, kThreads, kUnroll, true>(vectors, cut.vectors(dx), i, num_vectors,
-                                                           gradient);
+      write_vectors<T, Logits, kThreads, kUnroll, true>(vectors, cut.vectors(dx), i, num_vectors,
+                                                        gradient);
     }
     if (tid < cut.num_edges()) {
       const int64_t element = cut.element_of_edge(tid);
@@ -343,33 +307,34 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Transform> / k
   }
 
   if (writes_label) {
-    const Scalar label_z = transform.z(label_x);
+    const Scalar label_z = logits.z(label_x);
     const double label_logp = LogSumExp<Scalar>{max, sum_exp}.log_probability(label_z);
     const double label_grad = static_cast<double>(common_grad) * one_minus_exp(label_logp);
     store(dx + label,
-          Elements<T>::narrow(static_cast<Scalar>(label_grad) * transform.relative_slope(label_z)));
+          Elements<T>::narrow(static_cast<Scalar>(label_grad) * logits.own_slope(label_z)));
   }
 }
 
 // ---- launches: 0 or an error code -----------------------------------------------------------
 
-template <typename T, class Transform, int kThreads, int kUnroll>
+template <typename T, class Logits, int kThreads, int kUnroll>
 int launch_token_logps(const TokenLogpsArgs& args, Stream stream) {
-  return launch(token_logps_kernel<T, Transform, kThreads, kUnroll>,
+  return launch(token_logps_kernel<T, Logits, kThreads, kUnroll>,
                 grid_of_rows(args.targets.B * args.targets.T), dim3(kThreads), stream, args,
-                Transform(args.transform));
+                Logits(args.transform));
 }
 
-template <typename T, class Transform, int kThreads, int kUnroll>
+template <typename T, class Logits, int kThreads, int kUnroll>
 int launch_token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream) {
-  return launch(token_logps_backward_kernel<T, Transform, kThreads, kUnroll>,
+  return launch(token_logps_backward_kernel<T, Logits, kThreads, kUnroll>,
                 grid_of_rows(args.targets.B * args.targets.T), dim3(kThreads), stream, args,
-                Transform(args.transform));
+                Logits(args.transform));
 }
 
-// 16-byte loads a thread has under way at once. exp of a double leaves no registers for four.
-template <typename T>
-constexpr int kVectorsInFlight = sizeof(T) == 8 ? 2 : 4;
+// 16-byte loads a thread has under way at once. tanh, and exp of a double, leave no registers for
+// four, and take longer than memory does.
+template <typename T, class Logits>
+constexpr int kVectorsInFlight = sizeof(T) == 8 || Logits::kIsCapped ? 2 : 4;
 
 // From this many bytes on, a row keeps a large block busy.
 constexpr int64_t kLargeRowBytes = 16384;

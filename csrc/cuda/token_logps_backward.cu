@@ -1,31 +1,23 @@
 // token_logps_backward: which kernel a call takes. See token_logps.cuh.
 
-#include "core/dtype_dispatch.h"
+#include "core/dispatch.h"
 #include "cuda/token_logps.cuh"
 
 namespace simpo_ext::cuda {
-namespace {
-
-template <typename T>
-int backward(const TokenLogpsBackwardArgs& args, Stream stream) {
-  using Scalar = Compute<T>;
-  constexpr int kUnroll = kVectorsInFlight<T>;
-  if (args.transform.softcap != 0.0) {
-    return launch_token_logps_backward<T, SoftcapTransform<Scalar>, 256, kUnroll>(args, stream);
-  }
-  if (args.V * static_cast<int64_t>(sizeof(T)) >= kLargeRowBytes) {
-    return launch_token_logps_backward<T, LinearTransform<Scalar>, 512, kUnroll>(args, stream);
-  }
-  return launch_token_logps_backward<T, LinearTransform<Scalar>, 128, kUnroll>(args, stream);
-}
-
-}  // namespace
 
 int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream) {
   if (args.targets.B * args.targets.T * args.V == 0) return 0;
   int error = 0;
-  dispatch_dtype(args.dtype,
-                 [&](auto tag) { error = backward<typename decltype(tag)::type>(args, stream); });
+  dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {
+    using T = typename decltype(element)::type;
+    using Logits = typename decltype(logits)::type;
+    constexpr int kUnroll = kVectorsInFlight<T, Logits>;
+    if (args.V * static_cast<int64_t>(sizeof(T)) >= kLargeRowBytes) {
+      error = launch_token_logps_backward<T, Logits, 256, kUnroll>(args, stream);
+    } else {
+      error = launch_token_logps_backward<T, Logits, 128, kUnroll>(args, stream);
+    }
+  });
   return error;
 }
 

@@ -148,10 +148,14 @@ inline void store_streaming(
   std::memcpy(address, &value, sizeof(value));
 }
 
-// As ex2.approx.ftz.f32, but rounded correctly: 0 below the least normal number.
+// As ex2.approx.ftz.f32: 0 below the least normal number, exact at integers, and elsewhere off by
+// up to 2 ulp, as the documentation allows. How much depends on the bits of x alone.
 inline float exp2_approx(float x) {
   const float power = std::exp2(x);
-  return power < 0x1p-126f ? 0.0f : power;
+  if (power < 0x1p-126f) return 0.0f;
+  if (!std::isfinite(power) || x == std::trunc(x)) return power;
+  const int ulps = static_cast<int>(float_bits(x) * 2654435761u >> 16) % 5 - 2;
+  return float_from_bits(float_bits(power) + static_cast<uint32_t>(ulps));
 }
 
 inline float widen_float16(uint16_t bits) { return widen(Float16{bits}); }

@@ -1,7 +1,8 @@
-// From a DType known at run time to a type known at compile time.
+// From what is known at run time of the logits to types known at compile time.
 #pragma once
 
 #include "core/dtypes.h"
+#include "core/loss_math.h"
 
 namespace simpo_ext {
 
@@ -25,7 +26,20 @@ void dispatch_dtype(DType dtype, const Function& function) {
   }
 }
 
-// The same for tensors of the compute dtype: float or double.
+// Calls function(TypeTag<element type>{}, TypeTag<ScaledLogits or CappedLogits>{}).
+template <typename Function>
+void dispatch_logits(DType dtype, LogitTransform transform, const Function& function) {
+  dispatch_dtype(dtype, [&](auto element) {
+    using Scalar = Compute<typename decltype(element)::type>;
+    if (transform.softcap == 0.0) {
+      function(element, TypeTag<ScaledLogits<Scalar>>{});
+    } else {
+      function(element, TypeTag<CappedLogits<Scalar>>{});
+    }
+  });
+}
+
+// As dispatch_dtype, for tensors of the compute dtype: float or double.
 template <typename Function>
 void dispatch_compute_dtype(DType dtype, const Function& function) {
   if (dtype == DType::kFloat64) {

@@ -1,0 +1,32 @@
+"""Building and running C++ programs from tests."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+def run(*command: str | Path, **options: object) -> str:
+    """The command's output; a failure shows all of it."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def build(source: Path, folder: Path, *definitions: str, target: str = "all") -> None:
+    options = ("-G", "Ninja", "-DCMAKE_BUILD_TYPE=Debug")
+    run("cmake", "-S", source, "-B", folder, *options, *definitions)
+    run("cmake", "--build", folder, "--target", target)
+
+
+def skip_unless_sanitizer_works(sanitizer: str, folder: Path) -> None:
+    """Its runtime may be missing, or at odds with the kernel's address space layout."""
+    (folder / "probe.cpp").write_text("int main() {}")
+    flags = [f"-fsanitize={sanitizer}", "-o", "probe"]
+    compiled = subprocess.run(["c++", "probe.cpp", *flags], cwd=folder, check=False)
+    if compiled.returncode or subprocess.run(["./probe"], cwd=folder, check=False).returncode:
+        pytest.skip(f"-fsanitize={sanitizer} does not work on this machine")

@@ -1,0 +1,124 @@
+// Memory of exactly the size that a contract states, so that AddressSanitizer sees a byte too many.
+// What may not be read is poisoned, and what may not be written keeps a pattern that is looked for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "core/views.h"
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define POISON(pointer, bytes) ASAN_POISON_MEMORY_REGION(pointer, bytes)
+#define UNPOISON(pointer, bytes) ASAN_UNPOISON_MEMORY_REGION(pointer, bytes)
+#else
+#define POISON(pointer, bytes) (void)(pointer), (void)(bytes)
+#define UNPOISON(pointer, bytes) (void)(pointer), (void)(bytes)
+#endif
+
+namespace simpo_ext::kernel_tests {
+
+constexpr unsigned char kUnwritten = 0xa5;
+
+// count elements, of which the first lies front elements behind a 16-byte boundary.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count, int64_t front = 0)
+      : count_(count), front_(front), memory_(::operator new(num_bytes(), std::align_val_t{16})) {
+    std::memset(memory_.get(), kUnwritten, num_bytes());
+  }
+
+  T* data() const { return static_cast<T*>(memory_.get()) + front_; }
+  T& operator[](int64_t i) const { return data()[i]; }
+  int64_t size() const { return count_; }
+
+  // Of all the memory, front included.
+  unsigned char* bytes() const { return static_cast<unsigned char*>(memory_.get()); }
+  size_t num_bytes() const { return static_cast<size_t>(front_ + count_) * sizeof(T); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{16}); }
+  };
+  int64_t count_, front_;
+  std::unique_ptr<void, Free> memory_;
+};
+
+// How the rows of a [B, T, V] tensor lie in memory, in elements.
+struct Layout {
+  int64_t front = 0;  // before the first row, from a 16-byte boundary on
+  int64_t pad_t = 0;  // between rows
+  int64_t pad_b = 0;  // between sequences, beyond pad_t
+};
+
+template <typename T>
+class Rows {
+ public:
+  Rows(int64_t B, int64_t num_positions, int64_t V, Layout layout)
+      : B_(B),
+        T_(num_positions),
+        V_(V),
+        strides_{num_positions * (V + layout.pad_t) + layout.pad_b, V + layout.pad_t},
+        buffer_(B * num_positions == 0 ? 0 : strides_.offset(B - 1, num_positions - 1) + V,
+                layout.front) {}
+
+  TokenStrides strides() const { return strides_; }
+  T* data() const { return buffer_.data(); }
+  T* row(int64_t b, int64_t t) const { return buffer_.data() + strides_.offset(b, t); }
+  const Buffer<T>& buffer() const { return buffer_; }
+
+  // Poisons everything but the rows for which may_read(b, t). Poison is kept per 8 bytes, so a row
+  // that shares some with a readable one is open there.
+  template <typename Predicate>
+  void forbid_reads_unless(const Predicate& may_read) const {
+    POISON(buffer_.bytes(), buffer_.num_bytes());
+    for_each_row([&](int64_t b, int64_t t, T* x) {
+      if (may_read(b, t)) UNPOISON(x, static_cast<size_t>(V_) * sizeof(T));
+    });
+  }
+  void permit_reads() const { UNPOISON(buffer_.bytes(), buffer_.num_bytes()); }
+
+  template <typename Function>
+  void for_each_row(const Function& function) const {
+    for (int64_t b = 0; b < B_; ++b) {
+      for (int64_t t = 0; t < T_; ++t) function(b, t, row(b, t));
+    }
+  }
+
+  // What lies before, between and behind rows: function(begin, bytes).
+  template <typename Function>
+  void for_each_gap(const Function& function) const {
+    unsigned char* begin = buffer_.bytes();
+    const auto gap_until = [&](void* end) {
+      function(begin, static_cast<size_t>(static_cast<unsigned char*>(end) - begin));
+    };
+    for_each_row([&](int64_t, int64_t, T* x) {
+      gap_until(x);
+      begin = reinterpret_cast<unsigned char*>(x + V_);
+    });
+    gap_until(buffer_.bytes() + buffer_.num_bytes());
+  }
+
+  bool are_gaps_unwritten() const {
+    bool is_unwritten = true;
+    for_each_gap([&](const unsigned char* bytes, size_t count) {
+      for (size_t i = 0; i < count; ++i) is_unwritten = is_unwritten && bytes[i] == kUnwritten;
+    });
+    return is_unwritten;
+  }
+
+ private:
+  int64_t B_, T_, V_;
+  TokenStrides strides_;
+  Buffer<T> buffer_;
+};
+
+}  // namespace simpo_ext::kernel_tests

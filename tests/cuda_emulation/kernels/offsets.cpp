@@ -1,0 +1,184 @@
+// Offsets beyond 2^31 and 2^32 elements, in mappings of which only the pages in use exist.
+//
+// Not run under the sanitizers: their shadow of such a mapping may be larger than the machine.
+
+#include <sys/mman.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <type_traits>
+
+#include "core/kernels.h"
+#include "kernels/buffers.h"
+#include "kernels/reference.h"
+#include "kernels/sections.h"
+#include "kernels/token_batch.h"
+
+namespace simpo_ext::kernel_tests {
+namespace {
+
+// Zeros, until written.
+template <typename T>
+class SparseArray {
+ public:
+  explicit SparseArray(int64_t count) : bytes_(static_cast<size_t>(count) * sizeof(T)) {
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(memory_ != MAP_FAILED, "a sparse mapping is possible", 0.0,
+            static_cast<double>(bytes_));
+  }
+  ~SparseArray() { munmap(memory_, bytes_); }
+  SparseArray(const SparseArray&) = delete;
+  SparseArray& operator=(const SparseArray&) = delete;
+
+  T* data() const { return static_cast<T*>(memory_); }
+  T& operator[](int64_t i) const { return data()[i]; }
+
+ private:
+  size_t bytes_;
+  void* memory_;
+};
+
+template <typename Logit>
+void fill_row(Logit* x, int64_t V, int64_t salt) {
+  for (int64_t v = 0; v < V; ++v) {
+    const double noise = std::sin(static_cast<double>(v * (salt + 3)));
+    x[v] = narrow<Logit>(static_cast<Compute<Logit>>(4.0 * noise));
+  }
+}
+
+// The logits of a training step, all masked but a few.
+void check_contiguous_forward() {
+  using Logit = BFloat16;
+  constexpr int64_t B = 2, num_positions = 20000, V = 128256;
+  describe("forward of bfloat16 logits [%ld, %ld, %ld]", B, num_positions, V);
+  const TokenStrides strides{num_positions * V, V};
+  const SparseArray<Logit> logits(B * num_positions * V);
+  const Buffer<int64_t> labels(B * num_positions);
+  const Buffer<float> logps(B * num_positions), max(B * num_positions);
+  const Buffer<double> sum_exp(B * num_positions);
+  for (int64_t i = 0; i < labels.size(); ++i) labels[i] = kIgnore;
+  // The first element; the first rows whose offsets have passed 2^31 and 2^32; the last row.
+  constexpr int64_t kPast31 = (int64_t{1} << 31) / V + 1, kPast32 = (int64_t{1} << 32) / V + 1;
+  const std::initializer_list<int64_t> scored = {0, kPast31, kPast32, B * num_positions - 1};
+  for (const int64_t row : scored) {
+    fill_row(logits.data() + row * V, V, row);
+    labels[row] = row % V;
+  }
+  const Targets targets{labels.data(), {num_positions, 1}, B, num_positions, kIgnore, false};
+  require_equal(cuda::token_logps({DType::kBFloat16,
+                                   V,
+                                   logits.data(),
+                                   strides,
+                                   targets,
+                                   {1.0, 0.0},
+                                   logps.data(),
+                                   max.data(),
+                                   sum_exp.data()},
+                                  nullptr),
+                0, "error of the forward");
+  int64_t num_scored = 0;
+  for (int64_t row = 0; row < labels.size(); ++row) {
+    if (labels[row] == kIgnore) {
+      require_equal(logps[row], 0.0, "logp of a masked row");
+      continue;
+    }
+    const RowTruth<Logit> truth(logits.data() + row * V, V, labels[row], {1.0, 0.0});
+    require_close(logps[row], truth.logp(), truth.logp_error(), "logp");
+    ++num_scored;
+  }
+  require_equal(static_cast<double>(num_scored), static_cast<double>(scored.size()), "scored rows");
+}
+
+// A few rows far apart, in place; labels and gradients as far.
+template <typename Logit>
+void check_far_rows() {
+  using Scalar = Compute<Logit>;
+  constexpr int64_t B = 2, num_positions = 2, V = 1003;
+  // Whichever is cut to 32 bits, another row is hit, or none.
+  constexpr TokenStrides kStrides{(int64_t{1} << 32) + 3 * V + 1, (int64_t{1} << 31) + 8 * V};
+  constexpr TokenStrides kLabelStrides{(int64_t{1} << 32) + 3, (int64_t{1} << 31) + 1};
+  describe("%s rows at strides of %ld and %ld", DTypeOf<Logit>::name, kStrides.b, kStrides.t);
+  const SparseArray<Logit> logits(kStrides.offset(1, 1) + V), dlogits(kStrides.offset(1, 1) + V);
+  const SparseArray<int64_t> labels(kLabelStrides.offset(1, 1) + 1);
+  const SparseArray<Scalar> grad(kLabelStrides.offset(1, 1) + 1);
+  const Buffer<Scalar> logps(B * num_positions), max(B * num_positions);
+  const Buffer<double> sum_exp(B * num_positions);
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t t = 0; t < num_positions; ++t) {
+      fill_row(logits.data() + kStrides.offset(b, t), V, 2 * b + t);
+      labels[kLabelStrides.offset(b, t)] = 100 * b + 10 * t;
+      grad[kLabelStrides.offset(b, t)] = Scalar(1 + b - 3 * t);
+    }
+  }
+  const Targets targets{labels.data(), kLabelStrides, B, num_positions, kIgnore, false};
+  require_equal(cuda::token_logps({DTypeOf<Logit>::value,
+                                   V,
+                                   logits.data(),
+                                   kStrides,
+                                   targets,
+                                   {1.0, 0.0},
+                                   logps.data(),
+                                   max.data(),
+                                   sum_exp.data()},
+                                  nullptr),
+                0, "error of the forward");
+  TokenLogpsBackwardArgs backward{DTypeOf<Logit>::value,
+                                  V,
+                                  logits.data(),
+                                  kStrides,
+                                  targets,
+                                  {1.0, 0.0},
+                                  grad.data(),
+                                  kLabelStrides,
+                                  max.data(),
+                                  sum_exp.data(),
+                                  dlogits.data(),
+                                  kStrides};
+  require_equal(cuda::token_logps_backward(backward, nullptr), 0, "error of the backward");
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t t = 0; t < num_positions; ++t) {
+      const int64_t offset = kStrides.offset(b, t), label = targets.at(b, t);
+      const double g = static_cast<double>(grad[kLabelStrides.offset(b, t)]);
+      const RowTruth<Logit> truth(logits.data() + offset, V, label, {1.0, 0.0});
+      require_close(static_cast<double>(logps[b * num_positions + t]), truth.logp(),
+                    truth.logp_error(), "logp");
+      for (int64_t v = 0; v < V; ++v) {
+        require_close(static_cast<double>(widen(dlogits[offset + v])), truth.gradient(v, g),
+                      truth.gradient_error(v, g), "dlogits");
+      }
+    }
+  }
+  backward.dlogits = logits.data();
+  require_equal(cuda::token_logps_backward(backward, nullptr), 0, "error of the backward in place");
+  for (int64_t b = 0; b < B; ++b) {
+    for (int64_t t = 0; t < num_positions; ++t) {
+      const int64_t offset = kStrides.offset(b, t);
+      require(std::memcmp(logits.data() + offset, dlogits.data() + offset, V * sizeof(Logit)) == 0,
+              "in place gives the same bits");
+    }
+  }
+
+  if constexpr (std::is_same_v<Logit, Scalar>) {
+    // The same strides for token log-probs: grad holds some.
+    const Buffer<Scalar> sums(B);
+    const Buffer<int64_t> counts(B);
+    require_equal(cuda::sequence_logps({DTypeOf<Scalar>::value, grad.data(), kLabelStrides, targets,
+                                        false, sums.data(), counts.data()},
+                                       nullptr),
+                  0, "error of sequence_logps");
+    require_equal(static_cast<double>(sums[0]), 1.0 - 2.0, "sum of the first sequence");
+    require_equal(static_cast<double>(sums[1]), 2.0 - 1.0, "sum of the second sequence");
+  }
+}
+
+}  // namespace
+
+void check_offsets(bool) {
+  check_contiguous_forward();
+  for_each_dtype([](auto, auto logit) { check_far_rows<decltype(logit)>(); });
+}
+
+}  // namespace simpo_ext::kernel_tests

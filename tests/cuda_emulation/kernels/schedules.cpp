@@ -1,0 +1,140 @@
+// In whatever order threads and blocks run, every output has the same bits; and so it has when the
+// same is run again.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "core/kernels.h"
+#include "emulator.h"
+#include "kernels/buffers.h"
+#include "kernels/pair_batch.h"
+#include "kernels/sections.h"
+#include "kernels/token_batch.h"
+
+namespace simpo_ext::kernel_tests {
+namespace {
+
+using emulation::Order;
+
+using Bytes = std::vector<unsigned char>;
+
+template <typename T>
+void append(Bytes& bytes, const Buffer<T>& buffer) {
+  bytes.insert(bytes.end(), buffer.bytes(), buffer.bytes() + buffer.num_bytes());
+}
+
+// outputs() computes everything anew, in new memory.
+template <typename Outputs>
+void require_one_result(bool reduced, const Outputs& outputs) {
+  emulation::set_schedule(Order::kForward, 0);
+  const Bytes expected = outputs();
+  const auto check = [&](Order order, uint64_t seed, const char* what) {
+    emulation::set_schedule(order, seed);
+    const Bytes got = outputs();
+    require_equal(static_cast<double>(got.size()), static_cast<double>(expected.size()), what);
+    for (size_t i = 0; i < got.size(); ++i) {
+      require_equal(static_cast<double>(got[i]), static_cast<double>(expected[i]), what);
+    }
+  };
+  check(Order::kForward, 0, "bits of a second run");
+  check(Order::kReverse, 0, "bits in reverse order");
+  for (uint64_t seed = 1; seed <= (reduced ? 2 : 5); ++seed) {
+    check(Order::kShuffled, seed, "bits in shuffled order");
+  }
+  emulation::set_schedule(Order::kShuffled, 0);
+}
+
+template <typename Logit>
+Bytes token_outputs(Shape shape, Layout in, Layout out, LogitTransform transform, uint64_t seed) {
+  const TokenBatch<Logit> batch(shape, in, transform, seed % 2 == 0, seed);
+  const Rows<Logit> dlogits(shape.B, shape.T, shape.V, out);
+  require_equal(cuda::token_logps(batch.forward_args(), nullptr), 0, "error of the forward");
+  require_equal(cuda::token_logps_backward(batch.backward_args(dlogits), nullptr), 0,
+                "error of the backward");
+  require_equal(cuda::token_logps_backward(batch.in_place_args(), nullptr), 0,
+                "error of the backward in place");
+  Bytes bytes;
+  append(bytes, batch.logps);
+  append(bytes, batch.max);
+  append(bytes, batch.sum_exp);
+  append(bytes, dlogits.buffer());
+  append(bytes, batch.logits.buffer());
+  return bytes;
+}
+
+template <typename Logit>
+void check_token_logps(bool reduced) {
+  const struct {
+    Shape shape;
+    Layout in, out;
+    LogitTransform transform;
+  } cases[] = {
+      // More rows than kMaxGridX; edges without vectors; aligned differently.
+      {{5, 15, 9}, {3 % (16 / sizeof(Logit)), 0, 0}, {0, 1, 0}, {1.0, 0.0}},
+      {{2, 11, 1025}, {1, 0, 0}, {1, 0, 0}, {0.7, 0.0}},
+      {{2, 5, 1025}, {0, 3, 0}, {1, 0, 0}, {1.0, 15.0}},
+      // The large block.
+      {{1, 11, 8193}, {1, 0, 0}, {1, 0, 0}, {1.0, 0.0}},
+  };
+  uint64_t seed = 2000;
+  for (const auto& [shape, in, out, transform] : cases) {
+    for (int repeat = 0; repeat < (reduced ? 1 : 2); ++repeat) {
+      describe("%s, V %ld, softcap %g, seed %lu", DTypeOf<Logit>::name, shape.V, transform.softcap,
+               seed);
+      require_one_result(reduced,
+                         [&] { return token_outputs<Logit>(shape, in, out, transform, seed); });
+      seed += 11;
+    }
+  }
+}
+
+template <typename Scalar>
+void check_pairs(bool reduced, int64_t P, int64_t num_positions, const PairOptions& options,
+                 uint64_t seed) {
+  describe("%s, P %ld, T %ld", DTypeOf<Scalar>::name, P, num_positions);
+  require_one_result(reduced, [&] {
+    const PairBatch<Scalar> batch(2 * P, num_positions, true, seed);
+    const PairOutputs<Scalar> outputs(P, options);
+    const PairGradients<Scalar> incoming(P, options, 0, seed);
+    const Buffer<Scalar> grad(2 * P * num_positions), logps(2 * P);
+    const Buffer<int64_t> counts(2 * P);
+    require_equal(cuda::preference_loss(outputs.args(batch, options), nullptr), 0,
+                  "error of the forward");
+    require_equal(cuda::preference_loss_backward(
+                      incoming.args(batch, options, outputs, grad.data()), nullptr),
+                  0, "error of the backward");
+    require_equal(cuda::sequence_logps({batch.kDType, batch.token_logps(), batch.token_strides,
+                                        batch.targets(), false, logps.data(), counts.data()},
+                                       nullptr),
+                  0, "error of sequence_logps");
+    Bytes bytes;
+    for (const Buffer<Scalar>* buffer :
+         {&outputs.loss, &outputs.losses, &outputs.logps, &outputs.rewards, &outputs.sft_loss,
+          &outputs.slopes, &grad, &logps}) {
+      append(bytes, *buffer);
+    }
+    append(bytes, outputs.metrics);
+    append(bytes, outputs.counts);
+    append(bytes, counts);
+    return bytes;
+  });
+}
+
+}  // namespace
+
+void check_schedules(bool reduced) {
+  for_each_dtype([&](auto, auto logit) { check_token_logps<decltype(logit)>(reduced); });
+  const PairOptions mean_of_tokens{
+      true,
+      {LossType::kSigmoid, 2.0, 0.5, 0.1},
+      {Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop, 0.5}};
+  const PairOptions each{false,
+                         {LossType::kHinge, 0.5, 0.1, 0.0},
+                         {Reduction::kNone, SftReduction::kSequence, EmptyPolicy::kNan, 0.5}};
+  check_pairs<float>(reduced, 40, 300, mean_of_tokens, 6);
+  check_pairs<double>(reduced, reduced ? 40 : 130, 40, mean_of_tokens, 7);
+  check_pairs<float>(reduced, reduced ? 5 : 130, 5, each, 8);
+}
+
+}  // namespace simpo_ext::kernel_tests

@@ -1,0 +1,322 @@
+"""Bugs to plant in the CUDA kernels, one at a time, and what has to find each of them.
+
+A mutant replaces a piece of source that stands in its file once. ``build`` is the build of
+cuda_emulation/kernels that finds it, and ``section`` what the program has to run for that.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # in csrc
+    original: str
+    mutated: str
+    section: str
+    build: str = "plain"  # or asan or tsan
+
+
+TOKENS = "cuda/token_logps.cuh"
+ROWS = "cuda/rows.h"
+WARP = "cuda/warp.h"
+SUMS = "cuda/sequence_sums.cuh"
+LOSS = "cuda/preference_loss.cu"
+
+MUTANTS = (
+    # ---- every barrier there is, removed: races
+    Mutant(
+        "no barrier before the sums of the warps are read",
+        TOKENS,
+        "    warp_sums[warp] = of_my_warp.sum;\n  }\n  __syncthreads();\n",
+        "    warp_sums[warp] = of_my_warp.sum;\n  }\n",
+        "values",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before the tokens' sums of the warps are read",
+        SUMS,
+        "put_words(partial, of_warps + warp * kWords);\n  __syncthreads();\n",
+        "put_words(partial, of_warps + warp * kWords);\n",
+        "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before another thread's totals are read",
+        LOSS,
+        "    put_words(totals, of_threads + tid * kWords);\n    __syncthreads();\n",
+        "    put_words(totals, of_threads + tid * kWords);\n",
+        "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before totals that are being read are overwritten",
+        LOSS,
+        "(tid + distance) * kWords));\n    }\n    __syncthreads();\n",
+        "(tid + distance) * kWords));\n    }\n",
+        "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before the pair counts of the warps are read",
+        LOSS,
+        "= mine.num_chosen_tokens;\n  }\n  __syncthreads();\n",
+        "= mine.num_chosen_tokens;\n  }\n",
+        "preference",
+        "tsan",
+    ),
+    # ---- barriers and shuffles that not all threads reach
+    Mutant(
+        "a barrier only some threads reach",
+        TOKENS,
+        "    warp_sums[warp] = of_my_warp.sum;\n  }\n  __syncthreads();\n",
+        "    warp_sums[warp] = of_my_warp.sum;\n    __syncthreads();\n  }\n",
+        "values",
+    ),
+    Mutant(
+        "a shuffle only half a warp reaches",
+        TOKENS,
+        "  if (warp == 0) {\n    if (lane < kWarps)",
+        "  if (warp == 0 && lane < 16) {\n    if (lane < kWarps)",
+        "values",
+    ),
+    Mutant(
+        "a shuffle that leaves out every other distance",
+        WARP,
+        "  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {\n"
+        "    value = combine(value, __shfl",
+        "  for (int distance = kWarpSize / 2; distance > 0; distance /= 4) {\n"
+        "    value = combine(value, __shfl",
+        "values",
+    ),
+    # ---- shared memory
+    Mutant(
+        "shared memory read that no warp has written",
+        TOKENS,
+        "    if (lane < kWarps) of_block = {",
+        "    if (lane <= kWarps) of_block = {",
+        "values",
+        "asan",
+    ),
+    Mutant(
+        "stale shared memory: the last warp's sum is not written",
+        TOKENS,
+        "  if (lane == 0) {\n    warp_maxima[warp]",
+        "  if (lane == 0 && warp + 1 < kWarps) {\n    warp_maxima[warp]",
+        "values",
+    ),
+    Mutant(
+        "a shared array one entry short",
+        TOKENS,
+        "SIMPO_SHARED(double, warp_sums, kWarps);",
+        "SIMPO_SHARED(double, warp_sums, kWarps - 1);",
+        "values",
+        "asan",
+    ),
+    # ---- offsets and grids
+    Mutant(
+        "32-bit offset of a row of logits, forward",
+        TOKENS,
+        "  const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, "
+        "token.t);\n  // Asked",
+        "  const T* x = static_cast<const T*>(args.logits) + static_cast<int32_t>("
+        "args.logits_strides.offset(token.b, token.t));\n  // Asked",
+        "offsets",
+    ),
+    Mutant(
+        "32-bit offset of a row of logits, backward",
+        TOKENS,
+        "  const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, "
+        "token.t);\n  const Scalar common_grad",
+        "  const T* x = static_cast<const T*>(args.logits) + static_cast<int32_t>("
+        "args.logits_strides.offset(token.b, token.t));\n  const Scalar common_grad",
+        "offsets",
+    ),
+    Mutant(
+        "32-bit offset of a row of gradients",
+        TOKENS,
+        "  T* dx = static_cast<T*>(args.dlogits) + args.dlogits_strides.offset(token.b, token.t);",
+        "  T* dx = static_cast<T*>(args.dlogits) + "
+        "static_cast<int32_t>(args.dlogits_strides.offset(token.b, token.t));",
+        "offsets",
+    ),
+    Mutant(
+        "the second grid dimension ignored",
+        ROWS,
+        "  return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;",
+        "  return blockIdx.x;",
+        "values",
+    ),
+    Mutant(
+        "rows beyond the last one, forward",
+        TOKENS,
+        "  if (row >= targets.B * targets.T) return;\n  const Token token = "
+        "token_of_row(row, targets.T);\n  Scalar* logps",
+        "  const Token token = token_of_row(row, targets.T);\n  Scalar* logps",
+        "values",
+        "asan",
+    ),
+    # ---- the cut of a row into vectors
+    Mutant(
+        "the head of a row not peeled",
+        ROWS,
+        "    head_ = to_boundary < V ? to_boundary : V;",
+        "    head_ = 0;",
+        "values",
+    ),
+    Mutant(
+        "the tail of a row lost",
+        ROWS,
+        "num_edges() const { return V_ - num_vectors_ * kWidth; }",
+        "num_edges() const { return head_; }",
+        "values",
+    ),
+    Mutant(
+        "one edge too many",
+        ROWS,
+        "num_edges() const { return V_ - num_vectors_ * kWidth; }",
+        "num_edges() const { return V_ - num_vectors_ * kWidth + 1; }",
+        "values",
+        "asan",
+    ),
+    Mutant(
+        "a batch of loads too many, forward",
+        TOKENS,
+        "i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {\n    add_vectors",
+        "i + (kUnroll - 1) * kThreads <= num_vectors; i += kUnroll * kThreads) {\n    add_vectors",
+        "values",
+        "asan",
+    ),
+    Mutant(
+        "the last batch of loads lost, backward",
+        TOKENS,
+        "    if (i < num_vectors) {\n      write_vectors",
+        "    if (i + kThreads < num_vectors) {\n      write_vectors",
+        "values",
+    ),
+    Mutant(
+        "rows taken for aligned alike",
+        TOKENS,
+        "      (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(dx)) % 16 == 0;",
+        "      true;",
+        "values",
+    ),
+    # ---- labels
+    Mutant(
+        "a label out of range followed",
+        ROWS,
+        "  return static_cast<uint64_t>(label) < static_cast<uint64_t>(V);",
+        "  return true;",
+        "values",
+        "asan",
+    ),
+    Mutant(
+        "the label V taken for one of the vocabulary",
+        ROWS,
+        "  return static_cast<uint64_t>(label) < static_cast<uint64_t>(V);",
+        "  return static_cast<uint64_t>(label) <= static_cast<uint64_t>(V);",
+        "values",
+        "asan",
+    ),
+    Mutant(
+        "the label's gradient lost in head and tail",
+        ROWS,
+        "    return element - num_vectors_ * kWidth;\n",
+        "    return -1;\n",
+        "values",
+    ),
+    Mutant(
+        "the label's logit read after it was overwritten",
+        TOKENS,
+        "    const Scalar label_z = logits.z(label_x);\n",
+        "    const Scalar label_z = logits.z(Elements<T>::widen(load(x + label)));\n",
+        "values",
+    ),
+    Mutant(
+        "the label's gradient written by a thread that another overwrites",
+        TOKENS,
+        "      tid == (is_aligned_alike ? cut.thread_of_element(label, kThreads) : "
+        "label % kThreads);",
+        "      tid == 0;",
+        "values",
+        "tsan",
+    ),
+    # ---- what is read and written
+    Mutant(
+        "masked rows read",
+        TOKENS,
+        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.V)) {\n"
+        "    if (tid == 0) {\n",
+        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.V)) {\n"
+        "    load(static_cast<const T*>(args.logits) + "
+        "args.logits_strides.offset(token.b, token.t));\n    if (tid == 0) {\n",
+        "bytes",
+    ),
+    Mutant(
+        "rows without a gradient read",
+        TOKENS,
+        "  if (grad == Scalar(0)) {\n    fill_row",
+        "  if (is_masked) {\n    fill_row",
+        "bytes",
+    ),
+    Mutant(
+        "masked rows left as they were",
+        TOKENS,
+        "  for (int64_t i = tid; i < cut.num_vectors(); i += kThreads)\n"
+        "    store_streaming(cut.vectors(dx) + i, v);\n",
+        "",
+        "values",
+    ),
+    Mutant(
+        "every vector loaded twice",
+        TOKENS,
+        "  Vector16 maxima = v[0];\n",
+        "  Vector16 maxima = load_streaming(vectors + first);\n",
+        "bytes",
+    ),
+    # ---- the running maximum
+    Mutant(
+        "the sum not rescaled when the maximum rises",
+        TOKENS,
+        "      sum *= static_cast<double>(fast_exp(max - new_max));\n",
+        "",
+        "values",
+    ),
+    Mutant(
+        "a row that begins with -inf is NaN",
+        TOKENS,
+        "    return max == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : max;",
+        "    return max;",
+        "values",
+    ),
+    Mutant(
+        "absent vectors count as zeros in the maximum",
+        TOKENS,
+        ": minus_infinities<T>();",
+        ": Vector16{{0, 0, 0, 0}};",
+        "values",
+    ),
+    # ---- sequences and pairs
+    Mutant(
+        "pairs beyond the first block of threads lost",
+        LOSS,
+        "  for (int64_t p = tid; p < P; p += kPairThreads) {\n    const ScoredPair",
+        "  for (int64_t p = tid; p < P; p += P) {\n    const ScoredPair",
+        "preference",
+    ),
+    Mutant(
+        "one warp's tokens lost",
+        SUMS,
+        "    for (int i = 1; i < kWarps; ++i) {",
+        "    for (int i = 2; i < kWarps; ++i) {",
+        "preference",
+    ),
+    Mutant(
+        "gradient at masked tokens",
+        SUMS,
+        "is_valid_token(targets, b, t) ? value : Scalar(0));",
+        "value);",
+        "preference",
+    ),
+)
