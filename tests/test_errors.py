@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from simpo_ext import SimPOLoss, sequence_logps, simpo_loss, simpo_loss_from_logps, token_logps
+from simpo_ext import (
+    SimPOLoss,
+    _checks,
+    sequence_logps,
+    simpo_loss,
+    simpo_loss_from_logps,
+    token_logps,
+)
 
 pytestmark = pytest.mark.kernels
 
@@ -107,6 +114,24 @@ def test_device_without_kernels_says_how_to_get_off_it(scorer: str) -> None:
         labels = torch.zeros(B, T, dtype=torch.int64, device="xpu")
         with pytest.raises(RuntimeError, match=_message("logits", "kernels for", "xpu", ".cpu()")):
             SCORERS[scorer](logits, labels)
+
+
+@pytest.mark.parametrize(
+    ("hip", "runtime", "parts"),
+    [
+        (None, 0, ("this build", "CPU tensors only", "cuda:0", ".cpu()", "nvcc")),
+        ("7.0", 13000, ("NVIDIA", "ROCm", ".cpu()")),
+    ],
+)
+def test_cuda_tensor_that_this_build_cannot_score(
+    hip: Any, runtime: int, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(_checks._C, "build_info", lambda: {"cuda_runtime_version": runtime})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = torch.empty(B, T, V, device="cuda:0")
+        with pytest.raises(RuntimeError, match=_message("logits: ", *parts)):
+            simpo_loss(logits, torch.zeros(B, T, dtype=torch.int64, device="cuda:0"))
 
 
 @pytest.mark.parametrize("scorer", ["simpo_loss", "SimPOLoss"])

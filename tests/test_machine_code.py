@@ -27,12 +27,17 @@ def compiled() -> list[Kernel]:
 def streaming(compiled: list[Kernel]) -> list[Kernel]:
     """The kernels that read or write [B, T, V]."""
     found = [k for k in compiled if "token_logps" in k.name]
-    assert len(found) == 4 * 3 * 2 * len({k.architecture for k in compiled})  # dtype, size, op
+    # For each dtype, transform of the logits, size of a row, and direction.
+    assert len(found) == 4 * 2 * 2 * 2 * len({k.architecture for k in compiled})
     return found
 
 
 def is_float64(kernel: Kernel) -> bool:
     return "kernelId" in kernel.name
+
+
+def is_capped(kernel: Kernel) -> bool:
+    return "CappedLogits" in kernel.name
 
 
 def label(kernel: Kernel) -> str:
@@ -74,9 +79,11 @@ def test_streaming_kernels_leave_room_for_many_threads(compiled: list[Kernel]) -
 
 @needs_cuda_build
 def test_main_loops_have_four_wide_loads_in_flight(compiled: list[Kernel]) -> None:
+    # tanh and exp of a double take longer than memory does, and two loads suffice.
     for kernel in streaming(compiled):
         in_flight = max(loads_in_flight(body) for body in loops(kernel.instructions))
-        assert in_flight >= (2 if is_float64(kernel) else 4), label(kernel)
+        least = 2 if is_float64(kernel) or is_capped(kernel) else 4
+        assert in_flight >= least, label(kernel)
 
 
 @needs_cuda_build

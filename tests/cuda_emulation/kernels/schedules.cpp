@@ -132,8 +132,8 @@ void check_schedules(bool reduced) {
   const PairOptions each{false,
                          {LossType::kHinge, 0.5, 0.1, 0.0},
                          {Reduction::kNone, SftReduction::kSequence, EmptyPolicy::kNan, 0.5}};
-  check_pairs<float>(reduced, 40, 300, mean_of_tokens, 6);
-  check_pairs<double>(reduced, reduced ? 40 : 130, 40, mean_of_tokens, 7);
+  check_pairs<float>(reduced, reduced ? 5 : 40, 300, mean_of_tokens, 6);
+  check_pairs<double>(reduced, reduced ? 10 : 130, 40, mean_of_tokens, 7);
   check_pairs<float>(reduced, reduced ? 5 : 130, 5, each, 8);
 }
 
