@@ -23,7 +23,8 @@ constexpr int kPairThreads = 128;
 constexpr int64_t kMaxBackwardBlocks = 1024;
 
 template <typename Scalar>
-__global__ void __launch_bounds__(kSequenceThreads) sum_sequences_kernel(PreferenceLossArgs args) {
+__global__ void __launch_bounds__(kSequenceThreads, kSequenceBlocksPerSM)
+    sum_sequences_kernel(PreferenceLossArgs args) {
   const int64_t b = row_of_block();
   if (b >= args.targets.B) return;
   const SequenceSum total = sum_valid_tokens<Scalar, kSequenceThreads>(
@@ -85,7 +86,7 @@ SIMPO_DEVICE PairCounts count_pairs(const PreferenceLossBackwardArgs& args) {
 }
 
 template <typename Scalar>
-__global__ void __launch_bounds__(kSequenceThreads)
+__global__ void __launch_bounds__(kSequenceThreads, kSequenceBlocksPerSM)
     preference_loss_backward_kernel(PreferenceLossBackwardArgs args) {
   const int64_t P = args.targets.B / 2;
   const PairCounts totals = count_pairs(args);

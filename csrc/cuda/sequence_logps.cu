@@ -9,7 +9,8 @@ namespace simpo_ext::cuda {
 namespace {
 
 template <typename Scalar>
-__global__ void __launch_bounds__(kSequenceThreads) sequence_logps_kernel(SequenceLogpsArgs args) {
+__global__ void __launch_bounds__(kSequenceThreads, kSequenceBlocksPerSM)
+    sequence_logps_kernel(SequenceLogpsArgs args) {
   const int64_t b = row_of_block();
   if (b >= args.targets.B) return;
   const SequenceSum total = sum_valid_tokens<Scalar, kSequenceThreads>(
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(kSequenceThreads) sequence_logps_kernel(Sequen
 }
 
 template <typename Scalar>
-__global__ void __launch_bounds__(kSequenceThreads)
+__global__ void __launch_bounds__(kSequenceThreads, kSequenceBlocksPerSM)
     sequence_logps_backward_kernel(SequenceLogpsBackwardArgs args) {
   const int64_t b = row_of_block();
   if (b >= args.targets.B) return;

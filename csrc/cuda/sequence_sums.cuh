@@ -14,7 +14,9 @@
 
 namespace simpo_ext::cuda {
 
+// Four such blocks on a multiprocessor leave 64 registers a thread, which no kernel here exceeds.
 constexpr int kSequenceThreads = 256;
+constexpr int kSequenceBlocksPerSM = 4;
 
 SIMPO_DEVICE bool is_valid_token(const Targets& targets, int64_t b, int64_t t) {
   return targets.has_label(t) &&
