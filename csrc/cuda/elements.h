@@ -76,74 +76,77 @@ struct Elements<double> {
   }
 };
 
-// Two elements a word, the first in the low half.
+// ---- two elements a word, the first in the low half
+
+template <typename T>
+struct Half;
+
 template <>
-struct Elements<BFloat16> {
+struct Half<BFloat16> {
+  static constexpr uint32_t kMinusInfinities = 0xff80ff80u;
+
+  SIMPO_DEVICE static float low(uint32_t word) { return float_from_bits(word << 16); }
+  SIMPO_DEVICE static float high(uint32_t word) { return float_from_bits(word & 0xffff0000u); }
+  SIMPO_DEVICE static uint32_t narrow(float low, float high) {
+    return narrow_bfloat16x2(low, high);
+  }
+  SIMPO_DEVICE static uint32_t larger(uint32_t a, uint32_t b) { return max_bfloat16x2(a, b); }
+};
+
+template <>
+struct Half<Float16> {
+  static constexpr uint32_t kMinusInfinities = 0xfc00fc00u;
+
+  SIMPO_DEVICE static float low(uint32_t word) {
+    return widen_float16(static_cast<uint16_t>(word & 0xffffu));
+  }
+  SIMPO_DEVICE static float high(uint32_t word) {
+    return widen_float16(static_cast<uint16_t>(word >> 16));
+  }
+  SIMPO_DEVICE static uint32_t narrow(float low, float high) { return narrow_float16x2(low, high); }
+  SIMPO_DEVICE static uint32_t larger(uint32_t a, uint32_t b) { return max_float16x2(a, b); }
+};
+
+template <typename T>
+struct HalfElements {
   static constexpr int kWidth = 8;
-  static constexpr uint32_t kMinusInfinity[2] = {0xff80ff80u, 0xff80ff80u};
+  static constexpr uint32_t kMinusInfinity[2] = {Half<T>::kMinusInfinities,
+                                                 Half<T>::kMinusInfinities};
 
   SIMPO_DEVICE static float get(const Vector16& v, int k) {
     const uint32_t word = v.words[k / 2];
-    return float_from_bits(k % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    return k % 2 == 0 ? Half<T>::low(word) : Half<T>::high(word);
   }
   SIMPO_DEVICE static Vector16 pack(const float* values) {
     Vector16 result;
     SIMPO_UNROLL
     for (int i = 0; i < 4; ++i) {
-      result.words[i] = narrow_bfloat16x2(values[2 * i], values[2 * i + 1]);
+      result.words[i] = Half<T>::narrow(values[2 * i], values[2 * i + 1]);
     }
     return result;
   }
-  SIMPO_DEVICE static float widen(BFloat16 value) { return simpo_ext::widen(value); }
-  SIMPO_DEVICE static BFloat16 narrow(float value) {
-    return {static_cast<uint16_t>(narrow_bfloat16x2(value, 0.0f) & 0xffffu)};
+  SIMPO_DEVICE static float widen(T value) { return Half<T>::low(value.bits); }
+  SIMPO_DEVICE static T narrow(float value) {
+    return {static_cast<uint16_t>(Half<T>::narrow(value, 0.0f) & 0xffffu)};
   }
   SIMPO_DEVICE static Vector16 larger(const Vector16& a, const Vector16& b) {
     Vector16 result;
     SIMPO_UNROLL
-    for (int i = 0; i < 4; ++i) result.words[i] = max_bfloat16x2(a.words[i], b.words[i]);
+    for (int i = 0; i < 4; ++i) result.words[i] = Half<T>::larger(a.words[i], b.words[i]);
     return result;
   }
   SIMPO_DEVICE static float largest(const Vector16& v) {
-    const uint32_t two = max_bfloat16x2(max_bfloat16x2(v.words[0], v.words[1]),
-                                        max_bfloat16x2(v.words[2], v.words[3]));
-    return cuda::larger(float_from_bits(two << 16), float_from_bits(two & 0xffff0000u));
+    const uint32_t two = Half<T>::larger(Half<T>::larger(v.words[0], v.words[1]),
+                                         Half<T>::larger(v.words[2], v.words[3]));
+    return cuda::larger(Half<T>::low(two), Half<T>::high(two));
   }
 };
 
 template <>
-struct Elements<Float16> {
-  static constexpr int kWidth = 8;
-  static constexpr uint32_t kMinusInfinity[2] = {0xfc00fc00u, 0xfc00fc00u};
+struct Elements<BFloat16> : HalfElements<BFloat16> {};
 
-  SIMPO_DEVICE static float half_of(uint32_t word, int half) {
-    return widen_float16(static_cast<uint16_t>(half == 0 ? word & 0xffffu : word >> 16));
-  }
-  SIMPO_DEVICE static float get(const Vector16& v, int k) { return half_of(v.words[k / 2], k % 2); }
-  SIMPO_DEVICE static Vector16 pack(const float* values) {
-    Vector16 result;
-    SIMPO_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      result.words[i] = narrow_float16x2(values[2 * i], values[2 * i + 1]);
-    }
-    return result;
-  }
-  SIMPO_DEVICE static float widen(Float16 value) { return widen_float16(value.bits); }
-  SIMPO_DEVICE static Float16 narrow(float value) {
-    return {static_cast<uint16_t>(narrow_float16x2(value, 0.0f) & 0xffffu)};
-  }
-  SIMPO_DEVICE static Vector16 larger(const Vector16& a, const Vector16& b) {
-    Vector16 result;
-    SIMPO_UNROLL
-    for (int i = 0; i < 4; ++i) result.words[i] = max_float16x2(a.words[i], b.words[i]);
-    return result;
-  }
-  SIMPO_DEVICE static float largest(const Vector16& v) {
-    const uint32_t two =
-        max_float16x2(max_float16x2(v.words[0], v.words[1]), max_float16x2(v.words[2], v.words[3]));
-    return cuda::larger(half_of(two, 0), half_of(two, 1));
-  }
-};
+template <>
+struct Elements<Float16> : HalfElements<Float16> {};
 
 template <typename T>
 SIMPO_DEVICE Vector16 minus_infinities() {

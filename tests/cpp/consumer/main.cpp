@@ -111,7 +111,7 @@ void check_errors(const at::Tensor& logits, const at::Tensor& labels) {
   require_error<c10::ValueError>("token_normalizer", call({.token_normalizer = 3.0}));
   require_error<c10::TypeError>("int64",
                                 [&] { simpo_ext::token_logps(logits, labels.to(at::kUInt16)); });
-  require_error<c10::Error>("CPU tensor",
+  require_error<c10::Error>("CPU and CUDA tensors",
                             [&] { simpo_ext::token_logps(logits.to(at::kMeta), labels); });
 
   const at::Tensor loss = simpo_ext::simpo_loss(leaf * 1.0, labels).loss;

@@ -14,22 +14,9 @@
 #include <thread>
 #include <vector>
 
+#include "../poison.h"
 #include "core/kernels.h"
 #include "cpu/fast_exp.h"
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#define POISON(pointer, bytes) ASAN_POISON_MEMORY_REGION(pointer, bytes)
-#define UNPOISON(pointer, bytes) ASAN_UNPOISON_MEMORY_REGION(pointer, bytes)
-#else
-#define POISON(pointer, bytes) (void)(pointer), (void)(bytes)
-#define UNPOISON(pointer, bytes) (void)(pointer), (void)(bytes)
-#endif
 
 using namespace simpo_ext;
 
@@ -235,7 +222,7 @@ void check_preference_loss(int64_t P, int64_t T_) {
   const Targets targets{labels.data(), {T_, 1}, 2 * P, T_, -100, true};
   const size_t pairs = static_cast<size_t>(P);
   std::vector<float> losses(pairs), logps(2 * pairs), rewards(2 * pairs), slopes(pairs);
-  std::vector<double> metrics(kNumMetrics);
+  std::vector<double> metrics(kNumMetrics), sums(2 * pairs);
   std::vector<int64_t> counts(2 * pairs);
   float loss = 0.0f, sft_loss = 0.0f;
   const LossReduction reduction{Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop, 0.5};
@@ -246,6 +233,7 @@ void check_preference_loss(int64_t P, int64_t T_) {
                         true,
                         {LossType::kSigmoid, 2.0, 0.5, 0.1},
                         reduction,
+                        sums.data(),
                         &loss,
                         losses.data(),
                         logps.data(),

@@ -7,21 +7,8 @@
 #include <memory>
 #include <new>
 
+#include "../../cpp/poison.h"
 #include "core/views.h"
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#define POISON(pointer, bytes) ASAN_POISON_MEMORY_REGION(pointer, bytes)
-#define UNPOISON(pointer, bytes) ASAN_UNPOISON_MEMORY_REGION(pointer, bytes)
-#else
-#define POISON(pointer, bytes) (void)(pointer), (void)(bytes)
-#define UNPOISON(pointer, bytes) (void)(pointer), (void)(bytes)
-#endif
 
 namespace simpo_ext::kernel_tests {
 

@@ -1,0 +1,16 @@
+// Memory that must not be touched, where AddressSanitizer watches; elsewhere nothing happens.
+#pragma once
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define POISON(pointer, bytes) ASAN_POISON_MEMORY_REGION(pointer, bytes)
+#define UNPOISON(pointer, bytes) ASAN_UNPOISON_MEMORY_REGION(pointer, bytes)
+#else
+#define POISON(pointer, bytes) (void)(pointer), (void)(bytes)
+#define UNPOISON(pointer, bytes) (void)(pointer), (void)(bytes)
+#endif
