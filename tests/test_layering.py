@@ -46,6 +46,16 @@ def test_kernels_include_only_what_lies_below_them(folder: str, others: tuple[st
         assert not [name for name in names if name.startswith(others)], path
 
 
+def test_kernels_reach_the_cuda_toolkit_through_the_platform_header_alone() -> None:
+    # device.cu, host code, asks the runtime about devices and errors.
+    users = {
+        path.name
+        for path, names in includes("csrc").items()
+        if any(name.startswith(("cuda_", "cuda.h", "curand", "cub/")) for name in names)
+    }
+    assert users == {"platform.h", "device.cu"}
+
+
 def test_the_op_library_includes_the_stable_abi_alone() -> None:
     allowed = ("torch/csrc/stable/", "torch/headeronly/")
     for path, names in includes("csrc/ops").items():
