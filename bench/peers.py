@@ -112,12 +112,16 @@ def _compiled(function: Forward) -> Forward:
     return torch.compile(function, dynamic=False)
 
 
-def torch_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """PyTorch's cross entropy of the flattened logits, in their dtype."""
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-    )
-    return -losses.view(labels.shape)
+def _per_token(cross_entropy: Callable[..., Tensor]) -> Forward:
+    """Of a function with the arguments of PyTorch's cross entropy."""
+
+    def forward(logits: Tensor, labels: Tensor) -> Tensor:
+        losses = cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+        )
+        return -losses.view(labels.shape)
+
+    return forward
 
 
 # ---- other packages --------------------------------------------------------------------------
@@ -126,25 +130,13 @@ def torch_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _liger() -> Forward:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    def forward(logits: Tensor, labels: Tensor) -> Tensor:
-        losses = liger_cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return -losses.view(labels.shape)
-
-    return forward
+    return _per_token(liger_cross_entropy)
 
 
 def _quack() -> Forward:
     from quack.cross_entropy import cross_entropy
 
-    def forward(logits: Tensor, labels: Tensor) -> Tensor:
-        losses = cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        )
-        return -losses.view(labels.shape)
-
-    return forward
+    return _per_token(cross_entropy)
 
 
 def _trl() -> Forward:
@@ -174,7 +166,7 @@ def candidates() -> list[Candidate]:
         ),
         Candidate("eager float32", token_logps, lambda: eager_token_logps),
         Candidate("torch.compile", token_logps, lambda: _compiled(eager_token_logps)),
-        Candidate("F.cross_entropy", token_logps, lambda: torch_cross_entropy),
+        Candidate("F.cross_entropy", token_logps, lambda: _per_token(F.cross_entropy)),
         Candidate("Liger cross entropy", token_logps, _liger, needs_cuda=True),
         Candidate("quack cross_entropy", token_logps, _quack, needs_cuda=True),
         Candidate("TRL selective_log_softmax", token_logps, _trl),

@@ -279,13 +279,13 @@ MUTANTS = (
     Mutant(
         "the sum not rescaled when the maximum rises",
         TOKENS,
-        "      sum *= static_cast<double>(fast_exp(max - new_max));\n",
+        "    sum.sum *= static_cast<double>(fast_exp(sum.max - new_max));\n",
         "",
         "values",
     ),
     Mutant(
         "a row that begins with -inf is NaN",
-        TOKENS,
+        "core/logsumexp.h",
         "    return max == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : max;",
         "    return max;",
         "values",

@@ -39,31 +39,19 @@ constexpr int kBackwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ?
 
 // ---- forward --------------------------------------------------------------------------------
 
-// What one thread has seen of a row: sum(exp(z - max)). A batch of terms is added up in Scalar, and
-// the batches in double: next to the one term of a sure label, all others are small and would each
-// lose the same digits.
+// LogSumExp::raise_max with the kernels' exp.
 template <typename Scalar>
-struct ThreadSum {
-  Scalar max = -std::numeric_limits<Scalar>::infinity();
-  double sum = 0;
-
-  // -inf - -inf is NaN, so while nothing above -inf has been seen, 0 is subtracted instead.
-  SIMPO_DEVICE Scalar reference() const {
-    return max == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : max;
+SIMPO_DEVICE void raise_max(LogSumExp<Scalar>& sum, Scalar new_max) {
+  if (new_max > sum.max) {
+    sum.sum *= static_cast<double>(fast_exp(sum.max - new_max));
+    sum.max = new_max;
   }
-
-  SIMPO_DEVICE void raise_max(Scalar new_max) {
-    if (new_max > max) {
-      sum *= static_cast<double>(fast_exp(max - new_max));
-      max = new_max;
-    }
-  }
-};
+}
 
 // Rescales the lanes' sums to their common maximum, and adds them up.
 template <typename Scalar>
-SIMPO_DEVICE ThreadSum<Scalar> reduce_warp_of_sums(const ThreadSum<Scalar>& mine) {
-  ThreadSum<Scalar> result;
+SIMPO_DEVICE LogSumExp<Scalar> reduce_warp_of_sums(const LogSumExp<Scalar>& mine) {
+  LogSumExp<Scalar> result;
   result.max = reduce_warp(mine.max, [](Scalar a, Scalar b) { return larger(a, b); });
   const Scalar scale = fast_exp(mine.max - result.reference());
   result.sum =
@@ -73,7 +61,7 @@ SIMPO_DEVICE ThreadSum<Scalar> reduce_warp_of_sums(const ThreadSum<Scalar>& mine
 
 // The threads' sums together, in thread 0.
 template <typename Scalar, int kThreads>
-SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const ThreadSum<Scalar>& mine) {
+SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine) {
   constexpr int kWarps = kThreads / kWarpSize;
   static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize);
   SIMPO_SHARED(Scalar, warp_maxima, kWarps);
@@ -81,26 +69,28 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const ThreadSum<Scalar>& mine) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 
-  const ThreadSum<Scalar> of_my_warp = reduce_warp_of_sums(mine);
+  const LogSumExp<Scalar> of_my_warp = reduce_warp_of_sums(mine);
   if (lane == 0) {
     warp_maxima[warp] = of_my_warp.max;
     warp_sums[warp] = of_my_warp.sum;
   }
   __syncthreads();
 
-  ThreadSum<Scalar> of_block;
+  LogSumExp<Scalar> of_block;
   if (warp == 0) {
     if (lane < kWarps) of_block = {warp_maxima[lane], warp_sums[lane]};
     of_block = reduce_warp_of_sums(of_block);
   }
-  return {of_block.max, of_block.sum};
+  return of_block;
 }
 
 // Adds vectors first, first + kThreads, ... of a row, kUnroll of them; with kGuarded as many as
-// there are. All loads stand before the first use, so that they are in flight together.
+// there are. All loads stand before the first use, so that they are in flight together. Their terms
+// are added up in Scalar, and batches in double: next to the one term of a sure label, all others
+// are small and would each lose the same digits.
 template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded>
 SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t num_vectors,
-                              const Logits& logits, ThreadSum<Compute<T>>& sum) {
+                              const Logits& logits, LogSumExp<Compute<T>>& sum) {
   using Scalar = Compute<T>;
   constexpr int kWidth = Elements<T>::kWidth;
   Vector16 v[kUnroll];
@@ -112,7 +102,7 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t nu
   Vector16 maxima = v[0];
   SIMPO_UNROLL
   for (int u = 1; u < kUnroll; ++u) maxima = Elements<T>::larger(maxima, v[u]);
-  sum.raise_max(logits.z(Elements<T>::largest(maxima)));
+  raise_max(sum, logits.z(Elements<T>::largest(maxima)));
 
   const Scalar reference = sum.reference();
   Scalar terms[2] = {0, 0};  // two chains of additions, which overlap
@@ -124,7 +114,7 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t nu
       terms[k % 2] += fast_exp(logits.z(Elements<T>::get(v[u], k)) - reference);
     }
   }
-  sum.sum += static_cast<double>(terms[0] + terms[1]);
+  sum.add_terms(static_cast<double>(terms[0] + terms[1]));
 }
 
 template <typename T, class Logits, int kThreads, int kUnroll>
@@ -159,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
   const RowCut<T> cut(x, args.V);
   const Vector16* vectors = cut.vectors(x);
   const int64_t num_vectors = cut.num_vectors();
-  ThreadSum<Scalar> sum;
+  LogSumExp<Scalar> sum;
   int64_t i = tid;
   for (; i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {
     add_vectors<T, Logits, kThreads, kUnroll, false>(vectors, i, num_vectors, logits, sum);
@@ -170,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
   static_assert(2 * (Elements<T>::kWidth - 1) <= kThreads);
   if (tid < cut.num_edges()) {
     const Scalar z = logits.z(Elements<T>::widen(load(x + cut.element_of_edge(tid))));
-    sum.raise_max(z);
-    sum.sum += static_cast<double>(fast_exp(z - sum.reference()));
+    raise_max(sum, z);
+    sum.add_terms(static_cast<double>(fast_exp(z - sum.reference())));
   }
 
   const LogSumExp<Scalar> logsumexp = reduce_block<Scalar, kThreads>(sum);
