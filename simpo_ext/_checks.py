@@ -81,7 +81,9 @@ def check_logits_and_labels(logits: object, labels: object) -> tuple[Tensor, Ten
         raise ValueError(
             f"labels: expected device {logits.device} as of logits, got {labels.device}"
         )
-    return logits, labels.to(torch.int64)
+    if labels.dtype != torch.int64:
+        labels = labels.to(torch.int64)
+    return logits, labels
 
 
 def check_even_batch(name: str, batch: int) -> None:
@@ -92,8 +94,10 @@ def check_even_batch(name: str, batch: int) -> None:
         )
 
 
-def check_inplace_backward(logits: Tensor) -> None:
-    """Logits whose memory the backward may overwrite with their gradient."""
+def check_inplace_backward(inplace_backward: object, logits: Tensor) -> None:
+    """A bool, and where it is True logits whose memory may be overwritten with their gradient."""
+    if not check_bool("inplace_backward", inplace_backward):
+        return
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return
     # A leaf that is itself a view (of a flat parameter buffer, say) has a base without gradient.

@@ -7,6 +7,7 @@ The only module that touches ``torch.ops.simpo_ext``. It checks nothing that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -52,6 +53,12 @@ def _no_double_backward(*_: object) -> None:
     raise RuntimeError(
         "simpo_ext does not implement double backward: its gradients cannot be differentiated"
     )
+
+
+def _refuse_create_graph() -> None:
+    """For a backward, to whose graph what its forward computed would be constants."""
+    if torch.is_grad_enabled():
+        _no_double_backward()
 
 
 def _check_no_tangent(tensor: Tensor) -> None:
@@ -132,8 +139,29 @@ def _token_logps_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(logits, labels, row_max, sum_exp)
 
 
+def _logits_gradient(
+    grad_logps: Tensor,
+    saved: Sequence[Tensor],  # logits, labels, max, sum_exp
+    options: Sequence[Any],
+) -> Tensor:
+    dlogits: Tensor = _ops.token_logps_backward.default(grad_logps, *saved, *options)
+    return dlogits
+
+
+def _logits_gradient_in_place(
+    grad_logps: Tensor, saved: Sequence[Tensor], options: Sequence[Any]
+) -> Tensor:
+    """_logits_gradient in the memory of the logits."""
+    logits, *others = saved
+    dlogits = logits.detach()
+    _ops.token_logps_backward_.default(grad_logps, dlogits, *others, *options)
+    # Whoever saved the logits' values finds a newer version and fails, the caller's node included.
+    torch.autograd.graph.increment_version(logits)
+    return dlogits
+
+
 def _token_logps_backward(ctx: Ctx, grad_logps: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    dlogits = _ops.token_logps_backward.default(grad_logps, *ctx.saved_tensors, *ctx.options)
+    dlogits = _logits_gradient(grad_logps, ctx.saved_tensors, ctx.options)
     return dlogits, None, None, None, None, None
 
 
@@ -156,14 +184,8 @@ class _TokenLogpsInplace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Ctx, grad_logps: Tensor) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # with create_graph, which would take dlogits for a constant
-            _no_double_backward()
-        logits, *saved = ctx.saved_tensors
-        dlogits = logits.detach()
-        _ops.token_logps_backward_.default(grad_logps, dlogits, *saved, *ctx.options)
-        # Whoever saved the logits' values finds a newer version and fails, this node included.
-        torch.autograd.graph.increment_version(logits)
-        return dlogits, None, None
+        _refuse_create_graph()
+        return _logits_gradient_in_place(grad_logps, ctx.saved_tensors, ctx.options), None, None
 
 
 def token_logps(
@@ -263,7 +285,7 @@ def sequence_logps(
 
 
 class PreferenceOutputs(NamedTuple):
-    """Outputs of the preference_loss op."""
+    """Outputs of the preference_loss op, of which two more are for its backward."""
 
     loss: Tensor  # [], or [P] without a reduction
     losses: Tensor  # [P]
@@ -271,8 +293,6 @@ class PreferenceOutputs(NamedTuple):
     rewards: Tensor  # [2P]
     sft_loss: Tensor  # as loss
     metrics: Tensor  # [len(METRIC_NAMES)] float64
-    slopes: Tensor  # [P]
-    counts: Tensor  # [2P] int64
 
 
 @_register_fake("preference_loss")
@@ -302,8 +322,8 @@ def _(
         new_empty((2 * pairs,)),
         new_empty(reduced),
         new_empty((len(METRIC_NAMES),), dtype=torch.float64),
-        new_empty((pairs,)),
-        new_empty((2 * pairs,), dtype=torch.int64),
+        new_empty((pairs,)),  # slopes
+        new_empty((2 * pairs,), dtype=torch.int64),  # counts
     )
 
 
@@ -330,23 +350,29 @@ def _(
 
 
 def _preference_loss_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, labels, *options = inputs
-    out = PreferenceOutputs(*output)
-    # Without beta, gamma_beta_ratio, loss_type and label_smoothing: the slopes hold what they did.
-    ctx.options = options[:3] + options[7:]
+    _, labels, *ctx.options = inputs
+    _, _, _, rewards, _, metrics, slopes, counts = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(out.rewards, out.metrics, out.slopes, out.counts)
-    ctx.save_for_backward(labels, out.slopes, out.counts)
+    ctx.mark_non_differentiable(rewards, metrics, slopes, counts)
+    ctx.save_for_backward(labels, slopes, counts)
+
+
+def _token_logps_gradient(
+    grads: Sequence[Tensor | None],  # of PreferenceOutputs, and more
+    saved: Sequence[Tensor],  # labels, slopes, counts
+    options: Sequence[Any],
+) -> Tensor:
+    _refuse_create_graph()
+    grad_loss, grad_losses, grad_logps, _, grad_sft_loss, *_ = grads
+    # Without beta, gamma_beta_ratio, loss_type and label_smoothing: the slopes hold what they did.
+    grad_token_logps: Tensor = _ops.preference_loss_backward.default(
+        grad_loss, grad_losses, grad_logps, grad_sft_loss, *saved, *options[:3], *options[7:]
+    )
+    return grad_token_logps
 
 
 def _preference_loss_backward(ctx: Ctx, *grads: Tensor | None) -> tuple[Any, ...]:
-    if torch.is_grad_enabled():  # with create_graph, which would take slopes for a constant
-        _no_double_backward()
-    grad_loss, grad_losses, grad_logps, _, grad_sft_loss, *_ = grads
-    grad_token_logps = _ops.preference_loss_backward.default(
-        grad_loss, grad_losses, grad_logps, grad_sft_loss, *ctx.saved_tensors, *ctx.options
-    )
-    return (grad_token_logps, *([None] * 12))
+    return (_token_logps_gradient(grads, ctx.saved_tensors, ctx.options), *([None] * 12))
 
 
 torch.library.register_autograd(
@@ -362,4 +388,92 @@ def preference_loss(
 ) -> PreferenceOutputs:
     """The preference loss of token log-probabilities, and everything reported beside it."""
     _check_no_tangent(token_logps)
-    return PreferenceOutputs(*_ops.preference_loss.default(token_logps, labels, *options))
+    *out, _, _ = _ops.preference_loss.default(token_logps, labels, *options)
+    return PreferenceOutputs(*out)
+
+
+# ---- simpo_loss ----------------------------------------------------------------------------------
+
+
+def _below_autograd() -> AbstractContextManager[None]:
+    """Where op calls go straight to the kernels."""
+    if torch.compiler.is_compiling():  # this backward; the forward was not
+        return nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def _simpo_loss_kernels(
+    logits: Tensor, labels: Tensor, token_options: TokenOptions, options: PreferenceOptions
+) -> tuple[PreferenceOutputs, tuple[Tensor, ...]]:
+    """The outputs, and what the nodes of token_logps and preference_loss save, in their order."""
+    with _below_autograd():
+        logps, row_max, sum_exp = _call(_ops.token_logps.default, logits, labels, *token_options)
+        *out, slopes, counts = _ops.preference_loss.default(logps, labels, *options)
+    return PreferenceOutputs(*out), (logits, labels, row_max, sum_exp, labels, slopes, counts)
+
+
+class _SimPOLoss(torch.autograd.Function):
+    """token_logps and preference_loss as one node, for calls so small that dispatch is the cost."""
+
+    @staticmethod
+    def forward(
+        ctx: Ctx,
+        logits: Tensor,
+        labels: Tensor,
+        token_options: TokenOptions,
+        options: PreferenceOptions,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, ...]:
+        out, saved = _simpo_loss_kernels(logits, labels, token_options, options)
+        ctx.options = token_options, options, inplace_backward
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(out.rewards, out.metrics)
+        # All that the two ops save, labels twice: a checkpoint matches saved tensors by position,
+        # and may recompute with the ops what was computed here, or the other way round.
+        ctx.save_for_backward(*saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Ctx, *grads: Tensor | None) -> tuple[Any, ...]:
+        token_options, options, inplace_backward = ctx.options
+        saved = ctx.saved_tensors
+        logits_gradient = _logits_gradient_in_place if inplace_backward else _logits_gradient
+        with _below_autograd():
+            grad_token_logps = _token_logps_gradient(grads, saved[4:], options)
+            dlogits = logits_gradient(grad_token_logps, saved[:4], token_options)
+        return dlogits, None, None, None, None
+
+
+def _is_plain_call(logits: Tensor, labels: Tensor) -> bool:
+    """False where a compiler, tracer, mode, transform or subclass has to see the registered ops.
+
+    Of the forward: the backward calls ops wherever it was made, for a mode that comes later.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(logits) is Tensor
+        and type(labels) is Tensor
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._is_tracing()
+    )
+
+
+def simpo_loss(
+    logits: Tensor,  # [2P, T, V]
+    labels: Tensor,  # [2P, T]
+    token_options: TokenOptions,
+    options: PreferenceOptions,
+    inplace_backward: bool,
+) -> PreferenceOutputs:
+    """preference_loss of token_logps."""
+    if not _is_plain_call(logits, labels):
+        logps = token_logps(logits, labels, token_options, inplace_backward)
+        return preference_loss(logps, labels, options)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        arguments = logits, labels, token_options, options, inplace_backward
+        return PreferenceOutputs(*_SimPOLoss.apply(*arguments))  # type: ignore[no-untyped-call]
+    out, _ = _simpo_loss_kernels(logits, labels, token_options, options)
+    return out

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Literal, NamedTuple, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from ._checks import check_bool, check_choice, check_ignore_index, check_number
@@ -13,6 +16,9 @@ LossType = Literal["sigmoid", "hinge"]
 Reduction = Literal["none", "mean", "sum"]
 SftReduction = Literal["sequence", "token"]
 EmptyPolicy = Literal["drop", "nan"]
+
+Parameters = ParamSpec("Parameters")
+Options = TypeVar("Options")
 
 Number = float | Tensor
 Normalizer = Number | tuple[Number, Number] | None
@@ -51,6 +57,24 @@ class PreferenceOptions(NamedTuple):
     empty: int
 
 
+def _remembered(resolve: Callable[Parameters, Options]) -> Callable[Parameters, Options]:
+    """Checks keywords once for all the calls that repeat them. What raises is not remembered."""
+    # Typed: True, 1 and 1.0 are equal, and not equally good.
+    remember = cast(Callable[Parameters, Options], lru_cache(typed=True)(resolve))
+
+    @wraps(resolve)
+    def call(*args: Parameters.args, **keywords: Parameters.kwargs) -> Options:
+        if not torch.compiler.is_compiling():  # which has no use for the cache
+            try:
+                return remember(*args, **keywords)
+            except TypeError:  # of a value that cannot be a key, or raised again below
+                pass
+        return resolve(*args, **keywords)
+
+    return call
+
+
+@_remembered
 def resolve_token_options(
     *, ignore_index: int, shift: bool, logit_scale: float, softcap: float | None
 ) -> TokenOptions:
@@ -66,6 +90,7 @@ def resolve_token_options(
     )
 
 
+@_remembered
 def resolve_preference_options(
     *,
     beta: float = 2.0,

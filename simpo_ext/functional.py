@@ -19,7 +19,6 @@ from ._options import (
     Normalizer,
     Reduction,
     SftReduction,
-    TokenOptions,
     resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
@@ -119,14 +118,7 @@ def token_logps(
     options = resolve_token_options(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
-    return _token_logps(logits, labels, options, inplace_backward)
-
-
-def _token_logps(
-    logits: Tensor, labels: Tensor, options: TokenOptions, inplace_backward: bool
-) -> Tensor:
-    if _checks.check_bool("inplace_backward", inplace_backward):
-        _checks.check_inplace_backward(logits)
+    _checks.check_inplace_backward(inplace_backward, logits)
     return _ops.token_logps(logits, labels, options, inplace_backward)
 
 
@@ -167,7 +159,8 @@ def sequence_logps(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
     average_log_prob = _checks.check_bool("average_log_prob", average_log_prob)
-    logps = _token_logps(logits, labels, options, inplace_backward)
+    _checks.check_inplace_backward(inplace_backward, logits)
+    logps = _ops.token_logps(logits, labels, options, inplace_backward)
     return _ops.sequence_logps(logps, labels, ignore_index, shift, average_log_prob)
 
 
@@ -324,13 +317,13 @@ def simpo_loss(
     token_options = resolve_token_options(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
-    logps = _token_logps(logits, labels, token_options, inplace_backward)
+    _checks.check_inplace_backward(inplace_backward, logits)
     if denominators is None:
-        out = _ops.preference_loss(logps, labels, options)
+        out = _ops.simpo_loss(logits, labels, token_options, options, inplace_backward)
     else:
         # Outside the op, whose floats are constants to torch.compile, while these vary by step.
         sums = options._replace(reduction=REDUCTIONS["sum"], sft_weight=0.0)
-        out = _ops.preference_loss(logps, labels, sums)
+        out = _ops.simpo_loss(logits, labels, token_options, sums, inplace_backward)
         loss, sft_loss = out.loss / denominators[0], out.sft_loss / denominators[1]
         if options.sft_weight > 0.0:
             loss = loss + options.sft_weight * sft_loss
