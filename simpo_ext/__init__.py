@@ -42,7 +42,7 @@ def build_info() -> dict[str, str | int]:
     """What the compiled library is.
 
     Returns:
-        ``version``, ``compiler``, ``cpu_capability`` (the instruction set the CPU kernels use),
+        ``version``, ``compiler``, ``cpu_capability`` (see :func:`cpu_capability`),
         ``torch_target`` (the oldest torch whose stable ABI it speaks), ``cuda_archs``
         (comma-separated, empty without nvcc), ``cuda_runtime_version`` (as CUDART_VERSION, 0
         without nvcc) and ``pybind11``.
@@ -51,7 +51,12 @@ def build_info() -> dict[str, str | int]:
 
 
 def cpu_capability() -> str:
-    """The instruction set the CPU kernels use: ``"DEFAULT"`` is the compiler's baseline."""
+    """The instruction set the CPU kernels use.
+
+    ``"DEFAULT"`` (the baseline of the architecture; ``"NEON"`` on aarch64), ``"AVX2"``, ``"AVX512"``
+    or ``"AVX512_BF16"``: the best that the machine has, or the one that the environment variable
+    ``SIMPO_CPU_CAPABILITY`` named when the package was imported.
+    """
     return str(build_info()["cpu_capability"])
 
 

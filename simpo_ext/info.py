@@ -37,7 +37,7 @@ def _build_rows() -> dict[str, str]:
         "version": str(build["version"]),
         "location": str(Path(_C.__file__).parent),
         "compiler": str(build["compiler"]),
-        "CPU kernels": str(build["cpu_capability"]),
+        "CPU kernels": f"{build['cpu_capability']} of {', '.join(_C.cpu_capabilities())}",
         "torch ABI target": f"{build['torch_target']} and later",
         "pybind11": str(build["pybind11"]),
     }

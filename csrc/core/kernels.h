@@ -44,6 +44,7 @@ struct TokenLogpsBackwardArgs {
   const double* sum_exp;  // [B, T] contiguous
   void* dlogits;  // [B, T, V] of dtype, stride 1 in V; the very memory of logits, or apart from it
   TokenStrides dlogits_strides;
+  bool dlogits_holds_zeros = false;  // if so, rows without a gradient need not be written
 };
 
 // Forward: token_logps [B, T] -> logps [B], the sum or mean over valid tokens, and their counts

@@ -31,6 +31,12 @@ struct LogSumExp {
 
   SIMPO_HOST_DEVICE void add_terms(double terms) { sum += terms; }
 
+  SIMPO_HOST_DEVICE void merge(const LogSumExp& other) {
+    raise_max(other.max);
+    if (other.sum == 0.0) return;  // whose max may be -inf, as this one's
+    sum += other.sum * exp(static_cast<double>(other.max) - static_cast<double>(max));
+  }
+
   // z - log(sum(exp)): the log-probability of z. Subtracting max first is exact where it matters,
   // so that an offset common to all values costs nothing.
   SIMPO_HOST_DEVICE double log_probability(Scalar z) const {

@@ -27,7 +27,8 @@ struct LogitTransform {
 
 // Either form of the transform, at the precision of Scalar: z(x), and below it dz/dx from z itself,
 // as the product of a factor that all logits share and one of their own. What has to be divided is
-// divided once, here. Both are increasing, so that the largest z is that of the largest x.
+// divided once, here. Both are increasing, so that the largest z is that of the largest x. A Value
+// is a Scalar, or a vector of them with the same operators and a tanh.
 
 template <typename Scalar>
 class ScaledLogits {
@@ -38,12 +39,38 @@ class ScaledLogits {
   SIMPO_HOST_DEVICE explicit ScaledLogits(LogitTransform transform)
       : scale_(static_cast<Scalar>(transform.logit_scale)) {}
 
-  SIMPO_HOST_DEVICE Scalar z(Scalar x) const { return x * scale_; }
+  template <typename Value>
+  SIMPO_HOST_DEVICE Value z(Value x) const {
+    return x * Value(scale_);
+  }
   SIMPO_HOST_DEVICE Scalar common_slope() const { return scale_; }
-  SIMPO_HOST_DEVICE Scalar own_slope(Scalar /*z*/) const { return Scalar(1); }
+  template <typename Value>
+  SIMPO_HOST_DEVICE Value own_slope(Value /*z*/) const {
+    return Value(Scalar(1));
+  }
 
  private:
   Scalar scale_;
+};
+
+// ScaledLogits with a logit_scale of 1, for loops in which a multiplication counts.
+template <typename Scalar>
+class PlainLogits {
+ public:
+  using ScalarType = Scalar;
+  static constexpr bool kIsCapped = false;
+
+  SIMPO_HOST_DEVICE explicit PlainLogits(LogitTransform /*transform*/) {}
+
+  template <typename Value>
+  SIMPO_HOST_DEVICE Value z(Value x) const {
+    return x;
+  }
+  SIMPO_HOST_DEVICE Scalar common_slope() const { return Scalar(1); }
+  template <typename Value>
+  SIMPO_HOST_DEVICE Value own_slope(Value /*z*/) const {
+    return Value(Scalar(1));
+  }
 };
 
 template <typename Scalar>
@@ -62,14 +89,19 @@ class CappedLogits {
     scale_over_cap_ = static_cast<Scalar>(ratio < largest ? ratio : largest);
   }
 
-  SIMPO_HOST_DEVICE Scalar z(Scalar x) const { return cap_ * std::tanh(x * scale_over_cap_); }
+  template <typename Value>
+  SIMPO_HOST_DEVICE Value z(Value x) const {
+    using std::tanh;
+    return Value(cap_) * tanh(x * Value(scale_over_cap_));
+  }
   SIMPO_HOST_DEVICE Scalar common_slope() const { return scale_; }
 
   // 1 - (z / cap)^2. As (1 - r)(1 + r), which keeps the digits that 1 - r * r loses where the cap
   // saturates.
-  SIMPO_HOST_DEVICE Scalar own_slope(Scalar z) const {
-    const Scalar ratio = z * inverse_cap_;
-    return (Scalar(1) - ratio) * (Scalar(1) + ratio);
+  template <typename Value>
+  SIMPO_HOST_DEVICE Value own_slope(Value z) const {
+    const Value one(Scalar(1)), ratio = z * Value(inverse_cap_);
+    return (one - ratio) * (one + ratio);
   }
 
  private:

@@ -1,6 +1,7 @@
 #include "ops/build_info.h"
 
 #include "core/kernels.h"
+#include "cpu/capability.h"
 
 #ifdef SIMPO_WITH_CUDA
 #include "cuda/device.h"
@@ -17,6 +18,7 @@ BuildInfo build_info() {
       .compiler = "GCC " __VERSION__,
 #endif
       .cpu_capability = cpu::capability(),
+      .cpu_capabilities = cpu::capabilities(),
       .torch_target = SIMPO_TORCH_TARGET,
       .cuda_archs = SIMPO_CUDA_ARCHS,
       .cuda_runtime_version = 0,

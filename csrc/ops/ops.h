@@ -3,6 +3,7 @@
 // Device says where tensors have to lie and calls that device's kernels:
 //   Device(tensor, name)        for the duration of an op; refuses a tensor it has no kernels for
 //   check(tensor, name)         refuses a tensor that lies elsewhere than the first
+//   new_gradient(logits)        memory for the gradient of logits
 //   token_logps(args), ...      the kernels of core/kernels.h, with their errors thrown
 #pragma once
 
@@ -10,6 +11,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <array>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 
@@ -18,7 +22,33 @@
 
 namespace simpo_ext::ops {
 
-using torch::stable::new_empty;
+// An uninitialized contiguous tensor of at most three dimensions on the device of `like`, and of
+// its dtype unless told. Not torch::stable's, which finds an op by its name and dispatches it: for
+// the nine small tensors of preference_loss that takes longer than all they hold.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                        std::optional<ScalarType> dtype = std::nullopt) {
+  std::array<int64_t, 3> strides{};
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  using torch::stable::detail::from, torch::stable::detail::to;
+  const auto shim_dtype = to<int32_t>(from(dtype.value_or(like.scalar_type())));
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides.data(), shim_dtype,
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// Dispatches nothing where there is nothing to copy.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 inline TokenStrides token_strides(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1)};
@@ -38,6 +68,16 @@ inline bool has_distinct_rows(const Tensor& logits) {
   const bool nested =
       B == 1 || T == 1 || stride_b >= (T - 1) * stride_t + V || stride_t >= (B - 1) * stride_b + V;
   return time_apart && batch_apart && nested;
+}
+
+// A contiguous tensor for a gradient to be written to.
+struct NewGradient {
+  Tensor tensor;
+  bool holds_zeros;
+};
+
+inline NewGradient new_empty_gradient(const Tensor& logits) {
+  return {new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)}), false};
 }
 
 template <class Device>
@@ -75,12 +115,12 @@ class Ops {
                                      int64_t ignore_index, bool shift, double logit_scale,
                                      double softcap) {
     const Device device(logits, "logits");
-    const Logits checked = check_logits(logits, labels);
+    check_logits(logits, labels);
     const Tensor rows = with_unit_stride(logits);
-    Tensor dlogits = new_empty(logits, {checked.B, checked.T, checked.V});
+    const NewGradient dlogits = device.new_gradient(logits);
     token_logps_backward_into(device, dlogits, grad_logps, rows, labels, max, sum_exp, ignore_index,
                               shift, logit_scale, softcap);
-    return dlogits;
+    return dlogits.tensor;
   }
 
   static void token_logps_backward_inplace(const Tensor& grad_logps, const Tensor& logits,
@@ -94,7 +134,7 @@ class Ops {
         "logits: expected stride 1 in the vocabulary and rows apart in memory, got strides [",
         logits.stride(0), ", ", logits.stride(1), ", ", logits.stride(2), "] for shape ",
         shape_text(logits));
-    token_logps_backward_into(device, logits, grad_logps, logits, labels, max, sum_exp,
+    token_logps_backward_into(device, {logits, false}, grad_logps, logits, labels, max, sum_exp,
                               ignore_index, shift, logit_scale, softcap);
   }
 
@@ -206,7 +246,7 @@ class Ops {
     device.check(slopes, "slopes");
     check_shape(slopes, {P}, "slopes");
     const DType dtype = compute_dtype_of(slopes, "slopes");
-    const Tensor saved_slopes = torch::stable::contiguous(slopes);
+    const Tensor saved_slopes = as_contiguous(slopes);
     const Tensor saved_counts = check_counts(device, counts, 2 * P);
     const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, empty);
     const auto check_gradient = [&](const std::optional<Tensor>& gradient, int64_t length,
@@ -273,11 +313,11 @@ class Ops {
   }
 
   static Tensor with_unit_stride(const Tensor& logits) {
-    return has_unit_stride_in_vocabulary(logits) ? logits : torch::stable::contiguous(logits);
+    return has_unit_stride_in_vocabulary(logits) ? logits : as_contiguous(logits);
   }
 
   // dlogits may be logits itself.
-  static void token_logps_backward_into(const Device& device, const Tensor& dlogits,
+  static void token_logps_backward_into(const Device& device, const NewGradient& dlogits,
                                         const Tensor& grad_logps, const Tensor& logits,
                                         const Tensor& labels, const Tensor& max,
                                         const Tensor& sum_exp, int64_t ignore_index, bool shift,
@@ -293,8 +333,8 @@ class Ops {
     check_row_values(grad_logps, compute, "grad_logps");
     check_row_values(max, compute, "max");
     check_row_values(sum_exp, ScalarType::Double, "sum_exp");
-    const Tensor saved_max = torch::stable::contiguous(max);
-    const Tensor saved_sum_exp = torch::stable::contiguous(sum_exp);
+    const Tensor saved_max = as_contiguous(max);
+    const Tensor saved_sum_exp = as_contiguous(sum_exp);
     device.token_logps_backward({
         .dtype = checked.dtype,
         .V = checked.V,
@@ -306,8 +346,9 @@ class Ops {
         .grad_strides = token_strides(grad_logps),
         .max = saved_max.const_data_ptr(),
         .sum_exp = saved_sum_exp.template const_data_ptr<double>(),
-        .dlogits = dlogits.mutable_data_ptr(),
-        .dlogits_strides = token_strides(dlogits),
+        .dlogits = dlogits.tensor.mutable_data_ptr(),
+        .dlogits_strides = token_strides(dlogits.tensor),
+        .dlogits_holds_zeros = dlogits.holds_zeros,
     });
   }
 
@@ -323,7 +364,7 @@ class Ops {
     device.check(counts, "counts");
     check_shape(counts, {B}, "counts");
     check_dtype(counts, ScalarType::Long, "counts");
-    return torch::stable::contiguous(counts);
+    return as_contiguous(counts);
   }
 
   static LossReduction make_reduction(double sft_weight, int64_t sft_reduction, int64_t reduction,

@@ -90,6 +90,8 @@ class Cuda {
                     ", got one on another device");
   }
 
+  NewGradient new_gradient(const Tensor& logits) const { return new_empty_gradient(logits); }
+
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, stream_));
   }

@@ -17,6 +17,8 @@ class EmulatedCuda {
     STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor, got one on another device");
   }
 
+  NewGradient new_gradient(const Tensor& logits) const { return new_empty_gradient(logits); }
+
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, nullptr));
   }

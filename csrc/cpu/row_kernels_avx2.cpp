@@ -1,0 +1,11 @@
+#define SIMPO_ISA avx2
+
+#include "cpu/simd_avx2.h"
+// After the vectors it is written in.
+#include "cpu/row_kernels.inl"
+
+namespace simpo_ext::cpu {
+
+constinit const RowKernels kAvx2RowKernels = make_row_kernels("AVX2");
+
+}  // namespace simpo_ext::cpu

@@ -1,0 +1,11 @@
+#define SIMPO_ISA avx512
+
+#include "cpu/simd_avx512.h"
+// After the vectors it is written in.
+#include "cpu/row_kernels.inl"
+
+namespace simpo_ext::cpu {
+
+constinit const RowKernels kAvx512RowKernels = make_row_kernels("AVX512");
+
+}  // namespace simpo_ext::cpu

@@ -1,0 +1,11 @@
+#define SIMPO_ISA avx512_bf16
+
+#include "cpu/simd_avx512.h"
+// After the vectors it is written in.
+#include "cpu/row_kernels.inl"
+
+namespace simpo_ext::cpu {
+
+constinit const RowKernels kAvx512Bf16RowKernels = make_row_kernels("AVX512_BF16");
+
+}  // namespace simpo_ext::cpu

@@ -1,0 +1,36 @@
+# The CPU kernels: sources, and what each instruction set is compiled with. For every target that
+# compiles them, in the directory that includes this.
+set(SIMPO_CPU_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/capability.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/pages.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/preference_loss.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/row_kernels_generic.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/sequence_logps.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/token_logps.cpp)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  foreach(isa avx2 avx512 avx512_bf16)
+    list(APPEND SIMPO_CPU_SOURCES ${CMAKE_CURRENT_LIST_DIR}/row_kernels_${isa}.cpp)
+  endforeach()
+endif()
+
+# What is to be fused is written as fma. 1 - r where r is a product, say, would not be 0 for an r
+# that rounds to 1.
+set_source_files_properties(${SIMPO_CPU_SOURCES} PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
+
+# Optimised in every configuration, as rows are what all time goes into. No kernel reads errno or the
+# floating-point exception flags.
+set(simpo_row_flags -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)
+set(simpo_avx2_flags -mavx2 -mfma -mf16c)
+set(simpo_avx512_flags ${simpo_avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # Its own intrinsics start from undefined vectors, of which it then warns (GCC bug 105593).
+  list(APPEND simpo_avx512_flags -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
+set(simpo_flags_generic ${simpo_row_flags})
+set(simpo_flags_avx2 ${simpo_row_flags} ${simpo_avx2_flags})
+set(simpo_flags_avx512 ${simpo_row_flags} ${simpo_avx512_flags})
+set(simpo_flags_avx512_bf16 ${simpo_row_flags} ${simpo_avx512_flags} -mavx512bf16)
+foreach(isa generic avx2 avx512 avx512_bf16)
+  set_source_files_properties(${CMAKE_CURRENT_LIST_DIR}/row_kernels_${isa}.cpp
+                              PROPERTIES COMPILE_OPTIONS "${simpo_flags_${isa}}")
+endforeach()
