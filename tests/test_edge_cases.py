@@ -24,7 +24,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = math.nan, math.inf
 P, T, V = 3, 5, 11
 B = 2 * P
-BLOCKS = 2050  # A vocabulary of two blocks of the kernel and a tail.
+BLOCKS = 16_390  # A vocabulary of two blocks of the CPU kernels and a tail.
 
 
 def _batch(dtype: torch.dtype = torch.float64, vocabulary: int = V) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def test_any_ignore_index_masks_even_one_that_is_a_token(mask: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("at", [0, 1, 1023, 1024, BLOCKS - 1])
+@pytest.mark.parametrize("at", [0, 1, 1024, 8191, 8192, BLOCKS - 1])
 def test_row_with_nan_is_nan_and_no_other(at: int, softcap: Any, dtype: torch.dtype) -> None:
     logits, labels = _batch(dtype, BLOCKS)
     want, want_grad = _logps_and_grad(logits, labels, softcap=softcap)
@@ -348,9 +348,10 @@ def test_row_does_not_depend_on_what_stands_beside_it(dtype: torch.dtype) -> Non
         assert token_logps(logits[b, t, None, None], labels[b, t, None, None], shift=False) == logp
 
 
-# Enough of logits, and of tokens, that each is more than one thread's work.
+# Enough of logits, and of tokens, that each is more than one thread's work; rows of several pieces,
+# which threads share.
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("shape", [(4, 64, 1500), (4, 40_000, 2)])
+@pytest.mark.parametrize("shape", [(4, 64, 1500), (4, 40_000, 2), (2, 4, 140_000)])
 def test_threads_and_repetition_change_no_bit(shape: Any, request: Any) -> None:
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -369,7 +370,7 @@ def test_random_batches_agree_with_the_oracle(data: st.DataObject) -> None:
         return data.draw(st.sampled_from(values))
 
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    shape = 2 * pick(0, 1, 2, 3), pick(0, 1, 2, 6), pick(1, 2, 7, 64, 1025)
+    shape = 2 * pick(0, 1, 2, 3), pick(0, 1, 2, 6), pick(1, 2, 7, 64, 1025, 8200)
     values = rng.standard_normal(shape) * pick(0.0, 1.0, 30.0) + pick(0.0, 0.0, 300.0, -300.0)
     values[rng.random(shape) < pick(0.0, 0.0, 0.1)] = -INF
     logits = torch.from_numpy(values).to(pick(*DTYPES))

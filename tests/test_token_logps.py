@@ -12,9 +12,9 @@ from batches import DTYPES, Batch, eager_token_logps, make_batch
 
 pytestmark = pytest.mark.kernels
 
-# 1: a softmax of one. 7: less than a vector. 1000: just below a block of 1024 logits; 1024: one;
-# 1025: one and a tail of one. 5003: several blocks and an odd tail.
-VOCABULARIES = (1, 7, 1000, 1024, 1025, 5003)
+# 1: a softmax of one. 7: less than a vector. 1024, and one more or less: steps of whole vectors with
+# tails of each kind. 5003: several runs of steps and an odd tail. 8193: a block and a tail of one.
+VOCABULARIES = (1, 7, 1023, 1024, 1025, 5003, 8193)
 
 # A float32 result is at best half an ulp off; on values up to 32 that is 1e-6, and a sum of exps
 # adds about as much. The rule is 2x the eager computation's error, above this floor.
@@ -202,6 +202,30 @@ def test_the_label_s_gradient_keeps_its_digits_where_the_model_is_sure() -> None
     others = 99 * torch.exp(torch.tensor(-30.0, dtype=torch.float64))
     # 1 - softmax = 9.3e-12, of which 1 - exp(logp) would keep five digits.
     assert abs(logits.grad[0, 0, 7] / (others / (1 + others)) - 1).item() < 1e-4
+
+
+# The row's largest logit among the first that its thread sees: what all others add must not get
+# lost beside it.
+@pytest.mark.parametrize("vocabulary", [32768, 131072, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sure_label_keeps_the_digits_of_its_gradient(dtype: torch.dtype, vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(1, 3, vocabulary, generator=generator).to(dtype)
+    logits[0, :, 0] = torch.tensor([14.0, 16.0, 19.0], dtype=dtype)
+    labels = torch.zeros(1, 3, dtype=torch.int64)
+    logps = simpo_ext.token_logps(logits.requires_grad_(), labels, shift=False)
+    logps.sum().backward()
+    assert logits.grad is not None
+    expected, _, _ = oracle.token_logps(
+        logits.detach().double().numpy(), labels.numpy(), shift=False
+    )
+    truth = torch.from_numpy(expected)
+    assert (logps.detach().double() - truth).abs().max() < 5e-7
+    if dtype == torch.float32:
+        one_minus_p = -torch.expm1(truth)
+        # Only the terms of the label's own lane or batch are added to it in float32.
+        bound = 32 / vocabulary + 1e-5
+        assert ((logits.grad[..., 0].double() - one_minus_p) / one_minus_p).abs().max() < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
