@@ -1,6 +1,6 @@
 """Measures per-token log-probabilities and the SimPO loss: every candidate, side by side.
 
-    python bench/bench_token_logps.py [--device cuda] [--sizes 32768x32768 ...] [--json FILE]
+    python -m bench.bench_token_logps [--device cuda] [--sizes 32768x32768 ...] [--json FILE]
 
 A candidate's values and gradient are held against float64 before it is timed; one that is wrong is
 reported with its error and not timed. GB/s are the fewest bytes that the work has to move
@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import report
-from peers import Candidate, candidates
-from reference import Reference, gradient_error, make_reference, value_error
-from timing import Clock, Subject, Times, interleaved, make_clock
-from workload import Size, Workload, fewest_bytes, make_workload
+from bench import report
+from bench.peers import Candidate, candidates
+from bench.reference import Reference, gradient_error, make_reference, value_error
+from bench.timing import Clock, Subject, Times, interleaved, make_clock
+from bench.workload import Size, Workload, fewest_bytes, make_workload
 
 SIZES = ("32768x32768", "16384x128256", "8192x262144")
 VALID = (1.0, 0.4)

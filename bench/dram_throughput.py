@@ -1,6 +1,6 @@
 """How much of the peak DRAM throughput the two streaming kernels reach, by Nsight Compute.
 
-    python bench/dram_throughput.py FILE.json [--size NxV]
+    python -m bench.dram_throughput FILE.json [--size NxV]
 
 Runs itself under ncu, with the clocks as they are, and writes what ncu read, or why it read
 nothing. Exit status 0 also where ncu is missing or not allowed to read the counters.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ("token_logps_kernel", "token_logps_backward_kernel")
 PERCENT = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
 DURATION = "gpu__time_duration.sum"
@@ -30,7 +31,7 @@ def run_kernels(size: str) -> None:
     import torch
 
     import simpo_ext
-    from workload import Size, make_workload
+    from bench.workload import Size, make_workload
 
     workload = make_workload(Size.parse(size), 1.0, torch.device("cuda"))
     logits = workload.logits.requires_grad_()
@@ -63,9 +64,11 @@ def measure(size: str) -> dict[str, Any]:
         return {"available": False, "reason": "there is no ncu"}
     command = ["ncu", "--clock-control", "none", "--metrics", f"{PERCENT},{DURATION}", "--csv"]
     command += ["--kernel-name", "regex:token_logps", "--launch-count", "2"]
-    command += [sys.executable, __file__, "--run-kernels", "--size", size]
+    command += [sys.executable, "-m", "bench.dram_throughput", "--run-kernels", "--size", size]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return {"available": False, "reason": f"{type(error).__name__}: {error}"}
     kernels = parse_ncu(result.stdout)

@@ -97,7 +97,7 @@ skip() {
 }
 
 finish() {
-  python3 bench/report.py "$work" ${output:+--output "$output"} $($dry_run && echo --dry-run) ||
+  python3 -m bench.report "$work" ${output:+--output "$output"} $($dry_run && echo --dry-run) ||
     failed=true
   printf '\n%s after %d s\n' ""$($failed && echo FAILED || echo done)"" "$SECONDS"
   $failed && exit 1
@@ -107,7 +107,7 @@ finish() {
 # ---- what the steps do -----------------------------------------------------------------------
 
 report_machine() {
-  limited python3 bench/machine.py "$work/machine.json" || return
+  limited python3 -m bench.machine "$work/machine.json" || return
   if $dry_run; then
     command -v nvcc || echo "no nvcc"
     return 0
@@ -162,7 +162,7 @@ run_tests() {
 sanitize() { # TOOL
   if $dry_run; then
     echo "dry run: the sanitizer's program on CPU tensors, without compute-sanitizer"
-    limited "$python" bench/sanitize.py --device cpu
+    limited "$python" -m bench.sanitize --device cpu
     return
   fi
   command -v compute-sanitizer || {
@@ -172,7 +172,7 @@ sanitize() { # TOOL
   local rc
   # Without torch's caching allocator each tensor is an allocation of its own, whose end is checked.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$python" bench/sanitize.py 2>&1 | tee "$work/sanitizer.log"
+    "$python" -m bench.sanitize 2>&1 | tee "$work/sanitizer.log"
   rc=${PIPESTATUS[0]}
   if ((rc != 0)) && grep -qiE 'device not supported|failed to initialize' "$work/sanitizer.log"; then
     skip "compute-sanitizer does not work on this machine"
@@ -202,7 +202,7 @@ measure() {
     echo "dry run: cpu"
     options=(--device cpu --rounds 2 --sizes 64x1024 32x4096)
   fi
-  limited "$python" bench/bench_token_logps.py --json "$work/measurements.json" "${options[@]}"
+  limited "$python" -m bench.bench_token_logps --json "$work/measurements.json" "${options[@]}"
 }
 
 sweep() {
@@ -227,7 +227,7 @@ read_dram_throughput() {
     skip "dry run: no GPU for ncu"
     return
   fi
-  limited "$python" bench/dram_throughput.py "$work/dram.json" || return
+  limited "$python" -m bench.dram_throughput "$work/dram.json" || return
   if grep -q '"available": false' "$work/dram.json"; then
     skip "ncu read nothing; the reason stands under dram"
   fi

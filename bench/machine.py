@@ -1,6 +1,6 @@
 """The machine as JSON: GPU, driver, toolkit, torch and the CPU.
 
-python bench/machine.py FILE.json
+python -m bench.machine FILE.json
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,41 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def describe_cpu() -> dict[str, Any]:
+    """The CPU, its caches and how memory is paged; null where the system does not say."""
+    info = _read("/proc/cpuinfo") or ""
+    fields = dict(re.findall(r"^([a-z ]+?)\s*: (.+)$", info.partition("\n\n")[0], re.MULTILINE))
+    caches = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_read(f"{index}/{name}") for name in ("level", "type", "size"))
+        caches[f"L{level}{'' if kind == 'Unified' else ' ' + str(kind).lower()}"] = size
+    memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo") or "")
+    pages = _read("/sys/kernel/mm/transparent_hugepage/enabled") or ""
+    chosen = re.search(r"\[(\w+)\]", pages)
+    return {
+        "name": fields.get("model name") or platform.machine(),
+        "family": fields.get("cpu family"),
+        "model": fields.get("model"),
+        "cores": os.cpu_count(),
+        "caches": caches,
+        "memory_gib": int(memory[1]) / 2**20 if memory else None,
+        "kernel": platform.release(),
+        "transparent_huge_pages": chosen[1] if chosen else None,
+    }
+
+
+def slug(text: str) -> str:
+    """Of a name, what a file can be called."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def describe() -> dict[str, Any]:

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import reference
 import simpo_ext
-from workload import IGNORE_INDEX
+from bench import reference
+from bench.workload import IGNORE_INDEX
 
 Forward = Callable[[Tensor, Tensor], Tensor]  # logits [B, T, V], labels [B, T] -> [B, T] or []
 

@@ -1,6 +1,6 @@
 """The tables on the screen, and the one JSON that a run of bench/gpu.sh leaves.
 
-    python bench/report.py FOLDER [--output FILE.json] [--dry-run]
+    python -m bench.report FOLDER [--output FILE.json] [--dry-run]
 
 FOLDER holds what the steps left, each file of which may be missing: machine.json, build.json,
 steps.jsonl, measurements.json, sweep.jsonl and dram.json.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,13 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.machine import slug
+
 RESULTS = Path(__file__).resolve().parent / "results"
 STATUS_STYLE = {"ok": "green", "skipped": "yellow", "failed": "bold red"}
 
 MIN_WIDTH = 120  # where the output is no terminal, rich would take 80
 
-_console = Console(highlight=False, markup=False)
-_console.width = max(_console.width, MIN_WIDTH)
+console = Console(highlight=False, markup=False)
+console.width = max(console.width, MIN_WIDTH)
 
 
 # ---- reading ---------------------------------------------------------------------------------
@@ -75,13 +76,14 @@ def default_output(results: dict[str, Any]) -> Path:
     if results["dry_run"] or not results["measurements"] or not gpu:
         with tempfile.NamedTemporaryFile(prefix="gpu-", suffix=".json", delete=False) as file:
             return Path(file.name)
-    return RESULTS / f"gpu-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    return RESULTS / f"gpu-{slug(gpu)}.json"
 
 
 # ---- printing --------------------------------------------------------------------------------
 
 
-def _table(*columns: str) -> Table:
+def make_table(*columns: str) -> Table:
+    """An empty table, the first column of which holds names."""
     table = Table()
     for index, column in enumerate(columns):
         first = index == 0
@@ -89,22 +91,24 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _print(title: str, table: Table, note: str = "") -> None:
-    _console.print()
-    _console.print(title, style="bold")
-    _console.print(table)
+def print_table(title: str, table: Table, note: str = "") -> None:
+    """A table between its title and its note."""
+    console.print()
+    console.print(title, style="bold")
+    console.print(table)
     if note:
-        _console.print(note, style="dim")
+        console.print(note, style="dim")
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """With so many digits, or n/a."""
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def print_run(run: dict[str, Any], device: str) -> None:
     """The candidates of one batch."""
     of_phase = ("ms", "GB/s", "%copy", "MiB", "error")
-    table = _table("", *(f"{phase} {unit}" for phase in ("fwd", "bwd") for unit in of_phase))
+    table = make_table("", *(f"{phase} {unit}" for phase in ("fwd", "bwd") for unit in of_phase))
     notes = []
     for result in run["candidates"]:
         errors = {"forward": result.get("value_error"), "backward": result.get("gradient_error")}
@@ -118,10 +122,10 @@ def print_run(run: dict[str, Any], device: str) -> None:
         for phase, error in errors.items():
             speed = result[phase]
             cells += [
-                _number(speed["median_ms"], 3),
-                _number(speed["gb_per_s"], 0 if device == "cuda" else 2),
-                _number(speed["percent_of_copy"], 1),
-                _number(result[f"{phase}_peak_extra_mib"], 0),
+                number(speed["median_ms"], 3),
+                number(speed["gb_per_s"], 0 if device == "cuda" else 2),
+                number(speed["percent_of_copy"], 1),
+                number(result[f"{phase}_peak_extra_mib"], 0),
                 f"{error:.0e}",
             ]
         table.add_row(result["name"], *cells, style="bold" if result["ours"] else None)
@@ -132,7 +136,7 @@ def print_run(run: dict[str, Any], device: str) -> None:
     )
     if device != "cuda":
         title += f"  [{device}: no measurement of a GPU]"
-    _print(title, table, "\n".join(notes))
+    print_table(title, table, "\n".join(notes))
 
 
 def _print_sweep(lines: Sequence[dict[str, Any]]) -> None:
@@ -148,7 +152,7 @@ def _print_sweep(lines: Sequence[dict[str, Any]]) -> None:
         for kernel in kernels
     }
     units = ("ms", "% copy")
-    table = _table(
+    table = make_table(
         "threads x unroll", *(f"{kernel} {unit}" for kernel in kernels for unit in units)
     )
     for shape in dict.fromkeys((line["threads"], line["unroll"]) for line in variants):
@@ -167,25 +171,25 @@ def _print_sweep(lines: Sequence[dict[str, Any]]) -> None:
         table.add_row(f"{shape[0]} x {shape[1]}", *cells)
     copy = next((line for line in lines if line.get("kernel") == "copy"), None)
     note = f"copy {copy['gb_per_s']:.0f} GB/s in the same rounds" if copy else ""
-    _print("Sweep", table, note)
+    print_table("Sweep", table, note)
 
 
 def _print_dram(dram: dict[str, Any]) -> None:
     if not dram["available"]:
-        _console.print(f"\nDRAM throughput not read: {dram['reason']}")
+        console.print(f"\nDRAM throughput not read: {dram['reason']}")
         return
-    table = _table("kernel", "DRAM % of peak", "ms")
+    table = make_table("kernel", "DRAM % of peak", "ms")
     for kernel in dram["kernels"]:
         table.add_row(
             kernel["kernel"], f"{kernel['dram_percent']:.1f}", f"{kernel['milliseconds']:.3f}"
         )
-    _print("Nsight Compute, kernels alone", table)
+    print_table("Nsight Compute, kernels alone", table)
 
 
 def _print_summary(measurements: dict[str, Any], phase: str) -> None:
     """One phase of all batches: milliseconds and per cent of the copy bandwidth."""
     runs = measurements["runs"]
-    table = _table(
+    table = make_table(
         phase,
         *(f"{run['rows']}x{run['vocabulary']}\n{run['valid_fraction']:.0%} valid" for run in runs),
     )
@@ -201,7 +205,7 @@ def _print_summary(measurements: dict[str, Any], phase: str) -> None:
     title = f"{phase.capitalize()}: ms, and % of the copy bandwidth"
     if measurements["device"] != "cuda":
         title += f"  [{measurements['device']}: no measurement of a GPU]"
-    _print(title, table, f"copy {measurements['copy_gb_per_s']:.0f} GB/s")
+    print_table(title, table, f"copy {measurements['copy_gb_per_s']:.0f} GB/s")
 
 
 def print_all(results: dict[str, Any]) -> None:
@@ -212,7 +216,7 @@ def print_all(results: dict[str, Any]) -> None:
     _print_sweep(results["sweep"])
     if results["dram"]:
         _print_dram(results["dram"])
-    table = _table("step", "seconds", "budget", "")
+    table = make_table("step", "seconds", "budget", "")
     for step in results["steps"]:
         status = step["status"] + (f": {step['reason']}" if step["reason"] else "")
         table.add_row(
@@ -224,7 +228,7 @@ def print_all(results: dict[str, Any]) -> None:
         )
     machine = results["machine"] or {}
     where = machine.get("gpu") or "no GPU"
-    _print(f"{'Dry run' if results['dry_run'] else 'Run'} on {where}", table)
+    print_table(f"{'Dry run' if results['dry_run'] else 'Run'} on {where}", table)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -243,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or default_output(results)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    _console.print(f"\nresults: {output}")
+    console.print(f"\nresults: {output}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Runs every kernel on small tensors at the edge of their memory, for compute-sanitizer to watch.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python bench/sanitize.py
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m bench.sanitize
 
 Every tensor of logits ends where its allocation ends, and starts at an odd element of it; without
 torch's caching allocator, an access beyond is one that memcheck sees. Inputs are made on the CPU,

@@ -8,6 +8,8 @@ preparation keeps the GPU busy meanwhile, so that launches and Python stay out o
 the first event a large buffer is read, which leaves the L2 cache with clean lines of no use to
 anyone.
 On a CPU, the wall clock is read between the phases, and caches are as the preparation left them.
+
+gate.py times what runs in other processes, on a machine that others disturb.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Benchmarks: programs that verify results against float64 before they time them."""

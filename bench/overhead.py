@@ -1,0 +1,83 @@
+"""What a call costs: forward and backward of the loss of almost nothing, on one thread.
+
+At [2, 8, 64] there is no work to speak of; what is left is Python, dispatch and autograd.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bench.workers import ROOT, environment
+
+BATCH, TIME, VOCABULARY = 2, 8, 64
+SAMPLES, CALLS = 60, 50
+WARM_CALLS = 50
+TOLERANCE = 1e-5
+
+
+def measure(samples: int = SAMPLES) -> dict[str, Any]:
+    """Median microseconds of a call in a fresh process: this project's and the eager formula's."""
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.overhead", str(samples)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment({}),
+        cwd=ROOT,
+    )
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def _measure(samples: int) -> dict[str, Any]:
+    import torch
+
+    from bench.cases import make_labels, make_logits, masked, synthetic
+    from bench.trainers import OURS, loss_candidates
+
+    torch.set_num_threads(1)
+    batch = synthetic(BATCH, TIME, VOCABULARY, "float32", 0.5)
+    labels = make_labels(batch)
+    leaf = make_logits(batch, labels).requires_grad_()
+    labels = masked(labels, batch.prompts, batch.ends)
+    candidates = {each.name: each for each in loss_candidates()}
+
+    def call_of(name: str) -> Callable[[], torch.Tensor]:
+        candidate = candidates[name]
+
+        def call() -> torch.Tensor:
+            (gradient,) = torch.autograd.grad(candidate.forward(leaf, labels), leaf)
+            return gradient
+
+        return call
+
+    calls = {"simpo_ext": call_of(OURS), "eager": call_of("Princeton float32")}
+    difference = (calls["simpo_ext"]() - calls["eager"]()).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise AssertionError(f"gradients differ by {difference}")
+    for call in calls.values():
+        for _ in range(WARM_CALLS):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(samples):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            times[name].append((time.perf_counter() - began) / CALLS * 1e6)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "shape": [BATCH, TIME, VOCABULARY],
+        "simpo_ext_us": medians["simpo_ext"],
+        "eager_us": medians["eager"],
+        "ratio": medians["simpo_ext"] / medians["eager"],
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(int(sys.argv[1]))))
