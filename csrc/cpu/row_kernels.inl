@@ -203,14 +203,15 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
   const ScaledExp<Compute<T>> exp(factor);
   // NaN times 2^-inf would be 0: of a factor that is NaN, no element may get as far as that.
   const V shift(factor == factor ? max : factor);
-  const auto gradient = [&](V(&x)[kVectors]) {
+  const auto to_gradient = [&](V(&lanes)[kVectors]) {
     V slope[kVectors];
-    SIMPO_EACH x[k] = logits.z(x[k]);
-    SIMPO_EACH slope[k] = logits.own_slope(x[k]);
-    SIMPO_EACH x[k] = x[k] - shift;
-    exp.apply(x);
-    SIMPO_EACH x[k] = x[k] * slope[k];
+    SIMPO_EACH lanes[k] = logits.z(lanes[k]);
+    SIMPO_EACH slope[k] = logits.own_slope(lanes[k]);
+    SIMPO_EACH lanes[k] = lanes[k] - shift;
+    exp.apply(lanes);
+    SIMPO_EACH lanes[k] = lanes[k] * slope[k];
   };
+  // By way of a buffer, so that nothing outside is touched.
   const auto some = [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t count = std::min(kStep<T>, end - begin);
@@ -218,7 +219,7 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
       std::copy_n(x + begin, count, buffer);
       V lanes[kVectors];
       SIMPO_EACH lanes[k] = load(buffer + k * V::kSize);
-      gradient(lanes);
+      to_gradient(lanes);
       for (int k = 0; k < kVectors; k += 2) {
         store_pair<false>(buffer + k * V::kSize, lanes[k], lanes[k + 1]);
       }
@@ -237,7 +238,7 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
     prefetch_step(x + i);
     V lanes[kVectors];
     SIMPO_EACH lanes[k] = load(x + i + k * V::kSize);
-    gradient(lanes);
+    to_gradient(lanes);
     for (int k = 0; k < kVectors; k += 2) {
       store_pair<kStreaming>(dx + i + k * V::kSize, lanes[k], lanes[k + 1]);
     }
