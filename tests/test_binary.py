@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -79,7 +80,11 @@ def test_build_info_says_what_was_built() -> None:
     info = simpo_ext.build_info()
     assert info["version"] == simpo_ext.__version__
     assert info["torch_target"] == "2.10"
-    assert info["cpu_capability"] == simpo_ext.cpu_capability() == "DEFAULT"
+    assert info["cpu_capability"] == simpo_ext.cpu_capability()
+    capabilities = _C.cpu_capabilities()
+    assert info["cpu_capability"] in capabilities
+    if not os.environ.get("SIMPO_CPU_CAPABILITY"):
+        assert info["cpu_capability"] == capabilities[-1]
     assert re.match(r"(GCC|Clang) \d", str(info["compiler"]))
     if info["cuda_runtime_version"]:
         assert info["cuda_archs"]

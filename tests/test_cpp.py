@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import simpo_ext
 from batches import make_batch
 from builds import build, run, skip_unless_sanitizer_works
+from simpo_ext import _C
 
 CPP = Path(__file__).resolve().parent / "cpp"
 ROOT = CPP.parent.parent
@@ -68,11 +71,27 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
         torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The kernels' test program under a sanitizer, built when first asked for."""
+
+    @cache
+    def build_under(sanitizer: str) -> Path:
+        folder = tmp_path_factory.mktemp(sanitizer)
+        skip_unless_sanitizer_works(sanitizer, folder)
+        build(CPP / "kernels", folder / "build", f"-DSANITIZER={sanitizer}")
+        return folder / "build" / "kernels"
+
+    return build_under
+
+
+@pytest.mark.parametrize("level", _C.cpu_capabilities())
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_the_kernels_run_clean_under_a_sanitizer(sanitizer: str, tmp_path: Path) -> None:
-    skip_unless_sanitizer_works(sanitizer, tmp_path)
-    build(CPP / "kernels", tmp_path / "build", f"-DSANITIZER={sanitizer}")
-    assert run(tmp_path / "build" / "kernels").strip() == "ok"
+def test_the_kernels_of_every_level_run_clean_under_a_sanitizer(
+    kernels: Callable[[str], Path], sanitizer: str, level: str
+) -> None:
+    environment = os.environ | {"SIMPO_CPU_CAPABILITY": level}
+    assert run(kernels(sanitizer), env=environment).split() == [level, "ok"]
 
 
 PROGRAM = """

@@ -56,7 +56,7 @@ struct ReducedExponents {
 template <typename Scalar>
 class ScaledExp;
 
-// As 2^floor(t) 2^f with t = x log2(e), of which the rounding remains: relative error below 1.5e-7
+// As 2^floor(t) 2^f with t = x log2(e), of which the rounding remains: relative error below 2.1e-7
 // + 8e-8 |x|. That of terms of a sum of exp counts as much as they do.
 template <>
 class ScaledExp<float> {

@@ -141,6 +141,7 @@ class Cuda {
                     "tensor; move it with .cpu(), or build simpo_ext from source where nvcc is");
   }
   void check(const Tensor&, const char*) const {}
+  NewGradient new_gradient(const Tensor& logits) const { return {logits, false}; }
   void token_logps(const TokenLogpsArgs&) const {}
   void token_logps_backward(const TokenLogpsBackwardArgs&) const {}
   void sequence_logps(const SequenceLogpsArgs&) const {}

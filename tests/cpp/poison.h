@@ -1,9 +1,13 @@
 // Memory that must not be touched, where AddressSanitizer watches; elsewhere nothing happens.
+// Clang's spelling of which sanitizer it is becomes GCC's.
 #pragma once
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
 #define __SANITIZE_ADDRESS__ 1
+#endif
+#if __has_feature(thread_sanitizer)
+#define __SANITIZE_THREAD__ 1
 #endif
 #endif
 #if defined(__SANITIZE_ADDRESS__)

@@ -1,43 +1,22 @@
 // The CPU kernels under a sanitizer, with no torch in sight: every buffer has exactly the size the
-// contract states and starts at an odd element, rows that must not be read are poisoned, and
-// threads are plain std::threads. Values are compared with a direct double computation. Exits
-// non-zero on the first failure.
+// contract states and starts at an odd element, what must not be read or written is poisoned, and
+// threads are plain std::threads. Values are compared with a direct double computation. Prints
+// the instruction set of the row kernels; exits non-zero on the first failure.
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <random>
-#include <thread>
 #include <vector>
 
-#include "../poison.h"
+#include "check.h"
 #include "core/kernels.h"
-#include "cpu/fast_exp.h"
+#include "threads.h"
 
 using namespace simpo_ext;
+using namespace simpo_ext::test;
 
 namespace {
-
-void require(bool condition, const char* what, double got = 0.0, double expected = 0.0) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s (got %.17g, expected %.17g)\n", what, got, expected);
-  std::exit(1);
-}
-
-// Three threads, so that a range is cut at odd places.
-constexpr ParallelFor kThreads{
-    [](int64_t begin, int64_t end, int64_t grain, ParallelFor::Body body, void* context) {
-      const int64_t step = std::max(grain, (end - begin + 2) / 3);
-      std::vector<std::thread> threads;
-      for (int64_t b = begin; b < end; b += step) {
-        threads.emplace_back([=] { body(b, std::min(b + step, end), context); });
-      }
-      for (std::thread& thread : threads) thread.join();
-    }};
 
 // ---- conversions: all 65536 halves, and every rounding boundary between neighbours ----------
 
@@ -84,130 +63,6 @@ void check_conversions() {
   check_narrowing(
       "narrow bfloat16", 0x7f80u, [](float f) -> uint32_t { return narrow<BFloat16>(f).bits; },
       [](uint32_t b) { return widen(BFloat16{static_cast<uint16_t>(b)}); });
-}
-
-// ---- token_logps ----------------------------------------------------------------------------
-
-template <typename T>
-struct DTypeOf;
-template <>
-struct DTypeOf<double> {
-  static constexpr DType value = DType::kFloat64;
-};
-template <>
-struct DTypeOf<float> {
-  static constexpr DType value = DType::kFloat32;
-};
-template <>
-struct DTypeOf<BFloat16> {
-  static constexpr DType value = DType::kBFloat16;
-};
-template <>
-struct DTypeOf<Float16> {
-  static constexpr DType value = DType::kFloat16;
-};
-
-template <typename T>
-void check_token_logps(int64_t V, bool shift, std::mt19937& random) {
-  using Scalar = Compute<T>;
-  constexpr int64_t B = 3, T_ = 5, kIgnore = -100;
-  const TokenStrides strides{T_ * V, V};
-  // One element in front, so that no row is aligned to more than its element.
-  std::vector<T> memory(static_cast<size_t>(1 + B * T_ * V));
-  std::normal_distribution<double> normal(0.0, 3.0);
-  for (T& x : memory) x = narrow<T>(static_cast<Scalar>(normal(random)));
-  T* logits = memory.data() + 1;
-  std::vector<int64_t> labels(static_cast<size_t>(B * T_));
-  for (int64_t i = 0; i < B * T_; ++i) {
-    labels[static_cast<size_t>(i)] = i % 3 == 1 ? kIgnore : static_cast<int64_t>(random() % V);
-  }
-  const Targets targets{labels.data(), {T_, 1}, B, T_, kIgnore, shift};
-  std::vector<Scalar> logps(B * T_), grad(B * T_);
-  std::vector<Scalar> max(B * T_);
-  std::vector<double> sum_exp(B * T_);
-  for (size_t i = 0; i < grad.size(); ++i)
-    grad[i] = i % 4 == 2 ? Scalar(0) : Scalar(0.25) * Scalar(i + 1);
-
-  const auto for_each_row = [&](const auto& function) {
-    for (int64_t b = 0; b < B; ++b) {
-      for (int64_t t = 0; t < T_; ++t) function(b, t, logits + strides.offset(b, t), b * T_ + t);
-    }
-  };
-  const size_t row_bytes = static_cast<size_t>(V) * sizeof(T);
-  // Poison is kept per 8 bytes, so a row's own bytes alone are poisoned when a neighbour shares the
-  // granule.
-  for_each_row([&](int64_t b, int64_t t, T* x, int64_t) {
-    if (!targets.is_valid(b, t)) POISON(x, row_bytes);
-  });
-  for_each_row([&](int64_t b, int64_t t, T* x, int64_t) {
-    if (targets.is_valid(b, t)) UNPOISON(x, row_bytes);
-  });
-  const TokenLogpsArgs args{DTypeOf<T>::value, V,          logits,
-                            strides,           targets,    {1.0, 0.0},
-                            logps.data(),      max.data(), sum_exp.data()};
-  require(!cpu::token_logps(args, kThreads).found(), "labels are in range");
-  for_each_row([&](int64_t, int64_t, T* x, int64_t) { UNPOISON(x, row_bytes); });
-
-  const double tolerance = sizeof(Scalar) == 8 ? 1e-13 : 2e-6;
-  std::vector<double> expected_lse(sum_exp.size());
-  for_each_row([&](int64_t b, int64_t t, const T* x, int64_t row) {
-    const size_t i = static_cast<size_t>(row);
-    double sum = 0.0;
-    for (int64_t v = 0; v < V; ++v) sum += std::exp(static_cast<double>(widen(x[v])));
-    expected_lse[i] = targets.is_valid(b, t) ? std::log(sum) : 0.0;
-    const double expected = targets.is_valid(b, t)
-                                ? static_cast<double>(widen(x[targets.at(b, t)])) - std::log(sum)
-                                : 0.0;
-    require(std::fabs(static_cast<double>(logps[i]) - expected) <= tolerance, "logps",
-            static_cast<double>(logps[i]), expected);
-    const double lse =
-        targets.is_valid(b, t) ? static_cast<double>(max[i]) + std::log(sum_exp[i]) : 0.0;
-    require(std::fabs(lse - expected_lse[i]) <= tolerance, "max and sum_exp", lse, expected_lse[i]);
-  });
-
-  std::vector<T> out_memory(memory.size());
-  T* dlogits = out_memory.data() + 1;
-  const auto needs_reading = [&](int64_t b, int64_t t, int64_t row) {
-    return targets.is_valid(b, t) && grad[static_cast<size_t>(row)] != Scalar(0);
-  };
-  for_each_row([&](int64_t b, int64_t t, T* x, int64_t row) {
-    if (!needs_reading(b, t, row)) POISON(x, row_bytes);
-  });
-  for_each_row([&](int64_t b, int64_t t, T* x, int64_t row) {
-    if (needs_reading(b, t, row)) UNPOISON(x, row_bytes);
-  });
-  TokenLogpsBackwardArgs backward{
-      DTypeOf<T>::value, V,       logits,     strides,        targets, {1.0, 0.0},
-      grad.data(),       {T_, 1}, max.data(), sum_exp.data(), dlogits, strides};
-  require(!cpu::token_logps_backward(backward, kThreads).found(), "labels are in range");
-  for_each_row([&](int64_t, int64_t, T* x, int64_t) { UNPOISON(x, row_bytes); });
-
-  const double rounding = sizeof(T) == 8 ? 1e-13 : sizeof(T) == 4 ? 1e-5 : 4e-3 * 4;
-  for_each_row([&](int64_t b, int64_t t, const T* x, int64_t row) {
-    const T* dx = dlogits + strides.offset(b, t);
-    for (int64_t v = 0; v < V; ++v) {
-      double expected = 0.0;
-      if (needs_reading(b, t, row)) {
-        const double p =
-            std::exp(static_cast<double>(widen(x[v])) - expected_lse[static_cast<size_t>(row)]);
-        expected =
-            static_cast<double>(grad[static_cast<size_t>(row)]) * ((v == targets.at(b, t)) - p);
-      }
-      const double got = static_cast<double>(widen(dx[v]));
-      require(std::fabs(got - expected) <= rounding, "dlogits", got, expected);
-      if (expected == 0.0) require(got == 0.0, "a row without gradient is exactly 0", got);
-    }
-  });
-
-  backward.dlogits = logits;
-  cpu::token_logps_backward(backward, kThreads);
-  require(std::memcmp(logits, dlogits, row_bytes * B * T_) == 0, "in place gives the same bits");
-
-  for (const int64_t bad : {V, int64_t{-1}, std::numeric_limits<int64_t>::max()}) {
-    labels[8] = bad;
-    const LabelError error = cpu::token_logps(args, kThreads);
-    require(error.b == 1 && error.position == 3 && error.label == bad, "the bad label is found");
-  }
 }
 
 // ---- preference_loss ------------------------------------------------------------------------
@@ -287,35 +142,18 @@ void check_sequence_logps() {
   }
 }
 
-// Every float in [-87, 88] at a stride, and the edges.
-void check_fast_exp() {
-  for (float x = -87.0f; x <= 88.0f; x += 3.1e-5f) {
-    const double expected = std::exp(static_cast<double>(x));
-    const double error = std::fabs(static_cast<double>(cpu::fast_exp(x)) - expected) / expected;
-    require(error < 9e-8, "fast_exp", static_cast<double>(x), error);
-  }
-  require(cpu::fast_exp(0.0f) == 1.0f, "exp(0) is 1");
-  require(cpu::fast_exp(-INFINITY) == 0.0f && cpu::fast_exp(-1e30f) == 0.0f,
-          "exp of far below is 0");
-  require(std::isnan(cpu::fast_exp(NAN)), "exp(NaN) is NaN");
-}
-
 }  // namespace
 
 int main() {
-  check_conversions();
-  check_fast_exp();
-  check_sequence_logps();
-  std::mt19937 random(0);
-  // 1; less than a vector; a block of 1024 less one, exactly, and more; enough for several threads.
-  for (const int64_t V : {1, 3, 1023, 1024, 1025, 20000}) {
-    for (const bool shift : {false, true}) {
-      check_token_logps<double>(V, shift, random);
-      check_token_logps<float>(V, shift, random);
-      check_token_logps<BFloat16>(V, shift, random);
-      check_token_logps<Float16>(V, shift, random);
-    }
+  std::puts(cpu::capability());
+  if (!kThreadsAlone) {
+    check_conversions();
+    check_sequence_logps();
+    check_pages();
+    check_row_sums();
+    check_row_gradients();
   }
+  check_token_logps();
   check_preference_loss(0, 4);
   check_preference_loss(5, 1);
   check_preference_loss(3, 40);

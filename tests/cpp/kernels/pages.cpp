@@ -1,0 +1,95 @@
+// Memory for large tensors: zeros, all of it usable, none of it taken before it is written.
+
+#include "cpu/pages.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "check.h"
+
+namespace simpo_ext::test {
+namespace {
+
+constexpr size_t kHugePage = size_t{1} << 21;
+
+// Pages of the process's address space. Without the C library's streams, which allocate.
+long mapped_pages() {
+  char text[64] = {};
+  const int file = open("/proc/self/statm", O_RDONLY);
+  require(file >= 0 && read(file, text, sizeof(text) - 1) > 0, "/proc/self/statm");
+  close(file);
+  return std::atol(text);
+}
+
+struct Residency {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  std::vector<unsigned char> pages;
+
+  explicit Residency(size_t bytes) : pages((bytes + page - 1) / page) {}
+
+  bool is_mapped(void* data) { return mincore(data, pages.size() * page, pages.data()) == 0; }
+
+  size_t bytes(void* data) {
+    require(is_mapped(data), "the memory is mapped");
+    const auto resident = [](unsigned char flags) { return (flags & 1) != 0; };
+    return static_cast<size_t>(std::count_if(pages.begin(), pages.end(), resident)) * page;
+  }
+};
+
+void check_mapping(size_t bytes) {
+  context = "a mapping of " + std::to_string(bytes) + " bytes";
+  Residency residency(bytes);
+  const long before = mapped_pages();
+  char* data = static_cast<char*>(cpu::map_zeros(bytes));
+  require(data != nullptr, "there is memory");
+  const long room = static_cast<long>((bytes + kHugePage - 1) / kHugePage * kHugePage);
+  require(mapped_pages() - before <= room / static_cast<long>(residency.page),
+          "no more than whole huge pages", static_cast<double>(mapped_pages() - before));
+  require(reinterpret_cast<uintptr_t>(data) % 64 == 0, "aligned to a cache line");
+  require(residency.bytes(data) == 0, "nothing is taken before it is written",
+          static_cast<double>(residency.bytes(data)));
+  // A byte in the middle: one page of whichever size, and zeros around it.
+  data[bytes / 2] = 1;
+  require(residency.bytes(data) <= kHugePage, "one page is taken",
+          static_cast<double>(residency.bytes(data)));
+  for (size_t i = 0; i < bytes; ++i) require(data[i] == (i == bytes / 2), "zeros");
+  std::memset(data, 0x5a, bytes);
+  require(data[bytes - 1] == 0x5a, "writable to the last byte");
+  cpu::unmap(data, bytes);
+  require(!residency.is_mapped(data) && errno == ENOMEM, "it is given back");
+  require(mapped_pages() == before, "all of it", static_cast<double>(mapped_pages() - before));
+}
+
+}  // namespace
+
+void check_pages() {
+  // Around a page and a huge page; several with an odd rest; the least that is ever asked for.
+  for (const size_t bytes : {size_t{1}, size_t{4095}, size_t{4096}, size_t{4097}, kHugePage - 1,
+                             kHugePage, kHugePage + 1, 3 * kHugePage + 12345, cpu::kLargeBytes}) {
+    check_mapping(bytes);
+  }
+  context = "a mapping of no bytes";
+  const long before = mapped_pages();
+  cpu::unmap(cpu::map_zeros(0), 0);
+  require(mapped_pages() == before, "nothing is left");
+  context = "more than there is";
+  require(cpu::map_zeros(size_t{1} << 60) == nullptr, "null");
+  // Less than a huge page, none that is whole, and several: nothing but speed may change.
+  for (const size_t bytes : {size_t{0}, size_t{100}, kHugePage + 5, 4 * kHugePage + 5}) {
+    context = "advice for " + std::to_string(bytes) + " bytes";
+    std::vector<char> memory(bytes + 1);
+    cpu::advise_huge_pages(memory.data() + 1, bytes);
+    for (const char byte : memory) require(byte == 0, "advice changes no value");
+  }
+  context.clear();
+}
+
+}  // namespace simpo_ext::test
