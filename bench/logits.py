@@ -8,8 +8,8 @@ the gradient of the logits (trainers.py). A candidate is verified against float6
 timed; one that is wrong, or not installed, is reported and not timed.
 
 Batches (cases.py) are measured with the allocator as it comes, and again with huge pages for
-everyone, without the smallest share. Lower instruction sets of this project are measured with all
-positions valid and the allocator as it comes. Peak memory is measured with the
+everyone, without the smallest share. Lower instruction sets of this project are measured on the
+first three shapes, with all positions valid and the allocator as it comes. Peak memory is measured with the
 allocator as it comes: of this project everywhere, of peers on the featured shapes with all
 positions valid, since their copies do not depend on the share, and on the real batch. In float32
 the upcast form of the formula is the formula, and is left out.
@@ -129,7 +129,11 @@ class _Run:
         """All shares of a shape, with the pages as they come and then with huge ones."""
         for pages in ("default", "huge"):
             batches = list(self._plan.batches(shape, pages))
-            seats = [seat for seat in self._seats if seat.pages == pages]
+            seats = [
+                seat
+                for seat in self._seats
+                if seat.pages == pages and (seat.is_best or shape.name in self._plan.lower_levels)
+            ]
             for batch in batches:
                 self._progress.set_postfix_str(f"{batch.name} {batch.share} {pages}")
                 is_first = batch is batches[0]

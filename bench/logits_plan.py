@@ -9,9 +9,9 @@ from bench import cases, gate, overhead
 from bench.cases import Batch
 from bench.trainers import LossCandidate
 
-SAMPLES = 8
+SAMPLES = 6
 QUICK_SAMPLES = 2
-PATIENCE_SECONDS = 12.0  # of waiting for a quiet machine, in each case
+PATIENCE_SECONDS = 8.0  # of waiting for a quiet machine, in each case
 
 FRACTIONS = (1.0, 0.4, 0.1)
 HUGE_FRACTIONS = (1.0, 0.4)
@@ -30,6 +30,7 @@ class Plan:
     calibration_samples: int
     patience_seconds: float
     overhead_samples: int
+    lower_levels: frozenset[str]  # names of shapes on which lower instruction sets are measured
     ours_memory: frozenset[str]  # names of shapes on which this project's memory is measured
     peers_memory: frozenset[str]  # and the peers', with all positions valid or the real batch
     is_quick: bool = False
@@ -83,6 +84,7 @@ def full_plan(samples: int = SAMPLES) -> Plan:
         calibration_samples=gate.CALIBRATION_SAMPLES,
         patience_seconds=PATIENCE_SECONDS,
         overhead_samples=overhead.SAMPLES,
+        lower_levels=frozenset(shape.name for shape in shapes[:3]),
         ours_memory=frozenset(shape.name for shape in shapes),
         peers_memory=frozenset((shapes[0].name, shapes[2].name, shapes[-1].name)),
     )
@@ -104,6 +106,7 @@ def quick_plan(samples: int = QUICK_SAMPLES) -> Plan:
         calibration_samples=4,
         patience_seconds=0.2,
         overhead_samples=4,
+        lower_levels=frozenset((shapes[0].name,)),
         ours_memory=frozenset((shapes[1].name,)),
         peers_memory=frozenset(),
         is_quick=True,

@@ -55,7 +55,8 @@ constexpr ParallelFor kTorchThreads{
     [](int64_t begin, int64_t end, int64_t grain, ParallelFor::Body body, void* context) {
       torch::stable::parallel_for(begin, end, grain,
                                   [body, context](int64_t b, int64_t e) { body(b, e, context); });
-    }};
+    },
+    [] { return static_cast<int64_t>(torch::stable::get_num_threads()); }};
 
 class Cpu {
  public:

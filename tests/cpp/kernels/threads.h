@@ -19,6 +19,7 @@ inline constexpr ParallelFor kThreads{
         threads.emplace_back([=] { body(b, std::min(b + step, end), context); });
       }
       for (std::thread& thread : threads) thread.join();
-    }};
+    },
+    [] { return int64_t{3}; }};
 
 }  // namespace simpo_ext::test

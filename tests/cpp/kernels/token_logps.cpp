@@ -21,7 +21,8 @@ namespace {
 
 // One, which gets the whole range.
 constexpr ParallelFor kOneThread{[](int64_t begin, int64_t end, int64_t, ParallelFor::Body body,
-                                    void* context) { body(begin, end, context); }};
+                                    void* context) { body(begin, end, context); },
+                                 [] { return int64_t{1}; }};
 
 // One, which gets the smallest ranges allowed, the last of them first.
 constexpr ParallelFor kBackwards{
@@ -30,7 +31,8 @@ constexpr ParallelFor kBackwards{
       for (int64_t b = begin + (end - begin - 1) / step * step; b >= begin; b -= step) {
         body(b, std::min(b + step, end), context);
       }
-    }};
+    },
+    [] { return int64_t{1}; }};
 
 double z_of(double x, const LogitTransform& transform) {
   const double scaled = transform.logit_scale * x, cap = transform.softcap;

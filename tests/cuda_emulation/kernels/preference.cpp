@@ -15,7 +15,8 @@ namespace simpo_ext::kernel_tests {
 namespace {
 
 constexpr ParallelFor kOneThread{[](int64_t begin, int64_t end, int64_t, ParallelFor::Body body,
-                                    void* context) { body(begin, end, context); }};
+                                    void* context) { body(begin, end, context); },
+                                 [] { return int64_t{1}; }};
 
 // float: one unit in the last place. double: 1e-15. Sums are compensated, so whatever their order,
 // they agree before the last rounding; what follows is the same code.
