@@ -9,8 +9,8 @@ timed; one that is wrong, or not installed, is reported and not timed.
 
 Batches (cases.py) are measured with the allocator as it comes, and again with huge pages for
 everyone, without the smallest share. Lower instruction sets of this project are measured on the
-first three shapes, with all positions valid and the allocator as it comes. Peak memory is measured with the
-allocator as it comes: of this project everywhere, of peers on the featured shapes with all
+first three shapes, with all positions valid and the allocator as it comes. Peak memory is measured
+with the allocator as it comes: of this project everywhere, of peers on the featured shapes with all
 positions valid, since their copies do not depend on the share, and on the real batch. In float32
 the upcast form of the formula is the formula, and is left out.
 

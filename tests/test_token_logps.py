@@ -12,8 +12,8 @@ from batches import DTYPES, Batch, eager_token_logps, make_batch
 
 pytestmark = pytest.mark.kernels
 
-# 1: a softmax of one. 7: less than a vector. 1024, and one more or less: steps of whole vectors with
-# tails of each kind. 5003: several runs of steps and an odd tail. 8193: a block and a tail of one.
+# 1: a softmax of one. 7: less than a vector. 1024, and one more or less: steps of whole vectors
+# with tails of each kind. 5003: several runs of steps and an odd tail. 8193: a block and a tail.
 VOCABULARIES = (1, 7, 1023, 1024, 1025, 5003, 8193)
 
 # A float32 result is at best half an ulp off; on values up to 32 that is 1e-6, and a sum of exps
