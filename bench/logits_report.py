@@ -153,7 +153,8 @@ def print_summary(results: Results) -> None:
         overhead = results["overhead"]
         console.print(
             f"\na call at 2x8x64 on one thread: simpo_ext {overhead['simpo_ext_us']:.0f} us, "
-            f"eager {overhead['eager_us']:.0f} us"
+            f"eager {overhead['eager_us']:.0f} us; out of cold caches "
+            f"{overhead['simpo_ext_cold_us']:.0f} us and {overhead['eager_cold_us']:.0f} us"
         )
     goals = make_table("goal", "", "worst", "met")
     goals.columns[2].overflow = "fold"

@@ -1,6 +1,10 @@
 """What a call costs: forward and backward of the loss of almost nothing, on one thread.
 
-At [2, 8, 64] there is no work to speak of; what is left is Python, dispatch and autograd.
+At [2, 8, 64] there is no work to speak of; what is left is Python, dispatch and autograd. Called
+again and again, their code and data stay in the caches; between two steps of a training loop
+something else goes through them, so a call is also timed after a buffer larger than they are.
+
+    python -m bench.overhead SAMPLES
 """
 
 from __future__ import annotations
@@ -19,10 +23,14 @@ BATCH, TIME, VOCABULARY = 2, 8, 64
 SAMPLES, CALLS = 60, 50
 WARM_CALLS = 50
 TOLERANCE = 1e-5
+EVICTING_ELEMENTS = 2**25  # of float32: several times any cache
 
 
 def measure(samples: int = SAMPLES) -> dict[str, Any]:
-    """Median microseconds of a call in a fresh process: this project's and the eager formula's."""
+    """Median microseconds of a call in a fresh process: this project's and the eager formula's.
+
+    ``ratio`` is of those in a row; those with ``cold`` in their name are out of cold caches.
+    """
     result = subprocess.run(
         [sys.executable, "-m", "bench.overhead", str(samples)],
         capture_output=True,
@@ -70,12 +78,22 @@ def _measure(samples: int) -> dict[str, Any]:
             for _ in range(CALLS):
                 call()
             times[name].append((time.perf_counter() - began) / CALLS * 1e6)
+    evicting = torch.ones(EVICTING_ELEMENTS)
+    cold: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(samples):
+        for name, call in calls.items():
+            evicting.add_(1.0)
+            began = time.perf_counter()
+            call()
+            cold[name].append((time.perf_counter() - began) * 1e6)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "shape": [BATCH, TIME, VOCABULARY],
         "simpo_ext_us": medians["simpo_ext"],
         "eager_us": medians["eager"],
         "ratio": medians["simpo_ext"] / medians["eager"],
+        "simpo_ext_cold_us": statistics.median(cold["simpo_ext"]),
+        "eager_cold_us": statistics.median(cold["eager"]),
     }
 
 
