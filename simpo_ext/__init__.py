@@ -53,9 +53,9 @@ def build_info() -> dict[str, str | int]:
 def cpu_capability() -> str:
     """The instruction set the CPU kernels use.
 
-    ``"DEFAULT"`` (the baseline of the architecture; ``"NEON"`` on aarch64), ``"AVX2"``, ``"AVX512"``
-    or ``"AVX512_BF16"``: the best that the machine has, or the one that the environment variable
-    ``SIMPO_CPU_CAPABILITY`` named when the package was imported.
+    ``"DEFAULT"`` (the baseline of the architecture; ``"NEON"`` on aarch64), ``"AVX2"``,
+    ``"AVX512"`` or ``"AVX512_BF16"``: the best that the machine has, or the one that the
+    environment variable ``SIMPO_CPU_CAPABILITY`` named when the package was imported.
     """
     return str(build_info()["cpu_capability"])
 
