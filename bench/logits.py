@@ -15,7 +15,7 @@ positions valid, since their copies do not depend on the share, and on the real 
 the upcast form of the formula is the formula, and is left out.
 
 Subjects take turns, and the machine's own rates are taken in every round (floor.py, gate.py). A
-full run takes 20 to 25 minutes on two cores. The tables come to the screen, everything to
+full run takes about half an hour on two cores. The tables come to the screen, everything to
 bench/results/logits-MACHINE.json, and a plot to bench/results/logits.png.
 """
 
@@ -66,12 +66,6 @@ class _Seat:
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
-def cpu_levels() -> list[str]:
-    """Instruction sets that this build has and this machine supports, the lowest first."""
-    listed = getattr(simpo_ext._C, "cpu_capabilities", None)
-    return list(listed()) if listed is not None else [simpo_ext.cpu_capability()]
-
-
 def samples_for(lap_ms: float, samples: int) -> int:
     """Fewer for slow subjects."""
     affordable = int(SUBJECT_BUDGET_MS / max(lap_ms, 1e-3))
@@ -93,7 +87,7 @@ class _Run:
         self.rate_samples: list[dict[str, float]] = [self.probes.sample()]
         self.cases: list[dict[str, Any]] = []
         self._candidates: list[LossCandidate] = loss_candidates()
-        *lower, best = cpu_levels()
+        *lower, best = simpo_ext._C.cpu_capabilities()
         lower = lower[:1] if plan.is_quick else lower
         self.level = best
         self._seats = [
@@ -310,7 +304,7 @@ def measure(plan: Plan, kind: str) -> dict[str, Any]:
             "trl": _version("trl"),
             "simpo_ext": str(simpo_ext.build_info()["version"]),
             "level": run.level,
-            "levels": cpu_levels(),
+            "levels": simpo_ext._C.cpu_capabilities(),
             "compiler": str(simpo_ext.build_info()["compiler"]),
             "threads": torch.get_num_threads(),
             "commit": _commit(),

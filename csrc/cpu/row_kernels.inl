@@ -33,9 +33,7 @@ constexpr int64_t kTermsPerLane = 32;
 constexpr int64_t kPrefetchBytes = 8192;
 
 template <typename T>
-constexpr int64_t kPair = 2 * Vec<Compute<T>>::kSize;
-template <typename T>
-constexpr int64_t kStep = kPairsPerStep * kPair<T>;
+constexpr int64_t kStep = 2 * kPairsPerStep * Vec<Compute<T>>::kSize;
 
 template <typename T>
 void prefetch_step(const T* x) {
