@@ -50,13 +50,12 @@ using UInt64 [[gnu::vector_size(16)]] = uint64_t;
 using UInt16 [[gnu::vector_size(8)]] = uint16_t;
 }  // namespace lanes
 
+// What differs between the two precisions.
 template <typename Scalar>
-struct Vec;
-
-// ---- float ----------------------------------------------------------------------------------
+struct VecOf;
 
 template <>
-struct Vec<float> {
+struct VecOf<float> {
   using Lanes = lanes::Float;
   using Bits = lanes::UInt32;
   static constexpr int64_t kSize = 4;
@@ -67,22 +66,10 @@ struct Vec<float> {
   // A first part with so few bits that n times it is exact, and the rest.
   static constexpr float kLn2High = 0.693359375f;
   static constexpr float kLn2Low = -2.12194440e-4f;
-  Lanes v;
-
-  Vec() = default;
-  Vec(Lanes value) : v(value) {}
-  explicit Vec(float value) : v(Lanes{} + value) {}
-
-  friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
-  friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
-  friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
-  friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 };
 
-// ---- double ---------------------------------------------------------------------------------
-
 template <>
-struct Vec<double> {
+struct VecOf<double> {
   using Lanes = lanes::Double;
   using Bits = lanes::UInt64;
   static constexpr int64_t kSize = 2;
@@ -93,19 +80,22 @@ struct Vec<double> {
   static constexpr uint64_t kSign = 0x8000000000000000u;
   static constexpr double kLn2High = 0x1.62e42p-1;
   static constexpr double kLn2Low = 0x1.fdf473de6af28p-22;
+};
+
+template <typename Scalar>
+struct Vec : VecOf<Scalar> {
+  using Lanes = typename VecOf<Scalar>::Lanes;
   Lanes v;
 
   Vec() = default;
   Vec(Lanes value) : v(value) {}
-  explicit Vec(double value) : v(Lanes{} + value) {}
+  explicit Vec(Scalar value) : v(Lanes{} + value) {}
 
   friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
   friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
   friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 };
-
-// ---- both -----------------------------------------------------------------------------------
 
 struct Power {
   Vec<float> v;
