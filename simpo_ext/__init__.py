@@ -17,20 +17,25 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 from ._library import _C
 from .functional import (
     SimPOOutput,
+    linear_simpo_loss,
+    linear_token_logps,
     sequence_logps,
     simpo_loss,
     simpo_loss_from_logps,
     token_logps,
 )
-from .modules import SimPOLoss
+from .modules import LinearSimPOLoss, SimPOLoss
 
 __all__ = [
+    "LinearSimPOLoss",
     "SimPOLoss",
     "SimPOOutput",
     "__version__",
     "build_info",
     "cmake_prefix_path",
     "cpu_capability",
+    "linear_simpo_loss",
+    "linear_token_logps",
     "sequence_logps",
     "simpo_loss",
     "simpo_loss_from_logps",

@@ -68,22 +68,64 @@ def check_logits_and_labels(logits: object, labels: object) -> tuple[Tensor, Ten
     labels = check_tensor("labels", labels)
     if logits.dim() != 3:
         raise ValueError(f"logits: expected shape [B, T, V], got {list(logits.shape)}")
+    return logits, _check_labels(labels, "logits", logits)
+
+
+def _check_labels(labels: Tensor, owner: str, tokens: Tensor) -> Tensor:
+    """Labels [B, T] for tokens [B, T, ...], as int64."""
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(
             f"labels: expected an integer dtype ({_names(LABEL_DTYPES)}), got {labels.dtype}"
         )
-    if labels.dim() != 2 or labels.shape != logits.shape[:2]:
+    if labels.dim() != 2 or labels.shape != tokens.shape[:2]:
         raise ValueError(
-            f"labels: expected shape {list(logits.shape[:2])} as of logits {list(logits.shape)}, "
+            f"labels: expected shape {list(tokens.shape[:2])} as of {owner} {list(tokens.shape)}, "
             f"got {list(labels.shape)}"
         )
-    if labels.device != logits.device:
+    _check_same_device("labels", labels, owner, tokens)
+    return labels if labels.dtype == torch.int64 else labels.to(torch.int64)
+
+
+def _check_same_device(name: str, tensor: Tensor, owner: str, other: Tensor) -> None:
+    if tensor.device != other.device:
         raise ValueError(
-            f"labels: expected device {logits.device} as of logits, got {labels.device}"
+            f"{name}: expected device {other.device} as of {owner}, got {tensor.device}"
         )
-    if labels.dtype != torch.int64:
-        labels = labels.to(torch.int64)
-    return logits, labels
+
+
+def check_linear_arguments(
+    hidden: object, weight: object, bias: object, labels: object
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Hidden [B, T, H], weight [V, H], bias [V] and labels [B, T], but for their dtypes."""
+    hidden = check_floating("hidden", hidden)
+    weight = check_floating("weight", weight)
+    labels = check_tensor("labels", labels)
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden: expected shape [B, T, H], got {list(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
+        raise ValueError(
+            f"weight: expected shape [V, {hidden.shape[2]}], H as of hidden "
+            f"{list(hidden.shape)}, got {list(weight.shape)}"
+        )
+    _check_same_device("weight", weight, "hidden", hidden)
+    if bias is not None:
+        bias = check_floating("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"bias: expected shape [{weight.shape[0]}], V as of weight "
+                f"{list(weight.shape)}, got {list(bias.shape)}"
+            )
+        _check_same_device("bias", bias, "hidden", hidden)
+    return hidden, weight, bias, _check_labels(labels, "hidden", hidden)
+
+
+def check_one_dtype(hidden: Tensor, **others: Tensor | None) -> None:
+    """A product's factors are of one dtype, as F.linear's have to be."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: expected dtype {hidden.dtype} as of hidden, got {tensor.dtype}"
+            )
 
 
 def check_even_batch(name: str, batch: int) -> None:
@@ -171,6 +213,15 @@ def check_ignore_index(value: object) -> int:
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"ignore_index: expected a 64-bit integer, got {value}")
     return value
+
+
+def check_count(name: str, value: object) -> int:
+    """A number of things, which a compiler may hold as a symbol."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 0 or value >= 2**63:
+        raise ValueError(f"{name}: expected an int in [0, 2^63), got {value}")
+    return cast(int, value)
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> str:

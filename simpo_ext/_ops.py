@@ -207,7 +207,7 @@ def token_logps(
 
 
 def _call(op: Any, *args: Any) -> Any:
-    """Calls a forward op; a label out of range is an IndexError under every version of torch."""
+    """Calls a forward op; errors of arguments are of one type under every version of torch."""
     if torch.compiler.is_compiling():
         return op(*args)
     try:
@@ -216,6 +216,8 @@ def _call(op: Any, *args: Any) -> Any:
         message = str(error)
         if message.startswith("labels[") and "is out of range" in message:
             raise IndexError(message) from None
+        if message.startswith("num_valid_tokens: "):
+            raise ValueError(message) from None
         raise
 
 
@@ -444,15 +446,14 @@ class _SimPOLoss(torch.autograd.Function):
         return dlogits, None, None, None, None
 
 
-def _is_plain_call(logits: Tensor, labels: Tensor) -> bool:
+def is_plain_call(*tensors: Tensor) -> bool:
     """False where a compiler, tracer, mode, transform or subclass has to see the registered ops.
 
     Of the forward: the backward calls ops wherever it was made, for a mode that comes later.
     """
     return (
         not torch.compiler.is_compiling()
-        and type(logits) is Tensor
-        and type(labels) is Tensor
+        and all(type(tensor) is Tensor for tensor in tensors)
         and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_torch_function_mode_enabled()
@@ -469,7 +470,7 @@ def simpo_loss(
     inplace_backward: bool,
 ) -> PreferenceOutputs:
     """preference_loss of token_logps."""
-    if not _is_plain_call(logits, labels):
+    if not is_plain_call(logits, labels):
         logps = token_logps(logits, labels, token_options, inplace_backward)
         return preference_loss(logps, labels, options)
     if torch.is_grad_enabled() and logits.requires_grad:

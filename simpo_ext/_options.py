@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_choice, check_ignore_index, check_number
+from ._checks import check_bool, check_choice, check_count, check_ignore_index, check_number
 
 LossType = Literal["sigmoid", "hinge"]
 Reduction = Literal["none", "mean", "sum"]
@@ -30,6 +30,7 @@ SFT_REDUCTIONS = {"sequence": 0, "token": 1}
 EMPTY_POLICIES = {"drop": 0, "nan": 1}
 
 DEFAULT_GAMMA_BETA_RATIO = 0.5
+DEFAULT_LOGITS_BUDGET_BYTES = 1 << 30
 
 
 class TokenOptions(NamedTuple):
@@ -153,6 +154,19 @@ def _resolve_margin(beta: float, gamma_beta_ratio: float | None, gamma: float | 
     if gamma_beta_ratio is not None:
         return check_number("gamma_beta_ratio", gamma_beta_ratio)
     return DEFAULT_GAMMA_BETA_RATIO
+
+
+def resolve_linear_options(
+    logits_budget_bytes: int | None, num_valid_tokens: int | None
+) -> tuple[int, int | None]:
+    """Checks the keywords of linear_token_logps that token_logps has not."""
+    if logits_budget_bytes is None:
+        logits_budget_bytes = DEFAULT_LOGITS_BUDGET_BYTES
+    else:
+        logits_budget_bytes = check_count("logits_budget_bytes", logits_budget_bytes)
+    if num_valid_tokens is not None:
+        num_valid_tokens = check_count("num_valid_tokens", num_valid_tokens)
+    return logits_budget_bytes, num_valid_tokens
 
 
 def resolve_normalizer(

@@ -1,4 +1,4 @@
-"""SimPO as functions of logits, or of log-probabilities.
+"""SimPO as functions of logits, of log-probabilities, or of hidden states and lm_head.
 
 Layout everywhere: B sequences, of which rows 0..P-1 are chosen and rows P..2P-1 rejected where
 pairs are meant; T positions; V vocabulary. Formulas: SimPO, arXiv 2405.14734.
@@ -6,14 +6,12 @@ pairs are meant; T positions; V vocabulary. Formulas: SimPO, arXiv 2405.14734.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import _checks, _ops
+from ._linear import linear_simpo_loss, linear_token_logps
 from ._options import (
-    REDUCTIONS,
     EmptyPolicy,
     LossType,
     Normalizer,
@@ -23,50 +21,17 @@ from ._options import (
     resolve_preference_options,
     resolve_token_options,
 )
+from ._output import SimPOOutput, compose_output
 
 __all__ = [
     "SimPOOutput",
+    "linear_simpo_loss",
+    "linear_token_logps",
     "sequence_logps",
     "simpo_loss",
     "simpo_loss_from_logps",
     "token_logps",
 ]
-
-
-class SimPOOutput(NamedTuple):
-    """What :func:`simpo_loss` returns. float32, or float64 for float64 logits.
-
-    ``loss``, ``losses``, ``chosen_logps``, ``rejected_logps`` and ``sft_loss`` are differentiable;
-    the rewards and the metrics are detached.
-    """
-
-    loss: Tensor
-    """The loss to call ``backward()`` on: a scalar, or [P] with ``reduction="none"``."""
-    losses: Tensor
-    """[P] preference loss of each pair, without the SFT term; 0 for a dropped pair."""
-    chosen_logps: Tensor
-    """[P] mean (or sum) log-probability of each chosen completion; NaN if it is empty."""
-    rejected_logps: Tensor
-    """[P] the same of each rejected completion."""
-    chosen_rewards: Tensor
-    """[P] beta * chosen_logps, detached."""
-    rejected_rewards: Tensor
-    """[P] beta * rejected_logps, detached."""
-    sft_loss: Tensor
-    """The SFT term before its weight: a scalar, or [P] with ``reduction="none"``."""
-    metrics_values: Tensor
-    """[9] float64, detached: what :meth:`metrics` reads."""
-
-    def metrics(self) -> dict[str, float]:
-        """The training metrics as floats, for one device-to-host copy.
-
-        Over the counted pairs of this batch: ``rewards/chosen``, ``rewards/rejected`` (means of
-        beta * logps), ``rewards/accuracies`` (share with chosen > rejected, strictly),
-        ``rewards/margins`` (mean difference, gamma left out), ``logps/chosen``, ``logps/rejected``
-        (means), ``num_pairs``, ``dropped_pairs`` and ``num_tokens`` (scored tokens of both sides).
-        The means are NaN where no pair was counted.
-        """
-        return dict(zip(_ops.METRIC_NAMES, self.metrics_values.tolist(), strict=True))
 
 
 def token_logps(
@@ -318,24 +283,10 @@ def simpo_loss(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
     _checks.check_inplace_backward(inplace_backward, logits)
-    if denominators is None:
-        out = _ops.simpo_loss(logits, labels, token_options, options, inplace_backward)
-    else:
-        # Outside the op, whose floats are constants to torch.compile, while these vary by step.
-        sums = options._replace(reduction=REDUCTIONS["sum"], sft_weight=0.0)
-        out = _ops.simpo_loss(logits, labels, token_options, sums, inplace_backward)
-        loss, sft_loss = out.loss / denominators[0], out.sft_loss / denominators[1]
-        if options.sft_weight > 0.0:
-            loss = loss + options.sft_weight * sft_loss
-        out = out._replace(loss=loss, sft_loss=sft_loss)
-    pairs = logits.shape[0] // 2
-    return SimPOOutput(
-        loss=out.loss,
-        losses=out.losses,
-        chosen_logps=out.logps[:pairs],
-        rejected_logps=out.logps[pairs:],
-        chosen_rewards=out.rewards[:pairs],
-        rejected_rewards=out.rewards[pairs:],
-        sft_loss=out.sft_loss,
-        metrics_values=out.metrics,
+    return compose_output(
+        options,
+        denominators,
+        lambda op_options: _ops.simpo_loss(
+            logits, labels, token_options, op_options, inplace_backward
+        ),
     )

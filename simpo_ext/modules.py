@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from . import functional
@@ -12,20 +14,17 @@ from ._options import (
     Normalizer,
     Reduction,
     SftReduction,
+    resolve_linear_options,
     resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
 )
 
-__all__ = ["SimPOLoss"]
+__all__ = ["LinearSimPOLoss", "SimPOLoss"]
 
 
-class SimPOLoss(nn.Module):
-    """:func:`simpo_ext.functional.simpo_loss` with its options kept; it has no parameters.
-
-    Takes the keywords of that function, with the same defaults, and raises the same errors when it
-    is made.
-    """
+class _Options(nn.Module):
+    """The options of a loss, checked when it is made."""
 
     def __init__(
         self,
@@ -82,6 +81,25 @@ class SimPOLoss(nn.Module):
         self.softcap = softcap
         self.inplace_backward = check_bool("inplace_backward", inplace_backward)
 
+    def _keywords(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name != "training"
+        }
+
+    def extra_repr(self) -> str:
+        """Every option, as the constructor takes it."""
+        return ", ".join(f"{name}={value!r}" for name, value in self._keywords().items())
+
+
+class SimPOLoss(_Options):
+    """:func:`simpo_ext.functional.simpo_loss` with its options kept; it has no parameters.
+
+    Takes the keywords of that function, with the same defaults, and raises the same errors when it
+    is made.
+    """
+
     def forward(
         self,
         logits: Tensor,  # [2P, T, V]
@@ -100,31 +118,87 @@ class SimPOLoss(nn.Module):
         Returns:
             A :class:`~simpo_ext.functional.SimPOOutput`.
         """
-        return functional.simpo_loss(
-            logits,
-            labels,
-            beta=self.beta,
-            gamma_beta_ratio=self.gamma_beta_ratio,
-            loss_type=self.loss_type,
-            label_smoothing=self.label_smoothing,
-            sft_weight=self.sft_weight,
-            sft_reduction=self.sft_reduction,
-            average_log_prob=self.average_log_prob,
-            reduction=self.reduction,
-            normalizer=self.normalizer if normalizer is None else normalizer,
-            empty=self.empty,
-            ignore_index=self.ignore_index,
-            shift=self.shift,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            inplace_backward=self.inplace_backward,
-        )
+        options = self._keywords()
+        if normalizer is not None:
+            options["normalizer"] = normalizer
+        return functional.simpo_loss(logits, labels, **options)
 
-    def extra_repr(self) -> str:
-        """Every option, as the constructor takes it."""
-        options = {
-            name: value
-            for name, value in vars(self).items()
-            if not name.startswith("_") and name != "training"
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+class LinearSimPOLoss(_Options):
+    """:func:`simpo_ext.functional.linear_simpo_loss` with its options kept; it has no parameters.
+
+    Takes the keywords of :class:`SimPOLoss` and ``logits_budget_bytes``, with the same defaults as
+    that function, and raises the same errors when it is made.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 2.0,
+        gamma_beta_ratio: float | None = None,
+        gamma: float | None = None,
+        loss_type: LossType = "sigmoid",
+        label_smoothing: float = 0.0,
+        sft_weight: float = 0.0,
+        sft_reduction: SftReduction = "sequence",
+        average_log_prob: bool = True,
+        reduction: Reduction = "mean",
+        normalizer: Normalizer = None,
+        empty: EmptyPolicy = "drop",
+        ignore_index: int = -100,
+        shift: bool = True,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+        logits_budget_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            gamma_beta_ratio=gamma_beta_ratio,
+            gamma=gamma,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            sft_weight=sft_weight,
+            sft_reduction=sft_reduction,
+            average_log_prob=average_log_prob,
+            reduction=reduction,
+            normalizer=normalizer,
+            empty=empty,
+            ignore_index=ignore_index,
+            shift=shift,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            inplace_backward=inplace_backward,
+        )
+        resolve_linear_options(logits_budget_bytes, None)
+        self.logits_budget_bytes = logits_budget_bytes
+
+    def forward(
+        self,
+        hidden: Tensor,  # [2P, T, H]
+        weight: Tensor,  # [V, H]
+        labels: Tensor,  # [2P, T]
+        *,
+        bias: Tensor | None = None,  # [V]
+        normalizer: Normalizer = None,
+        num_valid_tokens: int | None = None,
+    ) -> functional.SimPOOutput:
+        """See :func:`simpo_ext.functional.linear_simpo_loss`.
+
+        Args:
+            hidden: [2P, T, H], chosen rows first.
+            weight: [V, H]: ``lm_head.weight``.
+            labels: [2P, T].
+            bias: [V]: ``lm_head.bias``, or None.
+            normalizer: Replaces the module's own for this call.
+            num_valid_tokens: An upper bound of the number of valid tokens in ``labels``.
+
+        Returns:
+            A :class:`~simpo_ext.functional.SimPOOutput`.
+        """
+        options = self._keywords()
+        if normalizer is not None:
+            options["normalizer"] = normalizer
+        return functional.linear_simpo_loss(
+            hidden, weight, labels, bias=bias, num_valid_tokens=num_valid_tokens, **options
+        )

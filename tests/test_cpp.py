@@ -17,6 +17,7 @@ import simpo_ext
 from batches import make_batch
 from builds import build, run, skip_unless_sanitizer_works
 from simpo_ext import _C
+from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES
 
 CPP = Path(__file__).resolve().parent / "cpp"
 ROOT = CPP.parent.parent
@@ -51,7 +52,13 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
     batch = make_batch(pairs=3, vocabulary=60)
     batch.labels[batch.labels == -100] = 3
     batch.labels[0] = 3
-    torch.save(list(batch), tmp_path / "batch.pt")
+    vocabulary = batch.logits.shape[2]
+    linear = [
+        torch.randn(*batch.labels.shape, 5),
+        torch.randn(vocabulary, 5),
+        torch.randn(vocabulary),
+    ]
+    torch.save([*batch, *linear], tmp_path / "batch.pt")
     printed = run(tmp_path / "build" / "consumer", tmp_path / "batch.pt", tmp_path / "results.pt")
     assert printed.strip() == "ok"
 
@@ -61,6 +68,13 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
         out = simpo_ext.simpo_loss(leaf, batch.labels, **options)
         out.loss.sum().backward()
         expected += [*out, leaf.grad]
+    for options in OPTION_TABLE:
+        hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in linear)
+        out = simpo_ext.linear_simpo_loss(
+            hidden, weight, batch.labels, bias=bias, logits_budget_bytes=0, **options
+        )
+        out.loss.sum().backward()
+        expected += [*out, hidden.grad, weight.grad, bias.grad]
     leaf = batch.logits.clone().requires_grad_()
     sequences = simpo_ext.sequence_logps(leaf, batch.labels, average_log_prob=False)
     sequences.sum().backward()
@@ -69,6 +83,12 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_header_has_python_s_default_budget() -> None:
+    header = (ROOT / "csrc/include/simpo_ext/simpo_ext.h").read_text()
+    assert "kDefaultLogitsBudgetBytes = int64_t{1} << 30;" in header
+    assert DEFAULT_LOGITS_BUDGET_BYTES == 1 << 30
 
 
 @pytest.fixture(scope="module")

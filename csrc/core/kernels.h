@@ -28,6 +28,15 @@ struct TokenLogpsArgs {
   // apart, they lose nothing to an offset of the logits, as max + log(sum_exp) would.
   void* max;        // [B, T] contiguous, compute; 0 at masked positions
   double* sum_exp;  // [B, T] contiguous; 0 at masked positions
+
+  // Logits may be those of a part of the vocabulary, the labels [first_label, first_label + V) of
+  // num_labels. Then label_z is given, and what the part comes to is written there and to max and
+  // sum_exp; logps, which are not known before the last part, are not written. Labels are taken to
+  // be valid.
+  int64_t first_label = 0;
+  int64_t num_labels = V;
+  bool continues = false;   // max, sum_exp and label_z hold what the parts before came to
+  void* label_z = nullptr;  // [B, T] contiguous, compute: the label's z, NaN before its part
 };
 
 // Backward: dlogits[b, t, :] = grad_logps[b, t] * (onehot(label) - softmax) * d transform.
@@ -45,6 +54,12 @@ struct TokenLogpsBackwardArgs {
   void* dlogits;  // [B, T, V] of dtype, stride 1 in V; the very memory of logits, or apart from it
   TokenStrides dlogits_strides;
   bool dlogits_holds_zeros = false;  // if so, rows without a gradient need not be written
+
+  // As in TokenLogpsArgs, for a part of the vocabulary; then label_gradients are given. The part
+  // that has a row's label writes its element there, unrounded, and 0 to dlogits.
+  int64_t first_label = 0;
+  int64_t num_labels = V;
+  void* label_gradients = nullptr;  // [B, T] contiguous, compute
 };
 
 // Forward: token_logps [B, T] -> logps [B], the sum or mean over valid tokens, and their counts
@@ -68,6 +83,81 @@ struct SequenceLogpsBackwardArgs {
   const int64_t* counts;   // [B] contiguous
   void* grad_token_logps;  // [B, T] contiguous, compute
 };
+
+// ---- hidden states ---------------------------------------------------------------------------
+//
+// R rows stand for the valid tokens of a batch, in order: positions[i] = b * T + t. Rows for which
+// there is no token have position -1, ignore_index for a label, and zeros for a hidden state.
+
+// labels [B, T] -> positions and labels of R rows.
+struct SelectTokensArgs {
+  Targets targets;
+  int64_t num_labels;  // V
+  int64_t R;
+  int64_t* positions;  // [R]
+  int64_t* labels;     // [R]: what each token is scored with
+  DType dtype;         // of the hidden states
+  void* logps;  // [B, T] contiguous, compute; null, or: 0 at masked and NaN at valid positions
+};
+
+// rows[i] = source[position i].
+struct GatherRowsArgs {
+  DType dtype;
+  int64_t T, H, R;
+  const int64_t* positions;  // [R]
+  const void* source;        // [B, T, H] of dtype, stride 1 in H
+  TokenStrides source_strides;
+  void* rows;  // [R, H] contiguous
+};
+
+// logps[position i], once all parts of the vocabulary are in max, sum_exp and label_z.
+struct WriteLogpsArgs {
+  DType dtype;  // of the hidden states
+  int64_t R;
+  const int64_t* positions;  // [R]
+  const void* max;           // [R], compute
+  const double* sum_exp;     // [R]
+  const void* label_z;       // [R], compute
+  void* logps;               // [B, T] contiguous, compute
+};
+
+// dlogits[i, label i] = label_gradients[i], in the part of the vocabulary that has the label.
+struct PutLabelGradientsArgs {
+  DType dtype;
+  int64_t R, V;
+  int64_t first_label;
+  int64_t ignore_index;
+  const int64_t* labels;        // [R]
+  const void* label_gradients;  // [R], compute
+  void* dlogits;                // [R, V] of dtype, stride 1 in V
+  int64_t dlogits_stride;
+};
+
+// sum[i] += partial[i], or = where it is the first.
+struct AddPartialArgs {
+  DType dtype;
+  int64_t count;
+  const void* partial;  // [count] of dtype
+  void* sum;            // [count], compute
+  bool is_first;
+};
+
+// dhidden[position i] = sum[i] + partial[i] + label_gradients[i] * weight[label i], rounded once.
+struct HiddenGradientArgs {
+  DType dtype;
+  int64_t T, H, R;
+  int64_t num_labels;           // V
+  const int64_t* positions;     // [R]
+  const int64_t* labels;        // [R]; out of range on a GPU: a row of NaN
+  const void* label_gradients;  // [R], compute
+  const void* weight;           // [V, H] of dtype
+  int64_t weight_stride_v, weight_stride_h;
+  const void* partial;  // [R, H] contiguous, of dtype
+  const void* sum;      // [R, H] contiguous, compute; null: nothing to add
+  void* dhidden;        // [B, T, H] contiguous, of dtype
+};
+
+// ---- pairs -----------------------------------------------------------------------------------
 
 // What SimPOOutput.metrics() reads, in this order.
 enum Metric : int {
@@ -128,6 +218,18 @@ namespace cpu {
 LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for);
 LabelError token_logps_backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for);
 
+// How many valid tokens there are, which may be more than R.
+struct Selection {
+  LabelError error;
+  int64_t count;
+};
+Selection select_tokens(const SelectTokensArgs& args);
+void gather_rows(const GatherRowsArgs& args, ParallelFor parallel_for);
+void write_logps(const WriteLogpsArgs& args);
+void put_label_gradients(const PutLabelGradientsArgs& args);
+void add_partial(const AddPartialArgs& args, ParallelFor parallel_for);
+void hidden_gradient(const HiddenGradientArgs& args, ParallelFor parallel_for);
+
 void sequence_logps(const SequenceLogpsArgs& args, ParallelFor parallel_for);
 void sequence_logps_backward(const SequenceLogpsBackwardArgs& args, ParallelFor parallel_for);
 void preference_loss(const PreferenceLossArgs& args, ParallelFor parallel_for);
@@ -146,6 +248,13 @@ namespace cuda {
 using Stream = void*;  // cudaStream_t
 int token_logps(const TokenLogpsArgs& args, Stream stream);
 int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream);
+
+int select_tokens(const SelectTokensArgs& args, Stream stream);
+int gather_rows(const GatherRowsArgs& args, Stream stream);
+int write_logps(const WriteLogpsArgs& args, Stream stream);
+int put_label_gradients(const PutLabelGradientsArgs& args, Stream stream);
+int add_partial(const AddPartialArgs& args, Stream stream);
+int hidden_gradient(const HiddenGradientArgs& args, Stream stream);
 
 int sequence_logps(const SequenceLogpsArgs& args, Stream stream);
 int sequence_logps_backward(const SequenceLogpsBackwardArgs& args, Stream stream);

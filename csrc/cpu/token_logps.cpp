@@ -16,28 +16,18 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "core/dispatch.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
 #include "cpu/capability.h"
+#include "cpu/labels.h"
 #include "cpu/tasks.h"
 
 namespace simpo_ext::cpu {
 namespace {
-
-LabelError find_label_error(const Targets& targets, int64_t V) {
-  for (int64_t b = 0; b < targets.B; ++b) {
-    for (int64_t t = 0; t < targets.T; ++t) {
-      const int64_t label = targets.at(b, t);
-      if (label != targets.ignore_index && (label < 0 || label >= V)) {
-        return {b, targets.label_position(t), label};
-      }
-    }
-  }
-  return {};
-}
 
 // Rows as b * T + t.
 template <typename Predicate>
@@ -49,17 +39,6 @@ std::vector<int64_t> select_rows(const Targets& targets, const Predicate& predic
     }
   }
   return rows;
-}
-
-int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return 8;
-    case DType::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
 }
 
 // Logits or their gradient, whatever their dtype.
@@ -76,29 +55,55 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   const RowKernels& kernels = row_kernels();
   const Targets& targets = args.targets;
   const Elements<const char> logits{static_cast<const char*>(args.logits), size_of(args.dtype)};
-  Scalar* logps = static_cast<Scalar*>(args.logps);
+  // Of a part of the vocabulary, a row's result is its label's z.
+  const bool is_part = args.label_z != nullptr;
+  Scalar* result = static_cast<Scalar*>(is_part ? args.label_z : args.logps);
   Scalar* max = static_cast<Scalar*>(args.max);
-  std::fill_n(logps, targets.B * targets.T, Scalar(0));
-  std::fill_n(max, targets.B * targets.T, Scalar(0));
-  std::fill_n(args.sum_exp, targets.B * targets.T, 0.0);
+  if (!args.continues) {
+    std::fill_n(result, targets.B * targets.T, Scalar(0));
+    std::fill_n(max, targets.B * targets.T, Scalar(0));
+    std::fill_n(args.sum_exp, targets.B * targets.T, 0.0);
+  }
 
   const std::vector<int64_t> rows =
       select_rows(targets, [&](int64_t b, int64_t t) { return targets.is_valid(b, t); });
   const int64_t num_rows = static_cast<int64_t>(rows.size()), pieces = pieces_of_row(args.V);
-  const auto offset_of = [&](int64_t row) {
+  const auto row_at = [&](int64_t row) {
     return args.logits_strides.offset(row / targets.T, row % targets.T);
   };
-  const auto label_z = [&](int64_t row) {
-    const int64_t label = targets.at(row / targets.T, row % targets.T);
-    return kernels.z(args.dtype, args.transform, logits.at(offset_of(row) + label));
+  const auto label_column = [&](int64_t row) {
+    return targets.at(row / targets.T, row % targets.T) - args.first_label;
   };
-  const auto sum_piece = [&](int64_t row, int64_t piece, double hint) {
+  const auto has_label = [&](int64_t row) {
+    return label_column(row) >= 0 && label_column(row) < args.V;
+  };
+  const auto z_at = [&](int64_t row, int64_t column) {
+    return kernels.z(args.dtype, args.transform, logits.at(row_at(row) + column));
+  };
+  // Some z of the row, whose own is the closest to the largest that can be told beforehand.
+  const auto hint = [&](int64_t row) {
+    if (has_label(row)) return z_at(row, label_column(row));
+    return args.continues ? static_cast<double>(max[row]) : z_at(row, 0);
+  };
+  const auto sum_piece = [&](int64_t row, int64_t piece) {
     const int64_t begin = piece * kPieceLength;
-    return kernels.sum_exp(args.dtype, args.transform, logits.at(offset_of(row) + begin),
-                           std::min(kPieceLength, args.V - begin), hint);
+    return kernels.sum_exp(args.dtype, args.transform, logits.at(row_at(row) + begin),
+                           std::min(kPieceLength, args.V - begin), hint(row));
   };
-  const auto write_row = [&](int64_t row, double z, const LogSumExp<Scalar>& logsumexp) {
-    logps[row] = static_cast<Scalar>(logsumexp.log_probability(static_cast<Scalar>(z)));
+  const auto write_row = [&](int64_t row, LogSumExp<Scalar> logsumexp) {
+    if (!is_part) {
+      const Scalar z = static_cast<Scalar>(z_at(row, label_column(row)));
+      result[row] = static_cast<Scalar>(logsumexp.log_probability(z));
+    } else if (has_label(row)) {
+      result[row] = static_cast<Scalar>(z_at(row, label_column(row)));
+    } else if (!args.continues) {
+      result[row] = std::numeric_limits<Scalar>::quiet_NaN();
+    }
+    if (args.continues) {
+      const LogSumExp<Scalar> of_this_part = logsumexp;
+      logsumexp = {max[row], args.sum_exp[row]};
+      logsumexp.merge(of_this_part);
+    }
     max[row] = logsumexp.max;
     args.sum_exp[row] = logsumexp.sum;
   };
@@ -106,16 +111,15 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   if (pieces == 1) {
     for_each_in_runs(parallel_for, num_rows, args.V, [&](int64_t i) {
       const int64_t row = rows[static_cast<size_t>(i)];
-      const double z = label_z(row);
-      const RunSum sum = sum_piece(row, 0, z);
-      write_row(row, z, {static_cast<Scalar>(sum.max), sum.sum});
+      const RunSum sum = sum_piece(row, 0);
+      write_row(row, {static_cast<Scalar>(sum.max), sum.sum});
     });
     return;
   }
   std::vector<RunSum> sums(static_cast<size_t>(num_rows * pieces));
   for_each_in_runs(parallel_for, num_rows * pieces, kPieceLength, [&](int64_t i) {
     const int64_t row = rows[static_cast<size_t>(i / pieces)];
-    sums[static_cast<size_t>(i)] = sum_piece(row, i % pieces, label_z(row));
+    sums[static_cast<size_t>(i)] = sum_piece(row, i % pieces);
   });
   for_each_in_runs(parallel_for, num_rows, 1024 * pieces, [&](int64_t i) {
     LogSumExp<Scalar> logsumexp;
@@ -123,8 +127,7 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
       const RunSum& sum = sums[static_cast<size_t>(i * pieces + piece)];
       logsumexp.merge({static_cast<Scalar>(sum.max), sum.sum});
     }
-    const int64_t row = rows[static_cast<size_t>(i)];
-    write_row(row, label_z(row), logsumexp);
+    write_row(rows[static_cast<size_t>(i)], logsumexp);
   });
 }
 
@@ -141,6 +144,7 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
   const Scalar* grad_logps = static_cast<const Scalar*>(args.grad_logps);
   const Scalar* max = static_cast<const Scalar*>(args.max);
   T* dlogits = static_cast<T*>(args.dlogits);
+  Scalar* label_gradients = static_cast<Scalar*>(args.label_gradients);
 
   const auto needs_softmax = [&](int64_t b, int64_t t) {
     return targets.is_valid(b, t) && grad_logps[args.grad_strides.offset(b, t)] != Scalar(0);
@@ -160,16 +164,19 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
     const int64_t begin = i % pieces * kPieceLength;
     const int64_t length = std::min(kPieceLength, args.V - begin);
     T* dx = dlogits + args.dlogits_strides.offset(b, t) + begin;
+    const int64_t label = targets.at(b, t) - args.first_label - begin;
+    const bool has_label = label >= 0 && label < length;
     if (!needs_softmax(b, t)) {
       std::memset(dx, 0, static_cast<size_t>(length) * sizeof(T));
+      if (label_gradients != nullptr && targets.is_valid(b, t) && has_label) {
+        label_gradients[row] = Scalar(0);
+      }
       return;
     }
     const T* x = logits + args.logits_strides.offset(b, t) + begin;
     const LogSumExp<Scalar> logsumexp{max[row], args.sum_exp[row]};
     const double grad = static_cast<double>(grad_logps[args.grad_strides.offset(b, t)]);
     const double common_grad = grad * static_cast<double>(transformed.common_slope());
-    const int64_t label = targets.at(b, t) - begin;
-    const bool has_label = label >= 0 && label < length;
     // Before dx overwrites it.
     const double label_z = has_label ? kernels.z(args.dtype, args.transform, x + label) : 0.0;
     // softmax = exp(z - max) / sum, with the division folded into the factor.
@@ -179,7 +186,9 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
       const Scalar z = static_cast<Scalar>(label_z);
       const double one_minus_p = one_minus_exp(logsumexp.log_probability(z));
       const double slope = static_cast<double>(transformed.own_slope(z));
-      dx[label] = narrow<T>(static_cast<Scalar>(common_grad * one_minus_p * slope));
+      const Scalar label_gradient = static_cast<Scalar>(common_grad * one_minus_p * slope);
+      if (label_gradients != nullptr) label_gradients[row] = label_gradient;
+      dx[label] = narrow<T>(label_gradients != nullptr ? Scalar(0) : label_gradient);
     }
   };
   for_each_in_runs(parallel_for, static_cast<int64_t>(rows.size()) * pieces,
@@ -189,20 +198,24 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for) {
-  const LabelError error = find_label_error(args.targets, args.V);
-  if (error.found()) return error;
+  if (args.label_z == nullptr) {
+    const LabelError error = find_label_error(args.targets, args.V);
+    if (error.found()) return error;
+  }
   dispatch_compute_dtype(
       args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args, parallel_for); });
-  return error;
+  return {};
 }
 
 LabelError token_logps_backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
-  const LabelError error = find_label_error(args.targets, args.V);
-  if (error.found()) return error;
+  if (args.label_gradients == nullptr) {
+    const LabelError error = find_label_error(args.targets, args.V);
+    if (error.found()) return error;
+  }
   dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {
     backward<typename decltype(element)::type, typename decltype(logits)::type>(args, parallel_for);
   });
-  return error;
+  return {};
 }
 
 }  // namespace simpo_ext::cpu

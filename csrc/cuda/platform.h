@@ -69,6 +69,9 @@ SIMPO_DEVICE Vector16 load_streaming(const Vector16* pointer) {
   return v;
 }
 
+// Data of which another load of the warp takes the rest of a line.
+SIMPO_DEVICE Vector16 load_cached(const Vector16* pointer) { return *pointer; }
+
 SIMPO_DEVICE void store_streaming(Vector16* pointer, Vector16 v) {
   __stcs(reinterpret_cast<uint4*>(pointer),
          make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]));

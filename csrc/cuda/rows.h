@@ -45,6 +45,12 @@ SIMPO_DEVICE bool is_in_vocabulary(int64_t label, int64_t V) {
   return static_cast<uint64_t>(label) < static_cast<uint64_t>(V);
 }
 
+// Whether a label, of any value, is one of [first_label, first_label + V).
+SIMPO_DEVICE bool is_in_part(int64_t label, int64_t first_label, int64_t V) {
+  return static_cast<uint64_t>(label) - static_cast<uint64_t>(first_label) <
+         static_cast<uint64_t>(V);
+}
+
 // A row cut for 16-byte access: up to kWidth - 1 elements in front of the first aligned one, whole
 // vectors, and up to kWidth - 1 elements behind. Vector i belongs to thread i % kThreads, and edge
 // i (of those in front and behind, counted through) to thread i.
@@ -82,5 +88,20 @@ class RowCut {
  private:
   int64_t V_, head_, num_vectors_;
 };
+
+// row[0, V) = value, by the kThreads threads of a block.
+template <typename T, int kThreads>
+SIMPO_DEVICE void fill_row(T* row, int64_t V, Compute<T> value) {
+  constexpr int kWidth = Elements<T>::kWidth;
+  const RowCut<T> cut(row, V);
+  Compute<T> values[kWidth];
+  SIMPO_UNROLL
+  for (int k = 0; k < kWidth; ++k) values[k] = value;
+  const Vector16 v = Elements<T>::pack(values);
+  const int64_t tid = threadIdx.x;
+  for (int64_t i = tid; i < cut.num_vectors(); i += kThreads)
+    store_streaming(cut.vectors(row) + i, v);
+  if (tid < cut.num_edges()) store(row + cut.element_of_edge(tid), Elements<T>::narrow(value));
+}
 
 }  // namespace simpo_ext::cuda

@@ -8,7 +8,12 @@
 //   backward, also in place: a valid row is read and written once, and its label's logit again. A
 //   masked row, or one whose incoming gradient is 0, is written (zeros), and its logits not read.
 //
-// No scratch. A label outside [0, V) is not followed: its row becomes NaN.
+// Of a part of the vocabulary: the forward reads the label's logit only where the part has it, and
+// the max and sum_exp of the parts before, if there are any; it writes what it was given, but the
+// label's z only if the part has the label or is the first. The backward reads and writes the
+// label's logit again, and writes its gradient, only where the part has it.
+//
+// No scratch. A label outside the vocabulary is not followed: its row becomes NaN.
 //
 // Every sum has a fixed order, so equal inputs at equal alignments give equal bits. Rows may start
 // at any element; 16-byte accesses begin at the first aligned one.
@@ -125,17 +130,18 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
   const int64_t row = row_of_block();
   if (row >= targets.B * targets.T) return;
   const Token token = token_of_row(row, targets.T);
-  Scalar* logps = static_cast<Scalar*>(args.logps) + row;
+  const bool is_part = args.label_z != nullptr;
+  Scalar* result = static_cast<Scalar*>(is_part ? args.label_z : args.logps) + row;
   Scalar* max = static_cast<Scalar*>(args.max) + row;
   double* sum_exp = args.sum_exp + row;
   const int64_t tid = threadIdx.x;
 
   const int64_t label = uniform_label_at(targets, token);
-  if (label == targets.ignore_index || !is_in_vocabulary(label, args.V)) {
+  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {
     if (tid == 0) {
       const Scalar nothing =
           label == targets.ignore_index ? Scalar(0) : std::numeric_limits<Scalar>::quiet_NaN();
-      store(logps, nothing);
+      store(result, nothing);
       store(max, nothing);
       store(sum_exp, static_cast<double>(nothing));
     }
@@ -143,13 +149,19 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
   }
 
   const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, token.t);
-  // Asked for first, so that it has come when the row is done.
-  const Scalar label_x = tid == 0 ? Elements<T>::widen(load(x + label)) : Scalar(0);
+  const int64_t column = label - args.first_label;
+  const bool has_label = is_in_vocabulary(column, args.V);
+  // Asked for first, so that they have come when the row is done.
+  T label_x{};
+  LogSumExp<Scalar> sum;
+  if (tid == 0) {
+    if (has_label) label_x = load(x + column);
+    if (args.continues) sum = {load(max), load(sum_exp)};
+  }
 
   const RowCut<T> cut(x, args.V);
   const Vector16* vectors = cut.vectors(x);
   const int64_t num_vectors = cut.num_vectors();
-  LogSumExp<Scalar> sum;
   int64_t i = tid;
   for (; i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {
     add_vectors<T, Logits, kThreads, kUnroll, false>(vectors, i, num_vectors, logits, sum);
@@ -166,28 +178,19 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
 
   const LogSumExp<Scalar> logsumexp = reduce_block<Scalar, kThreads>(sum);
   if (tid == 0) {
-    store(logps, static_cast<Scalar>(logsumexp.log_probability(logits.z(label_x))));
+    const Scalar label_z = has_label ? logits.z(Elements<T>::widen(label_x))
+                                     : std::numeric_limits<Scalar>::quiet_NaN();
+    if (!is_part) {
+      store(result, static_cast<Scalar>(logsumexp.log_probability(label_z)));
+    } else if (has_label || !args.continues) {
+      store(result, label_z);
+    }
     store(max, logsumexp.max);
     store(sum_exp, logsumexp.sum);
   }
 }
 
 // ---- backward -------------------------------------------------------------------------------
-
-// dx[0, V) = value.
-template <typename T, int kThreads>
-SIMPO_DEVICE void fill_row(T* dx, int64_t V, Compute<T> value) {
-  constexpr int kWidth = Elements<T>::kWidth;
-  const RowCut<T> cut(dx, V);
-  Compute<T> values[kWidth];
-  SIMPO_UNROLL
-  for (int k = 0; k < kWidth; ++k) values[k] = value;
-  const Vector16 v = Elements<T>::pack(values);
-  const int64_t tid = threadIdx.x;
-  for (int64_t i = tid; i < cut.num_vectors(); i += kThreads)
-    store_streaming(cut.vectors(dx) + i, v);
-  if (tid < cut.num_edges()) store(dx + cut.element_of_edge(tid), Elements<T>::narrow(value));
-}
 
 // What all elements of a row but its label's need: coefficient * exp(z - max) * slope.
 template <typename T, class Logits>
@@ -241,7 +244,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
 
   const int64_t label = uniform_label_at(targets, token);
   const bool is_masked = label == targets.ignore_index;
-  const bool is_scored = !is_masked && is_in_vocabulary(label, args.V);
+  const bool is_scored = !is_masked && is_in_vocabulary(label, args.num_labels);
+  const int64_t column = is_scored ? label - args.first_label : -1;
+  const bool has_label = is_in_vocabulary(column, args.V);
   // Asked for together, so that the row is waited for once less.
   Scalar grad = 0, max = 0;
   double sum_exp = 1;
@@ -254,6 +259,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   if (grad == Scalar(0)) {
     fill_row<T, kThreads>(
         dx, args.V, is_masked || is_scored ? Scalar(0) : std::numeric_limits<Scalar>::quiet_NaN());
+    if (tid == 0 && has_label && args.label_gradients != nullptr) {
+      store(static_cast<Scalar*>(args.label_gradients) + row, Scalar(0));
+    }
     return;
   }
 
@@ -271,8 +279,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   // In place, another thread may have overwritten the label's logit: it is read, and its gradient
   // written last, by the thread that writes that element anyway.
   const bool writes_label =
-      tid == (is_aligned_alike ? cut.thread_of_element(label, kThreads) : label % kThreads);
-  const Scalar label_x = writes_label ? Elements<T>::widen(load(x + label)) : Scalar(0);
+      has_label &&
+      tid == (is_aligned_alike ? cut.thread_of_element(column, kThreads) : column % kThreads);
+  const Scalar label_x = writes_label ? Elements<T>::widen(load(x + column)) : Scalar(0);
 
   if (is_aligned_alike) {
     const Vector16* vectors = cut.vectors(x);
@@ -300,8 +309,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
     const Scalar label_z = logits.z(label_x);
     const double label_logp = LogSumExp<Scalar>{max, sum_exp}.log_probability(label_z);
     const double label_grad = static_cast<double>(common_grad) * one_minus_exp(label_logp);
-    store(dx + label,
-          Elements<T>::narrow(static_cast<Scalar>(label_grad) * logits.own_slope(label_z)));
+    Scalar value = static_cast<Scalar>(label_grad) * logits.own_slope(label_z);
+    if (args.label_gradients != nullptr) {
+      // Asked anew, so that the row takes no registers until now.
+      store(static_cast<Scalar*>(args.label_gradients) + row_of_block(), value);
+      value = 0;
+    }
+    store(dx + column, Elements<T>::narrow(value));
   }
 }
 

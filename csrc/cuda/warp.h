@@ -23,6 +23,23 @@ SIMPO_DEVICE Value reduce_warp(Value value, const Combine& combine) {
   return value;
 }
 
+// Sums over the lanes before mine, and over all.
+struct SumInWarp {
+  int before, all;
+};
+
+SIMPO_DEVICE SumInWarp add_in_warp(int value) {
+  SumInWarp sum{0, value};
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  SIMPO_UNROLL
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int other = __shfl_xor_sync(kWholeWarp, sum.all, distance);
+    if ((lane & distance) != 0) sum.before += other;
+    sum.all += other;
+  }
+  return sum;
+}
+
 // ---- structs of 8-byte members, which shuffles and shared arrays take as words --------------
 
 template <typename Value>

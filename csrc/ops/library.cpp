@@ -19,6 +19,16 @@ STABLE_TORCH_LIBRARY(simpo_ext, m) {
       "max, Tensor sum_exp, int ignore_index, bool shift, float logit_scale, float softcap) "
       "-> ()");
   m.def(
+      "linear_token_logps(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int "
+      "ignore_index, bool shift, float logit_scale, float softcap, int logits_budget_bytes, "
+      "SymInt num_valid_tokens) -> (Tensor logps, Tensor max, Tensor sum_exp, Tensor "
+      "kept_logits)");
+  m.def(
+      "linear_token_logps_backward(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor? "
+      "bias, Tensor labels, Tensor max, Tensor sum_exp, Tensor kept_logits, int ignore_index, "
+      "bool shift, float logit_scale, float softcap, bool needs_hidden, bool needs_weight, bool "
+      "needs_bias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
+  m.def(
       "sequence_logps(Tensor token_logps, Tensor labels, int ignore_index, bool shift, bool "
       "average_log_prob) -> (Tensor logps, Tensor counts)");
   m.def(

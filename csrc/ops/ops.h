@@ -3,7 +3,7 @@
 // Device says where tensors have to lie and calls that device's kernels:
 //   Device(tensor, name)        for the duration of an op; refuses a tensor it has no kernels for
 //   check(tensor, name)         refuses a tensor that lies elsewhere than the first
-//   new_gradient(logits)        memory for the gradient of logits
+//   new_large(like, sizes)      memory for something of the size of logits
 //   token_logps(args), ...      the kernels of core/kernels.h, with their errors thrown
 #pragma once
 
@@ -22,17 +22,29 @@
 
 namespace simpo_ext::ops {
 
+// Of a contiguous tensor of at most three dimensions.
+class ContiguousStrides {
+ public:
+  explicit ContiguousStrides(std::initializer_list<int64_t> sizes) {
+    int64_t stride = 1;
+    for (size_t d = sizes.size(); d-- > 0;) {
+      strides_[d] = stride;
+      stride *= std::max<int64_t>(sizes.begin()[d], 1);
+    }
+  }
+
+  const int64_t* data() const { return strides_.data(); }
+
+ private:
+  std::array<int64_t, 3> strides_{};
+};
+
 // An uninitialized contiguous tensor of at most three dimensions on the device of `like`, and of
 // its dtype unless told. Not torch::stable's, which finds an op by its name and dispatches it: for
 // the nine small tensors of preference_loss that takes longer than all they hold.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
                         std::optional<ScalarType> dtype = std::nullopt) {
-  std::array<int64_t, 3> strides{};
-  int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[d], 1);
-  }
+  const ContiguousStrides strides(sizes);
   using torch::stable::detail::from, torch::stable::detail::to;
   const auto shim_dtype = to<int32_t>(from(dtype.value_or(like.scalar_type())));
   int32_t device_type = 0, device_index = 0;
@@ -70,14 +82,27 @@ inline bool has_distinct_rows(const Tensor& logits) {
   return time_apart && batch_apart && nested;
 }
 
-// A contiguous tensor for a gradient to be written to.
-struct NewGradient {
+// A new contiguous tensor to be written to.
+struct LargeTensor {
   Tensor tensor;
   bool holds_zeros;
 };
 
-inline NewGradient new_empty_gradient(const Tensor& logits) {
-  return {new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)}), false};
+inline LargeTensor new_empty_large(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return {new_empty(like, sizes), false};
+}
+
+template <class Device>
+Targets make_targets(const Device& device, const Tensor& labels, int64_t ignore_index, bool shift) {
+  device.check(labels, "labels");
+  check_dtype(labels, ScalarType::Long, "labels");
+  STD_TORCH_CHECK(labels.dim() == 2, "labels: expected shape [B, T], got ", shape_text(labels));
+  return {labels.const_data_ptr<int64_t>(),
+          token_strides(labels),
+          labels.size(0),
+          labels.size(1),
+          ignore_index,
+          shift};
 }
 
 template <class Device>
@@ -117,7 +142,8 @@ class Ops {
     const Device device(logits, "logits");
     check_logits(logits, labels);
     const Tensor rows = with_unit_stride(logits);
-    const NewGradient dlogits = device.new_gradient(logits);
+    const LargeTensor dlogits =
+        device.new_large(logits, {logits.size(0), logits.size(1), logits.size(2)});
     token_logps_backward_into(device, dlogits, grad_logps, rows, labels, max, sum_exp, ignore_index,
                               shift, logit_scale, softcap);
     return dlogits.tensor;
@@ -299,25 +325,12 @@ class Ops {
     return checked;
   }
 
-  static Targets make_targets(const Device& device, const Tensor& labels, int64_t ignore_index,
-                              bool shift) {
-    device.check(labels, "labels");
-    check_dtype(labels, ScalarType::Long, "labels");
-    STD_TORCH_CHECK(labels.dim() == 2, "labels: expected shape [B, T], got ", shape_text(labels));
-    return {labels.const_data_ptr<int64_t>(),
-            token_strides(labels),
-            labels.size(0),
-            labels.size(1),
-            ignore_index,
-            shift};
-  }
-
   static Tensor with_unit_stride(const Tensor& logits) {
     return has_unit_stride_in_vocabulary(logits) ? logits : as_contiguous(logits);
   }
 
   // dlogits may be logits itself.
-  static void token_logps_backward_into(const Device& device, const NewGradient& dlogits,
+  static void token_logps_backward_into(const Device& device, const LargeTensor& dlogits,
                                         const Tensor& grad_logps, const Tensor& logits,
                                         const Tensor& labels, const Tensor& max,
                                         const Tensor& sum_exp, int64_t ignore_index, bool shift,

@@ -2,6 +2,7 @@
 
 #include "core/kernels.h"
 #include "ops/checks.h"
+#include "ops/linear_ops.h"
 #include "ops/ops.h"
 
 #ifdef SIMPO_WITH_CUDA
@@ -78,6 +79,10 @@ void check_launch(int error) {
 
 class Cuda {
  public:
+  // Wide enough that a product keeps every multiprocessor busy for many waves, and that adding up
+  // the chunks' shares of dhidden stays a few percent.
+  static constexpr int64_t kChunkColumns = 8192;
+
   Cuda(const Tensor& tensor, const char* name)
       : device_index_(checked_index(tensor, name)), guard_(device_index_) {
     check_launch(cuda::use_device(device_index_));
@@ -90,13 +95,36 @@ class Cuda {
                     ", got one on another device");
   }
 
-  NewGradient new_gradient(const Tensor& logits) const { return new_empty_gradient(logits); }
+  LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) const {
+    return new_empty_large(like, sizes);
+  }
 
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, stream_));
   }
   void token_logps_backward(const TokenLogpsBackwardArgs& args) const {
     check_launch(cuda::token_logps_backward(args, stream_));
+  }
+  // Rows past the last valid token are computed, and count for nothing: the host does not know how
+  // many there are.
+  int64_t select_tokens(const SelectTokensArgs& args) const {
+    check_launch(cuda::select_tokens(args, stream_));
+    return args.R;
+  }
+  void gather_rows(const GatherRowsArgs& args) const {
+    check_launch(cuda::gather_rows(args, stream_));
+  }
+  void write_logps(const WriteLogpsArgs& args) const {
+    check_launch(cuda::write_logps(args, stream_));
+  }
+  void put_label_gradients(const PutLabelGradientsArgs& args) const {
+    check_launch(cuda::put_label_gradients(args, stream_));
+  }
+  void add_partial(const AddPartialArgs& args) const {
+    check_launch(cuda::add_partial(args, stream_));
+  }
+  void hidden_gradient(const HiddenGradientArgs& args) const {
+    check_launch(cuda::hidden_gradient(args, stream_));
   }
   void sequence_logps(const SequenceLogpsArgs& args) const {
     check_launch(cuda::sequence_logps(args, stream_));
@@ -135,15 +163,25 @@ namespace {
 
 class Cuda {
  public:
+  static constexpr int64_t kChunkColumns = 8192;
+
   Cuda(const Tensor&, const char* name) {
     STD_TORCH_CHECK(false, name,
                     ": this build of simpo_ext has kernels for CPU tensors only, got a CUDA "
                     "tensor; move it with .cpu(), or build simpo_ext from source where nvcc is");
   }
   void check(const Tensor&, const char*) const {}
-  NewGradient new_gradient(const Tensor& logits) const { return {logits, false}; }
+  LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t>) const {
+    return {like, false};
+  }
   void token_logps(const TokenLogpsArgs&) const {}
   void token_logps_backward(const TokenLogpsBackwardArgs&) const {}
+  int64_t select_tokens(const SelectTokensArgs&) const { return 0; }
+  void gather_rows(const GatherRowsArgs&) const {}
+  void write_logps(const WriteLogpsArgs&) const {}
+  void put_label_gradients(const PutLabelGradientsArgs&) const {}
+  void add_partial(const AddPartialArgs&) const {}
+  void hidden_gradient(const HiddenGradientArgs&) const {}
   void sequence_logps(const SequenceLogpsArgs&) const {}
   void sequence_logps_backward(const SequenceLogpsBackwardArgs&) const {}
   void preference_loss(const PreferenceLossArgs&) const {}
@@ -157,4 +195,5 @@ class Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CUDA, m) {
   simpo_ext::ops::register_ops<simpo_ext::ops::Cuda>(m);
+  simpo_ext::ops::register_linear_ops<simpo_ext::ops::Cuda>(m);
 }

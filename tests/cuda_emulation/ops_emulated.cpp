@@ -4,6 +4,7 @@
 
 #include "core/kernels.h"
 #include "ops/checks.h"
+#include "ops/linear_ops.h"
 #include "ops/ops.h"
 
 namespace simpo_ext::ops {
@@ -11,19 +12,44 @@ namespace {
 
 class EmulatedCuda {
  public:
+  static constexpr int64_t kChunkColumns = 4096;  // of the CPU, whose fake kernels are in use
+
   EmulatedCuda(const Tensor& tensor, const char* name) { check(tensor, name); }
 
   void check(const Tensor& tensor, const char* name) const {
     STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor, got one on another device");
   }
 
-  NewGradient new_gradient(const Tensor& logits) const { return new_empty_gradient(logits); }
+  LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) const {
+    return new_empty_large(like, sizes);
+  }
 
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, nullptr));
   }
   void token_logps_backward(const TokenLogpsBackwardArgs& args) const {
     check_launch(cuda::token_logps_backward(args, nullptr));
+  }
+  // Rows past the last valid token are computed, and count for nothing: the host does not know how
+  // many there are.
+  int64_t select_tokens(const SelectTokensArgs& args) const {
+    check_launch(cuda::select_tokens(args, nullptr));
+    return args.R;
+  }
+  void gather_rows(const GatherRowsArgs& args) const {
+    check_launch(cuda::gather_rows(args, nullptr));
+  }
+  void write_logps(const WriteLogpsArgs& args) const {
+    check_launch(cuda::write_logps(args, nullptr));
+  }
+  void put_label_gradients(const PutLabelGradientsArgs& args) const {
+    check_launch(cuda::put_label_gradients(args, nullptr));
+  }
+  void add_partial(const AddPartialArgs& args) const {
+    check_launch(cuda::add_partial(args, nullptr));
+  }
+  void hidden_gradient(const HiddenGradientArgs& args) const {
+    check_launch(cuda::hidden_gradient(args, nullptr));
   }
   void sequence_logps(const SequenceLogpsArgs& args) const {
     check_launch(cuda::sequence_logps(args, nullptr));
@@ -49,4 +75,5 @@ class EmulatedCuda {
 
 STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CPU, m) {
   simpo_ext::ops::register_ops<simpo_ext::ops::EmulatedCuda>(m);
+  simpo_ext::ops::register_linear_ops<simpo_ext::ops::EmulatedCuda>(m);
 }

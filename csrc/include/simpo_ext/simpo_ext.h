@@ -13,9 +13,11 @@
 // c10::Error.
 #pragma once
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/torch.h>
 
+#include <array>
 #include <cmath>
 #include <exception>
 #include <optional>
@@ -39,6 +41,18 @@ struct TokenLogpsOptions {
   double logit_scale = 1.0;
   std::optional<double> softcap{};
   bool inplace_backward = false;  // the backward overwrites logits with their gradient
+};
+
+constexpr int64_t kDefaultLogitsBudgetBytes = int64_t{1} << 30;
+
+// Of the losses from hidden states; inplace_backward is without effect there.
+struct LinearOptions {
+  std::optional<at::Tensor> bias{};  // [V]
+  // How much of the logits is held at a time; what is not kept for the backward is computed again.
+  int64_t logits_budget_bytes = kDefaultLogitsBudgetBytes;
+  // An upper bound. On a GPU, the count waits for the device where it is not given, which a stream
+  // that is being captured forbids.
+  std::optional<int64_t> num_valid_tokens{};
 };
 
 struct SimPOOptions {
@@ -92,6 +106,20 @@ inline void refuse_double_backward() {
               "simpo_ext does not implement double backward: expected create_graph=false");
 }
 
+// Calls an op. What leaves the library as a standard exception, torch may have made an error of its
+// own, whose type does not tell what was wrong.
+template <typename Call>
+auto with_argument_errors(const Call& call) {
+  try {
+    return call();
+  } catch (const std::exception& error) {
+    const std::string message = error.what(), first_line = message.substr(0, message.find('\n'));
+    TORCH_CHECK_INDEX(message.find("is out of range") == std::string::npos, first_line);
+    TORCH_CHECK_VALUE(message.find("num_valid_tokens: ") == std::string::npos, first_line);
+    throw;
+  }
+}
+
 struct TokenLogps : torch::autograd::Function<TokenLogps> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& logits,
                             const at::Tensor& labels, const TokenLogpsOptions& options) {
@@ -100,18 +128,10 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
     static const auto op = find_op<Signature>("simpo_ext::token_logps");
     // Below autograd: Python may have registered a formula of its own for the op.
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [logps, max, sum_exp] = [&] {
-      try {
-        return op.call(logits, labels, options.ignore_index, options.shift, options.logit_scale,
-                       softcap_or_zero(options));
-      } catch (const std::exception& error) {
-        // std::out_of_range where it left the library; torch may have made it an error of its own.
-        const std::string message = error.what();
-        TORCH_CHECK_INDEX(message.find("is out of range") == std::string::npos,
-                          message.substr(0, message.find('\n')));
-        throw;
-      }
-    }();
+    auto [logps, max, sum_exp] = with_argument_errors([&] {
+      return op.call(logits, labels, options.ignore_index, options.shift, options.logit_scale,
+                     softcap_or_zero(options));
+    });
     ctx->save_for_backward({logits, labels, max, sum_exp});
     ctx->saved_data["ignore_index"] = options.ignore_index;
     ctx->saved_data["shift"] = options.shift;
@@ -150,6 +170,57 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
                         softcap);
     }
     return {dlogits, at::Tensor(), at::Tensor()};
+  }
+};
+
+struct LinearTokenLogps : torch::autograd::Function<LinearTokenLogps> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& hidden,
+                            const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                            const at::Tensor& labels, const TokenLogpsOptions& options,
+                            int64_t logits_budget_bytes, int64_t num_valid_tokens) {
+    using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&,
+        int64_t, bool, double, double, int64_t, c10::SymInt);
+    static const auto op = find_op<Signature>("simpo_ext::linear_token_logps");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [logps, max, sum_exp, kept_logits] = with_argument_errors([&] {
+      return op.call(hidden, weight, bias, labels, options.ignore_index, options.shift,
+                     options.logit_scale, softcap_or_zero(options), logits_budget_bytes,
+                     num_valid_tokens);
+    });
+    ctx->save_for_backward(
+        {hidden, weight, bias.value_or(at::Tensor()), labels, max, sum_exp, kept_logits});
+    ctx->saved_data["ignore_index"] = options.ignore_index;
+    ctx->saved_data["shift"] = options.shift;
+    ctx->saved_data["logit_scale"] = options.logit_scale;
+    ctx->saved_data["softcap"] = softcap_or_zero(options);
+    return logps;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    refuse_double_backward();
+    using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, bool,
+        double, double, bool, bool, bool);
+    static const auto op = find_op<Signature>("simpo_ext::linear_token_logps_backward");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const variable_list saved = ctx->get_saved_variables();
+    const auto bias = saved[2].defined() ? std::optional<at::Tensor>(saved[2]) : std::nullopt;
+    std::array<bool, 3> needs{};  // hidden, weight, bias
+    for (size_t i = 0; i < needs.size(); ++i) {
+      needs[i] = saved[i].defined() && ctx->needs_input_grad(i);
+    }
+    auto& data = ctx->saved_data;
+    auto [dhidden, dweight, dbias] = op.call(
+        grads[0], saved[0], saved[1], bias, saved[3], saved[4], saved[5], saved[6],
+        data["ignore_index"].toInt(), data["shift"].toBool(), data["logit_scale"].toDouble(),
+        data["softcap"].toDouble(), needs[0], needs[1], needs[2]);
+    variable_list result(8);
+    if (needs[0]) result[0] = dhidden;
+    if (needs[1]) result[1] = dweight;
+    if (needs[2]) result[2] = dbias;
+    return result;
   }
 };
 
@@ -269,29 +340,103 @@ inline void check_inplace_backward(const at::Tensor& logits) {
       logits.strides(), " for shape ", logits.sizes());
 }
 
-inline void check_token_arguments(const at::Tensor& logits, const at::Tensor& labels,
-                                  const TokenLogpsOptions& options) {
-  check_tensor("logits", logits);
-  check_tensor("labels", labels);
-  const at::ScalarType dtype = logits.scalar_type(), label_dtype = labels.scalar_type();
+inline void check_floating(const char* name, const at::Tensor& tensor) {
+  check_tensor(name, tensor);
+  const at::ScalarType dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
-      "logits: expected dtype float64, float32, bfloat16 or float16, got ", dtype);
-  TORCH_CHECK_TYPE(
-      label_dtype == at::kLong || label_dtype == at::kInt || label_dtype == at::kShort ||
-          label_dtype == at::kChar || label_dtype == at::kByte,
-      "labels: expected an integer dtype (int64, int32, int16, int8, uint8), got ", label_dtype);
-  TORCH_CHECK_VALUE(logits.dim() == 3, "logits: expected shape [B, T, V], got ", logits.sizes());
+      name, ": expected dtype float64, float32, bfloat16 or float16, got ", dtype);
+}
+
+// Labels for tokens [B, T, ...].
+inline void check_labels(const at::Tensor& labels, const char* owner, const at::Tensor& tokens) {
+  check_tensor("labels", labels);
+  const at::ScalarType dtype = labels.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kLong || dtype == at::kInt || dtype == at::kShort ||
+                       dtype == at::kChar || dtype == at::kByte,
+                   "labels: expected an integer dtype (int64, int32, int16, int8, uint8), got ",
+                   dtype);
   TORCH_CHECK_VALUE(
-      labels.dim() == 2 && labels.size(0) == logits.size(0) && labels.size(1) == logits.size(1),
-      "labels: expected shape [B, T] as of logits ", logits.sizes(), ", got ", labels.sizes());
+      labels.dim() == 2 && labels.size(0) == tokens.size(0) && labels.size(1) == tokens.size(1),
+      "labels: expected shape [B, T] as of ", owner, " ", tokens.sizes(), ", got ", labels.sizes());
+}
+
+inline void check_token_options(const TokenLogpsOptions& options) {
   check_number("logit_scale", options.logit_scale, options.logit_scale >= 1e-30,
                "a finite number >= 1e-30");
   if (options.softcap.has_value()) {
     check_number("softcap", *options.softcap, *options.softcap >= 1e-30 && *options.softcap <= 1e30,
                  "a number in [1e-30, 1e30]");
   }
+}
+
+inline void check_token_arguments(const at::Tensor& logits, const at::Tensor& labels,
+                                  const TokenLogpsOptions& options) {
+  check_floating("logits", logits);
+  TORCH_CHECK_VALUE(logits.dim() == 3, "logits: expected shape [B, T, V], got ", logits.sizes());
+  check_labels(labels, "logits", logits);
+  check_token_options(options);
   if (options.inplace_backward) check_inplace_backward(logits);
+}
+
+// As of hidden: what goes into the same product.
+inline void check_factor(const char* name, const at::Tensor& tensor, const at::Tensor& hidden) {
+  TORCH_CHECK_VALUE(tensor.device() == hidden.device(), name, ": expected device ", hidden.device(),
+                    " as of hidden, got ", tensor.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == hidden.scalar_type(), name, ": expected dtype ",
+                   hidden.scalar_type(), " as of hidden, got ", tensor.scalar_type());
+}
+
+inline void check_linear_shapes(const at::Tensor& hidden, const at::Tensor& weight,
+                                const at::Tensor& labels, const LinearOptions& linear) {
+  check_floating("hidden", hidden);
+  check_floating("weight", weight);
+  TORCH_CHECK_VALUE(hidden.dim() == 3, "hidden: expected shape [B, T, H], got ", hidden.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == hidden.size(2),
+                    "weight: expected shape [V, H], H as of hidden ", hidden.sizes(), ", got ",
+                    weight.sizes());
+  if (linear.bias.has_value()) {
+    check_floating("bias", *linear.bias);
+    TORCH_CHECK_VALUE(linear.bias->dim() == 1 && linear.bias->size(0) == weight.size(0),
+                      "bias: expected shape [V], V as of weight ", weight.sizes(), ", got ",
+                      linear.bias->sizes());
+  }
+  check_labels(labels, "hidden", hidden);
+  TORCH_CHECK_VALUE(linear.logits_budget_bytes >= 0,
+                    "logits_budget_bytes: expected 0 or more, got ", linear.logits_budget_bytes);
+  TORCH_CHECK_VALUE(linear.num_valid_tokens.value_or(0) >= 0,
+                    "num_valid_tokens: expected 0 or more, got ",
+                    linear.num_valid_tokens.value_or(0));
+}
+
+// As torch casts the arguments of linear.
+inline at::Tensor autocast(const at::Tensor& tensor) {
+  const at::DeviceType device = tensor.device().type();
+  if (!at::autocast::is_autocast_enabled(device)) return tensor;
+  return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
+}
+
+// Of arguments whose shapes have been checked; labels are int64.
+inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor& weight,
+                                     const at::Tensor& labels, const TokenLogpsOptions& options,
+                                     const LinearOptions& linear) {
+  const at::Tensor x = autocast(hidden), w = autocast(weight);
+  const auto b =
+      linear.bias.has_value() ? std::optional<at::Tensor>(autocast(*linear.bias)) : std::nullopt;
+  check_factor("weight", w, x);
+  if (b.has_value()) check_factor("bias", *b, x);
+  TORCH_CHECK_VALUE(labels.device() == x.device(), "labels: expected device ", x.device(),
+                    " as of hidden, got ", labels.device());
+  const bool needs_gradient =
+      at::GradMode::is_enabled() &&
+      (x.requires_grad() || w.requires_grad() || (b.has_value() && b->requires_grad()));
+  const auto count = [&] {
+    const at::Tensor scored = options.shift ? labels.slice(1, 1) : labels;
+    return scored.ne(options.ignore_index).sum().item<int64_t>();
+  };
+  return LinearTokenLogps::apply(
+      x, w, b, labels, options, needs_gradient ? linear.logits_budget_bytes : int64_t{0},
+      linear.num_valid_tokens.has_value() ? *linear.num_valid_tokens : count());
 }
 
 // The ratio gamma / beta.
@@ -328,6 +473,42 @@ inline double check_simpo_options(const SimPOOptions& options) {
   return ratio;
 }
 
+// B = 2P.
+inline void check_even_batch(const char* name, const at::Tensor& tokens) {
+  TORCH_CHECK_VALUE(tokens.size(0) % 2 == 0, name,
+                    ": expected an even B (P chosen rows, then P rejected rows), got ",
+                    tokens.size(0));
+}
+
+// token_logps [2P, T], labels [2P, T] int64.
+inline SimPOOutput loss_of_token_logps(const at::Tensor& logps, const at::Tensor& labels,
+                                       const SimPOOptions& options, double gamma_beta_ratio) {
+  SimPOOptions op_options = options;
+  if (options.pair_normalizer.has_value()) {  // sums, to be divided here
+    op_options.reduction = Reduction::kSum;
+    op_options.sft_weight = 0.0;
+  }
+  variable_list out = PreferenceLoss::apply(logps, labels, op_options, gamma_beta_ratio);
+  if (options.pair_normalizer.has_value()) {
+    const double pairs = *options.pair_normalizer;
+    const bool by_token = options.sft_reduction == SftReduction::kToken;
+    out[0] = out[0] / pairs;
+    out[4] = out[4] / (by_token ? *options.token_normalizer : pairs);
+    if (options.sft_weight > 0.0) out[0] = out[0] + options.sft_weight * out[4];
+  }
+  const int64_t P = logps.size(0) / 2;
+  return {
+      .loss = out[0],
+      .losses = out[1],
+      .chosen_logps = out[2].narrow(0, 0, P),
+      .rejected_logps = out[2].narrow(0, P, P),
+      .chosen_rewards = out[3].narrow(0, 0, P),
+      .rejected_rewards = out[3].narrow(0, P, P),
+      .sft_loss = out[4],
+      .metrics = out[5],
+  };
+}
+
 }  // namespace detail
 
 // logits [B, T, V], labels [B, T] -> [B, T]; 0 at masked positions.
@@ -345,41 +526,41 @@ inline at::Tensor sequence_logps(const at::Tensor& logits, const at::Tensor& lab
   return detail::SequenceLogps::apply(logps, labels.to(at::kLong), options, average_log_prob);
 }
 
+// hidden [B, T, H], weight [V, H], labels [B, T] -> [B, T]: token_logps of hidden weight^T + bias,
+// which is never all in memory.
+inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor& weight,
+                                     const at::Tensor& labels,
+                                     const TokenLogpsOptions& options = {},
+                                     const LinearOptions& linear = {}) {
+  detail::check_linear_shapes(hidden, weight, labels, linear);
+  detail::check_token_options(options);
+  return detail::linear_token_logps(hidden, weight, labels.to(at::kLong), options, linear);
+}
+
 // logits [2P, T, V], labels [2P, T].
 inline SimPOOutput simpo_loss(const at::Tensor& logits, const at::Tensor& labels,
                               const SimPOOptions& options = {}) {
   detail::check_token_arguments(logits, labels, options.tokens);
-  TORCH_CHECK_VALUE(logits.size(0) % 2 == 0,
-                    "logits: expected an even B (P chosen rows, then P rejected rows), got ",
-                    logits.size(0));
+  detail::check_even_batch("logits", logits);
   const double gamma_beta_ratio = detail::check_simpo_options(options);
   const at::Tensor long_labels = labels.to(at::kLong);
   const at::Tensor logps = detail::TokenLogps::apply(logits, long_labels, options.tokens);
-  SimPOOptions op_options = options;
-  if (options.pair_normalizer.has_value()) {  // sums, to be divided here
-    op_options.reduction = Reduction::kSum;
-    op_options.sft_weight = 0.0;
-  }
-  torch::autograd::variable_list out =
-      detail::PreferenceLoss::apply(logps, long_labels, op_options, gamma_beta_ratio);
-  if (options.pair_normalizer.has_value()) {
-    const double pairs = *options.pair_normalizer;
-    const bool by_token = options.sft_reduction == SftReduction::kToken;
-    out[0] = out[0] / pairs;
-    out[4] = out[4] / (by_token ? *options.token_normalizer : pairs);
-    if (options.sft_weight > 0.0) out[0] = out[0] + options.sft_weight * out[4];
-  }
-  const int64_t P = logits.size(0) / 2;
-  return {
-      .loss = out[0],
-      .losses = out[1],
-      .chosen_logps = out[2].narrow(0, 0, P),
-      .rejected_logps = out[2].narrow(0, P, P),
-      .chosen_rewards = out[3].narrow(0, 0, P),
-      .rejected_rewards = out[3].narrow(0, P, P),
-      .sft_loss = out[4],
-      .metrics = out[5],
-  };
+  return detail::loss_of_token_logps(logps, long_labels, options, gamma_beta_ratio);
+}
+
+// hidden [2P, T, H], weight [V, H], labels [2P, T]: simpo_loss of hidden weight^T + bias, which is
+// never all in memory.
+inline SimPOOutput linear_simpo_loss(const at::Tensor& hidden, const at::Tensor& weight,
+                                     const at::Tensor& labels, const SimPOOptions& options = {},
+                                     const LinearOptions& linear = {}) {
+  detail::check_linear_shapes(hidden, weight, labels, linear);
+  detail::check_token_options(options.tokens);
+  detail::check_even_batch("hidden", hidden);
+  const double gamma_beta_ratio = detail::check_simpo_options(options);
+  const at::Tensor long_labels = labels.to(at::kLong);
+  const at::Tensor logps =
+      detail::linear_token_logps(hidden, weight, long_labels, options.tokens, linear);
+  return detail::loss_of_token_logps(logps, long_labels, options, gamma_beta_ratio);
 }
 
 }  // namespace simpo_ext

@@ -82,6 +82,75 @@ at::Tensor gradient_of(const at::Tensor& logits, const at::Tensor& labels,
   return leaf.grad();
 }
 
+// The loss and what it is made of, and the gradients of hidden, weight and bias.
+std::vector<at::Tensor> linear_results(const at::Tensor& hidden, const at::Tensor& weight,
+                                       const at::Tensor& bias, const at::Tensor& labels,
+                                       const simpo_ext::SimPOOptions& options) {
+  const at::Tensor x = hidden.clone().requires_grad_(), w = weight.clone().requires_grad_();
+  const at::Tensor b = bias.clone().requires_grad_();
+  const simpo_ext::SimPOOutput out =
+      simpo_ext::linear_simpo_loss(x, w, labels, options, {.bias = b, .logits_budget_bytes = 0});
+  out.loss.sum().backward();
+  return {out.loss,
+          out.losses,
+          out.chosen_logps,
+          out.rejected_logps,
+          out.chosen_rewards,
+          out.rejected_rewards,
+          out.sft_loss,
+          out.metrics,
+          x.grad(),
+          w.grad(),
+          b.grad()};
+}
+
+void check_linear(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
+                  const at::Tensor& labels) {
+  using simpo_ext::linear_token_logps;
+  // What is frozen gets no gradient, and what is not the same as ever.
+  const at::Tensor x = hidden.clone().requires_grad_(), w = weight.clone().requires_grad_();
+  linear_token_logps(x, w, labels).sum().backward();
+  const at::Tensor only_w = weight.clone().requires_grad_();
+  linear_token_logps(hidden, only_w, labels).sum().backward();
+  require(at::equal(only_w.grad(), w.grad()), "the weight's gradient beside frozen hidden states");
+  const at::Tensor only_x = hidden.clone().requires_grad_();
+  linear_token_logps(only_x, weight, labels).sum().backward();
+  require(at::equal(only_x.grad(), x.grad()), "the hidden states' gradient beside a frozen weight");
+  require(!linear_token_logps(hidden, weight, labels).requires_grad(), "nothing to differentiate");
+
+  at::autocast::set_autocast_enabled(at::kCPU, true);
+  at::autocast::set_autocast_dtype(at::kCPU, at::kBFloat16);
+  const at::Tensor cast = linear_token_logps(hidden, weight, labels, {}, {.bias = bias});
+  at::autocast::set_autocast_enabled(at::kCPU, false);
+  at::autocast::clear_cache();
+  const auto narrow = [](const at::Tensor& tensor) { return tensor.to(at::kBFloat16); };
+  const at::Tensor narrowed =
+      linear_token_logps(narrow(hidden), narrow(weight), labels, {}, {.bias = narrow(bias)});
+  require(cast.scalar_type() == at::kFloat && at::equal(cast, narrowed), "autocast");
+
+  require_error<c10::ValueError>("[V, H]", [&] { linear_token_logps(hidden, weight.t(), labels); });
+  require_error<c10::ValueError>(
+      "[V]", [&] { linear_token_logps(hidden, weight, labels, {}, {.bias = bias.slice(0, 1)}); });
+  require_error<c10::TypeError>("weight: expected dtype",
+                                [&] { linear_token_logps(hidden, narrow(weight), labels); });
+  require_error<c10::ValueError>("logits_budget_bytes", [&] {
+    linear_token_logps(hidden, weight, labels, {}, {.logits_budget_bytes = -1});
+  });
+  require_error<c10::ValueError>("num_valid_tokens: expected at least", [&] {
+    linear_token_logps(hidden, weight, labels, {}, {.num_valid_tokens = 1});
+  });
+  require_error<c10::IndexError>("out of range", [&] {
+    linear_token_logps(hidden, weight, at::full_like(labels, weight.size(0)));
+  });
+  require_error<c10::ValueError>("even B", [&] {
+    simpo_ext::linear_simpo_loss(hidden.slice(0, 1), weight, labels.slice(0, 1));
+  });
+  const at::Tensor logps = linear_token_logps(x, weight, labels).sum();
+  require_error<c10::Error>("double backward", [&] {
+    torch::autograd::grad({logps}, {x}, {}, /*retain_graph=*/true, /*create_graph=*/true);
+  });
+}
+
 void check_errors(const at::Tensor& logits, const at::Tensor& labels) {
   const auto call = [&](const simpo_ext::SimPOOptions& options) {
     return [&, options] { simpo_ext::simpo_loss(logits, labels, options); };
@@ -141,12 +210,19 @@ int main(int argc, char** argv) {
                    {out.loss, out.losses, out.chosen_logps, out.rejected_logps, out.chosen_rewards,
                     out.rejected_rewards, out.sft_loss, out.metrics, gradient});
   }
+  const at::Tensor &hidden = batch.at(2), &weight = batch.at(3), &bias = batch.at(4);
+  for (const simpo_ext::SimPOOptions& options : option_table()) {
+    const std::vector<at::Tensor> of_options =
+        linear_results(hidden, weight, bias, labels, options);
+    results.insert(results.end(), of_options.begin(), of_options.end());
+  }
   const at::Tensor leaf = logits.clone().requires_grad_();
   const at::Tensor sequences = simpo_ext::sequence_logps(leaf, labels, /*average_log_prob=*/false);
   sequences.sum().backward();
   results.insert(results.end(), {sequences.detach(), leaf.grad()});
   save(argv[2], results);
 
+  check_linear(hidden, weight, bias, labels);
   check_errors(logits, labels.clone());
   std::puts("ok");
   return 0;

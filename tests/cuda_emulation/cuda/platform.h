@@ -141,6 +141,11 @@ inline Vector16 load_streaming(const Vector16* address, emulation::SourceLocatio
   return value;
 }
 
+inline Vector16 load_cached(const Vector16* address, emulation::SourceLocation where =
+                                                         emulation::SourceLocation::current()) {
+  return load_streaming(address, where);
+}
+
 inline void store_streaming(
     Vector16* address, Vector16 value,
     emulation::SourceLocation where = emulation::SourceLocation::current()) {

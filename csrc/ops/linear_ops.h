@@ -1,0 +1,391 @@
+// The ops from hidden states and lm_head on any device: which products are formed of what, and in
+// whose memory. The products are torch's; all that happens between them are the kernels of Device.
+//
+// Valid tokens become the R rows of a matrix, and the vocabulary is worked on in chunks:
+//   forward   logits = rows weight[chunk]^T, folded into each row's maximum and sum
+//   backward  dlogits of the chunk from its logits, kept or formed again;
+//             dweight[chunk] = dlogits^T rows, at once over all rows, so that it is rounded once;
+//             dhidden += dlogits weight[chunk], added up in the compute dtype
+// For dhidden the label's element of dlogits is left out, which outweighs all others: its share is
+// added at the end, unrounded. That makes up for the rounding of a chunk's product.
+//
+// Memory besides arguments and results: one chunk of logits and those kept (LogitsPlan), the rows
+// [R, H], and in the backward two more of that shape, one of them of the compute dtype.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "core/kernels.h"
+#include "ops/checks.h"
+#include "ops/ops.h"
+
+namespace simpo_ext::ops {
+
+// How the vocabulary is cut, and how much of the logits is kept for the backward. The fake kernel
+// in simpo_ext/_ops.py has to come to the same shapes.
+struct LogitsPlan {
+  int64_t chunks;  // of the vocabulary, the last one narrower
+  int64_t width;   // a multiple of 64, so that rows are aligned
+  int64_t kept;    // chunks
+
+  LogitsPlan(int64_t R, int64_t V, int64_t element_size, int64_t budget_bytes,
+             int64_t most_columns) {
+    constexpr int64_t kAlignment = 64;
+    chunks = (V + most_columns - 1) / most_columns;
+    width = chunks == 0 ? 0 : (V + chunks - 1) / chunks;
+    width = (width + kAlignment - 1) / kAlignment * kAlignment;
+    const int64_t chunk_bytes = std::max<int64_t>(R * width * element_size, 1);
+    // One of what the budget allows is the chunk that is worked on.
+    kept = std::clamp<int64_t>(budget_bytes / chunk_bytes - 1, 0, chunks);
+  }
+};
+
+// out = a b
+inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  to<Tensor>(stack[0]);  // takes what is returned, a second handle of out
+}
+
+// out = a b^T + bias, rounded once
+inline void linear_into(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& bias) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(a), from(b), from(std::optional<Tensor>(bias)), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
+  to<Tensor>(stack[0]);
+}
+
+template <class Device>
+class LinearOps {
+ public:
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> linear_token_logps(
+      const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& labels,
+      int64_t ignore_index, bool shift, double logit_scale, double softcap,
+      int64_t logits_budget_bytes, int64_t num_valid_tokens) {
+    const Device device(hidden, "hidden");
+    const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
+    STD_TORCH_CHECK(num_valid_tokens >= -1, "num_valid_tokens: expected -1 or more, got ",
+                    num_valid_tokens);
+    const int64_t R = num_valid_tokens >= 0 ? num_valid_tokens : problem.B * problem.T;
+    const LogitsPlan plan(R, problem.V, hidden.element_size(), logits_budget_bytes,
+                          Device::kChunkColumns);
+    Tensor logps = new_empty(hidden, {problem.B, problem.T}, problem.compute);
+    Tensor max = new_empty(hidden, {R}, problem.compute);
+    Tensor sum_exp = new_empty(hidden, {R}, ScalarType::Double);
+    const Tensor label_z = new_empty(hidden, {R}, problem.compute);
+    const Tensor kept = device.new_large(hidden, {plan.kept, R, plan.width}).tensor;
+
+    const Rows rows(device, problem, R, logps.mutable_data_ptr());
+    const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
+    const bool keeps_all = plan.kept == plan.chunks;
+    const Tensor scratch = keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, R, plan);
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const Columns columns(problem, plan.width, chunk);
+      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : scratch;
+      problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
+      device.token_logps({
+          .dtype = problem.dtype,
+          .V = columns.length,
+          .logits = logits.const_data_ptr(),
+          .logits_strides = {0, plan.width},
+          .targets = rows.targets(ignore_index),
+          .transform = {logit_scale, softcap},
+          .logps = nullptr,
+          .max = max.mutable_data_ptr(),
+          .sum_exp = sum_exp.mutable_data_ptr<double>(),
+          .first_label = columns.begin,
+          .num_labels = problem.V,
+          .continues = chunk > 0,
+          .label_z = label_z.mutable_data_ptr(),
+      });
+    }
+    if (plan.chunks > 0) {
+      device.write_logps({
+          .dtype = problem.dtype,
+          .R = R,
+          .positions = rows.positions.template const_data_ptr<int64_t>(),
+          .max = max.const_data_ptr(),
+          .sum_exp = sum_exp.template const_data_ptr<double>(),
+          .label_z = label_z.const_data_ptr(),
+          .logps = logps.mutable_data_ptr(),
+      });
+    }
+    return {logps, max, sum_exp, kept};
+  }
+
+  // Of hidden, weight and bias, in that order; [0] where it was not asked for.
+  static std::tuple<Tensor, Tensor, Tensor> linear_token_logps_backward(
+      const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight,
+      std::optional<Tensor> bias, const Tensor& labels, const Tensor& max, const Tensor& sum_exp,
+      const Tensor& kept_logits, int64_t ignore_index, bool shift, double logit_scale,
+      double softcap, bool needs_hidden, bool needs_weight, bool needs_bias) {
+    const Device device(hidden, "hidden");
+    const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
+    const int64_t B = problem.B, T = problem.T, V = problem.V, H = problem.H;
+    STD_TORCH_CHECK(bias.has_value() || !needs_bias, "needs_bias: expected false without a bias");
+    device.check(grad_logps, "grad_logps");
+    check_shape(grad_logps, {B, T}, "grad_logps");
+    check_dtype(grad_logps, problem.compute, "grad_logps");
+    STD_TORCH_CHECK(max.dim() == 1, "max: expected shape [R], got ", shape_text(max));
+    const int64_t R = max.size(0);
+    device.check(max, "max");
+    check_dtype(max, problem.compute, "max");
+    device.check(sum_exp, "sum_exp");
+    check_shape(sum_exp, {R}, "sum_exp");
+    check_dtype(sum_exp, ScalarType::Double, "sum_exp");
+    const Tensor saved_max = as_contiguous(max), saved_sum_exp = as_contiguous(sum_exp);
+    LogitsPlan plan(R, V, hidden.element_size(), 0, Device::kChunkColumns);
+    device.check(kept_logits, "kept_logits");
+    check_dtype(kept_logits, hidden.scalar_type(), "kept_logits");
+    STD_TORCH_CHECK(kept_logits.dim() == 3 && kept_logits.size(0) <= plan.chunks,
+                    "kept_logits: expected shape [up to ", plan.chunks, ", ", R, ", ", plan.width,
+                    "], got ", shape_text(kept_logits));
+    plan.kept = kept_logits.size(0);
+    check_shape(kept_logits, {plan.kept, R, plan.width}, "kept_logits");
+    const Tensor kept = as_contiguous(kept_logits);
+
+    const Rows rows(device, problem, R, nullptr);
+    const Tensor grads = rows.gather(device, problem.compute_dtype(), 1, grad_logps);
+    const Tensor hidden_rows = rows.gather(device, problem.dtype, H, hidden);
+    const Tensor label_gradients = new_empty(hidden, {R}, problem.compute);
+    const Tensor dlogits = new_logits(device, hidden, R, plan);
+    const Tensor nothing = new_empty(hidden, {0});
+    const Tensor dweight = needs_weight ? device.new_large(weight, {V, H}).tensor : nothing;
+    const Tensor dbias = needs_bias ? new_empty(hidden, {1, V}) : nothing;
+    const Tensor ones = new_ones(hidden, needs_bias ? rows.count : 0);
+    const Tensor partial = needs_hidden ? new_empty(hidden, {R, H}) : nothing;
+    const bool needs_sum = needs_hidden && plan.chunks > 1;
+    const Tensor sum = needs_sum ? new_empty(hidden, {R, H}, problem.compute) : nothing;
+
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const Columns columns(problem, plan.width, chunk);
+      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : dlogits;
+      if (chunk >= plan.kept) {
+        problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
+      }
+      device.token_logps_backward({
+          .dtype = problem.dtype,
+          .V = columns.length,
+          .logits = logits.const_data_ptr(),
+          .logits_strides = {0, plan.width},
+          .targets = rows.targets(ignore_index),
+          .transform = {logit_scale, softcap},
+          .grad_logps = grads.const_data_ptr(),
+          .grad_strides = {0, 1},
+          .max = saved_max.const_data_ptr(),
+          .sum_exp = saved_sum_exp.template const_data_ptr<double>(),
+          .dlogits = dlogits.mutable_data_ptr(),
+          .dlogits_strides = {0, plan.width},
+          .first_label = columns.begin,
+          .num_labels = V,
+          .label_gradients = label_gradients.mutable_data_ptr(),
+      });
+      const Tensor slopes = columns.of(dlogits, rows.count);
+      if (needs_hidden) {
+        multiply_into(rows.first(partial), slopes, columns.of_labels(weight));
+        if (chunk + 1 < plan.chunks) {
+          device.add_partial({
+              .dtype = problem.dtype,
+              .count = rows.count * H,
+              .partial = partial.const_data_ptr(),
+              .sum = sum.mutable_data_ptr(),
+              .is_first = chunk == 0,
+          });
+        }
+      }
+      if (!needs_weight && !needs_bias) continue;
+      device.put_label_gradients({
+          .dtype = problem.dtype,
+          .R = R,
+          .V = columns.length,
+          .first_label = columns.begin,
+          .ignore_index = ignore_index,
+          .labels = rows.labels.template const_data_ptr<int64_t>(),
+          .label_gradients = label_gradients.const_data_ptr(),
+          .dlogits = dlogits.mutable_data_ptr(),
+          .dlogits_stride = plan.width,
+      });
+      if (needs_weight) {
+        multiply_into(columns.of_labels(dweight), transposed(slopes), rows.first(hidden_rows));
+      }
+      if (needs_bias) {
+        Tensor of_columns = dbias;
+        multiply_into(torch::stable::narrow(of_columns, 1, columns.begin, columns.length), ones,
+                      slopes);
+      }
+    }
+
+    Tensor dhidden = nothing;
+    if (needs_hidden) {
+      const LargeTensor zeros = device.new_large(hidden, {B, T, H});
+      dhidden = zeros.tensor;
+      if (!zeros.holds_zeros) torch::stable::zero_(dhidden);
+      if (plan.chunks > 0) {
+        device.hidden_gradient({
+            .dtype = problem.dtype,
+            .T = T,
+            .H = H,
+            .R = rows.count,
+            .num_labels = V,
+            .positions = rows.positions.template const_data_ptr<int64_t>(),
+            .labels = rows.labels.template const_data_ptr<int64_t>(),
+            .label_gradients = label_gradients.const_data_ptr(),
+            .weight = weight.const_data_ptr(),
+            .weight_stride_v = weight.stride(0),
+            .weight_stride_h = weight.stride(1),
+            .partial = partial.const_data_ptr(),
+            .sum = needs_sum ? sum.const_data_ptr() : nullptr,
+            .dhidden = dhidden.mutable_data_ptr(),
+        });
+      }
+    }
+    return {dhidden, dweight, needs_bias ? torch::stable::select(dbias, 0, 0) : nothing};
+  }
+
+ private:
+  // Part of the vocabulary: labels [begin, begin + length).
+  struct Columns;
+
+  // The arguments, found to belong together.
+  struct Problem {
+    DType dtype;
+    ScalarType compute;
+    int64_t B, T, V, H;
+    const Tensor& weight;
+    const std::optional<Tensor>& bias;
+    Targets targets;
+
+    Problem(const Device& device, const Tensor& hidden, const Tensor& weight_,
+            const std::optional<Tensor>& bias_, const Tensor& labels, int64_t ignore_index,
+            bool shift)
+        : weight(weight_), bias(bias_) {
+      dtype = dtype_of(hidden, "hidden");
+      compute = compute_scalar_type(dtype);
+      STD_TORCH_CHECK(hidden.dim() == 3, "hidden: expected shape [B, T, H], got ",
+                      shape_text(hidden));
+      STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [V, H], got ", shape_text(weight));
+      B = hidden.size(0), T = hidden.size(1), V = weight.size(0), H = weight.size(1);
+      check_shape(hidden, {B, T, H}, "hidden");
+      device.check(weight, "weight");
+      check_dtype(weight, hidden.scalar_type(), "weight");
+      if (bias.has_value()) {
+        device.check(*bias, "bias");
+        check_shape(*bias, {V}, "bias");
+        check_dtype(*bias, hidden.scalar_type(), "bias");
+      }
+      targets = make_targets(device, labels, ignore_index, shift);
+      check_shape(labels, {B, T}, "labels");
+    }
+
+    DType compute_dtype() const {
+      return compute == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+    }
+
+    // logits = hidden_rows weight[columns]^T + bias[columns]
+    void multiply_logits(const Tensor& logits, const Tensor& hidden_rows,
+                         const Columns& columns) const {
+      const Tensor weight_rows = columns.of_labels(weight);
+      if (bias.has_value()) {
+        linear_into(logits, hidden_rows, weight_rows, columns.of_labels(*bias));
+      } else {
+        multiply_into(logits, hidden_rows, transposed(weight_rows));
+      }
+    }
+  };
+
+  struct Columns {
+    int64_t begin, length;
+
+    Columns(const Problem& problem, int64_t width, int64_t chunk)
+        : begin(chunk * width), length(std::min(width, problem.V - chunk * width)) {}
+
+    // [R, width] -> [count, length]
+    Tensor of(Tensor logits, int64_t count) const {
+      Tensor rows = torch::stable::narrow(logits, 0, 0, count);
+      return torch::stable::narrow(rows, 1, 0, length);
+    }
+
+    // [V, ...] -> [length, ...]
+    Tensor of_labels(Tensor tensor) const {
+      return torch::stable::narrow(tensor, 0, begin, length);
+    }
+  };
+
+  // The rows of the products. Those from count on are without a token, and are left out of products
+  // where the device's count is known.
+  struct Rows {
+    int64_t R, T;
+    Tensor positions, labels;
+    int64_t count;
+
+    Rows(const Device& device, const Problem& problem, int64_t R_, void* logps)
+        : R(R_),
+          T(problem.T),
+          positions(new_empty(problem.weight, {R}, ScalarType::Long)),
+          labels(new_empty(problem.weight, {R}, ScalarType::Long)) {
+      count = device.select_tokens({
+          .targets = problem.targets,
+          .num_labels = problem.V,
+          .R = R,
+          .positions = positions.mutable_data_ptr<int64_t>(),
+          .labels = labels.mutable_data_ptr<int64_t>(),
+          .dtype = problem.dtype,
+          .logps = logps,
+      });
+    }
+
+    // As those of one sequence of R tokens.
+    Targets targets(int64_t ignore_index) const {
+      return {labels.const_data_ptr<int64_t>(), {0, 1}, 1, R, ignore_index, false};
+    }
+
+    Tensor first(Tensor rows) const { return torch::stable::narrow(rows, 0, 0, count); }
+
+    // source [B, T, length], or [B, T] -> [R, length], of dtype.
+    Tensor gather(const Device& device, DType dtype, int64_t length, const Tensor& source) const {
+      const bool has_unit_stride = source.dim() < 3 || length <= 1 || source.stride(2) == 1;
+      const Tensor tokens = has_unit_stride ? source : as_contiguous(source);
+      const Tensor rows = new_empty(source, {R, length});
+      device.gather_rows({
+          .dtype = dtype,
+          .T = T,
+          .H = length,
+          .R = R,
+          .positions = positions.const_data_ptr<int64_t>(),
+          .source = tokens.const_data_ptr(),
+          .source_strides = token_strides(tokens),
+          .rows = rows.mutable_data_ptr(),
+      });
+      return rows;
+    }
+  };
+
+  static Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
+
+  static Tensor new_logits(const Device& device, const Tensor& like, int64_t R,
+                           const LogitsPlan& plan) {
+    return device.new_large(like, {R, plan.width}).tensor;
+  }
+
+  // [1, count]
+  static Tensor new_ones(const Tensor& like, int64_t count) {
+    return torch::stable::fill_(new_empty(like, {1, count}), 1.0);
+  }
+};
+
+template <class Device>
+void register_linear_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("linear_token_logps", TORCH_BOX(&LinearOps<Device>::linear_token_logps));
+  m.impl("linear_token_logps_backward", TORCH_BOX(&LinearOps<Device>::linear_token_logps_backward));
+}
+
+}  // namespace simpo_ext::ops

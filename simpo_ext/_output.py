@@ -1,0 +1,75 @@
+"""What the losses return, and how it comes from the outputs of the preference_loss op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import _ops
+from ._options import REDUCTIONS, Number, PreferenceOptions
+
+
+class SimPOOutput(NamedTuple):
+    """What :func:`simpo_loss` returns. float32, or float64 for float64 logits.
+
+    ``loss``, ``losses``, ``chosen_logps``, ``rejected_logps`` and ``sft_loss`` are differentiable;
+    the rewards and the metrics are detached.
+    """
+
+    loss: Tensor
+    """The loss to call ``backward()`` on: a scalar, or [P] with ``reduction="none"``."""
+    losses: Tensor
+    """[P] preference loss of each pair, without the SFT term; 0 for a dropped pair."""
+    chosen_logps: Tensor
+    """[P] mean (or sum) log-probability of each chosen completion; NaN if it is empty."""
+    rejected_logps: Tensor
+    """[P] the same of each rejected completion."""
+    chosen_rewards: Tensor
+    """[P] beta * chosen_logps, detached."""
+    rejected_rewards: Tensor
+    """[P] beta * rejected_logps, detached."""
+    sft_loss: Tensor
+    """The SFT term before its weight: a scalar, or [P] with ``reduction="none"``."""
+    metrics_values: Tensor
+    """[9] float64, detached: what :meth:`metrics` reads."""
+
+    def metrics(self) -> dict[str, float]:
+        """The training metrics as floats, for one device-to-host copy.
+
+        Over the counted pairs of this batch: ``rewards/chosen``, ``rewards/rejected`` (means of
+        beta * logps), ``rewards/accuracies`` (share with chosen > rejected, strictly),
+        ``rewards/margins`` (mean difference, gamma left out), ``logps/chosen``, ``logps/rejected``
+        (means), ``num_pairs``, ``dropped_pairs`` and ``num_tokens`` (scored tokens of both sides).
+        The means are NaN where no pair was counted.
+        """
+        return dict(zip(_ops.METRIC_NAMES, self.metrics_values.tolist(), strict=True))
+
+
+def compose_output(
+    options: PreferenceOptions,
+    denominators: tuple[Number, Number] | None,
+    loss: Callable[[PreferenceOptions], _ops.PreferenceOutputs],
+) -> SimPOOutput:
+    """SimPOOutput of a loss; ``denominators``, if given, take the place of those it would count."""
+    if denominators is None:
+        out = loss(options)
+    else:
+        # Outside the op, whose floats are constants to torch.compile, while these vary by step.
+        out = loss(options._replace(reduction=REDUCTIONS["sum"], sft_weight=0.0))
+        total, sft_loss = out.loss / denominators[0], out.sft_loss / denominators[1]
+        if options.sft_weight > 0.0:
+            total = total + options.sft_weight * sft_loss
+        out = out._replace(loss=total, sft_loss=sft_loss)
+    pairs = out.losses.shape[0]
+    return SimPOOutput(
+        loss=out.loss,
+        losses=out.losses,
+        chosen_logps=out.logps[:pairs],
+        rejected_logps=out.logps[pairs:],
+        chosen_rewards=out.rewards[:pairs],
+        rejected_rewards=out.rewards[pairs:],
+        sft_loss=out.sft_loss,
+        metrics_values=out.metrics,
+    )
