@@ -86,7 +86,7 @@ def linear_token_logps(
         num_valid_tokens: An upper bound of the number of valid tokens. On a GPU, nothing waits for
             the device if it is given, and the call can be captured in a graph; rows are computed
             for so many. Without it they are counted, or, in a capture and under ``torch.compile``,
-            taken to be B * T.
+            taken to be all that have a label.
 
     Under ``torch.autocast``, ``hidden``, ``weight`` and ``bias`` take its dtype, unless they are
     float64.

@@ -26,8 +26,6 @@ from ._options import TokenOptions
 _sym_max: Callable[[int, int], int] = torch.sym_max
 _sym_min: Callable[[int, int], int] = torch.sym_min
 
-_UNKNOWN = -1  # as num_valid_tokens
-
 # kChunkColumns of the devices in csrc/ops.
 _CHUNK_COLUMNS = {"cpu": 4096, "cuda": 8192}
 _CHUNK_ALIGNMENT = 64
@@ -61,7 +59,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_same_device(hidden, weight, bias, labels)
     batch, time, _ = hidden.shape
-    rows = batch * time if num_valid_tokens == _UNKNOWN else num_valid_tokens
+    rows = batch * time if num_valid_tokens == -1 else num_valid_tokens
     kept = _kept_logits_shape(
         rows, weight.shape[0], hidden.element_size(), logits_budget_bytes, hidden.device.type
     )
@@ -149,18 +147,18 @@ def linear_token_logps(
         labels,
         *options,
         logits_budget_bytes if needs_gradient else 0,
-        _count_valid_tokens(labels, options) if num_valid_tokens is None else num_valid_tokens,
+        _bound_of_valid_tokens(labels, options, num_valid_tokens),
     )
     return logps
 
 
-def _count_valid_tokens(labels: Tensor, options: TokenOptions) -> int:
-    """Waits for the device of the labels. Not where nothing may wait, or nothing is computed."""
-    if not is_plain_call(labels):
-        return _UNKNOWN
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _UNKNOWN
-    if labels.is_meta:
-        return _UNKNOWN
+def _bound_of_valid_tokens(labels: Tensor, options: TokenOptions, given: int | None) -> int:
+    """Their number, unless counting would wait for what must not be waited for."""
     scored = labels[:, 1:] if options.shift else labels
+    most = scored.numel()
+    if given is not None:
+        return _sym_min(given, most)
+    is_capturing = labels.is_cuda and torch.cuda.is_current_stream_capturing()
+    if labels.is_meta or is_capturing or not is_plain_call(labels):
+        return most
     return int(torch.count_nonzero(scored != options.ignore_index))

@@ -76,6 +76,7 @@ def _all_checks() -> Iterator[Check]:
             for name, options in _VARIANTS.items():
                 yield from _against_float64(name, options, dtype, device)
             yield _in_place(dtype, device)
+            yield from _linear(dtype, device)
 
 
 def _devices() -> tuple[str, ...]:
@@ -185,3 +186,23 @@ def _in_place(dtype: torch.dtype, device: str) -> Check:
     return Check(
         f"{device}: in-place gradient, {where}", (gradient - expected).abs().max().item(), 0.0
     )
+
+
+def _linear(dtype: torch.dtype, device: str) -> Iterator[Check]:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, size = 9001, 32  # several chunks, the last one narrower
+    _, labels = _batch(dtype, vocabulary, device)
+    hidden = torch.randn(*labels.shape, size, generator=generator).to(device, dtype)
+    weight = (torch.randn(vocabulary, size, generator=generator) * 0.5).to(device, dtype)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    out = functional.linear_simpo_loss(*leaves, labels, logits_budget_bytes=0)
+    gradients = torch.autograd.grad(out.loss, leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = F.linear(*exact)
+    expected = torch.autograd.grad(_written_out(logits, labels), exact)
+    # Logits, their gradient and its products are each rounded to the dtype.
+    bound = 4 * _GRADIENT_TOLERANCE[dtype]
+    where = str(dtype).removeprefix("torch.")
+    for name, ours, theirs in zip(("hidden", "weight"), gradients, expected, strict=True):
+        error = ((ours.double() - theirs).norm() / theirs.norm()).item()
+        yield Check(f"{device}: linear gradient of {name}, {where}", error, bound)

@@ -14,6 +14,8 @@ FORWARD_AND_BACKWARD = (
     "token_logps",
     "token_logps_backward",
     "token_logps_backward_",
+    "linear_token_logps",
+    "linear_token_logps_backward",
     "sequence_logps",
     "sequence_logps_backward",
     "preference_loss",

@@ -69,6 +69,15 @@ def test_routed_ops_return_and_overwrite_what_the_ops_do() -> None:
     grad = torch.ones_like(logps)
     run("token_logps_backward", grad, *batch, row_max, sum_exp, *token)
     run("token_logps_backward_", grad, *batch, row_max, sum_exp, *token)
+    hidden, weight, bias = (
+        torch.randn(*batch.labels.shape, 3),
+        torch.randn(9000, 3),
+        torch.randn(9000),
+    )
+    linear = hidden, weight, bias, batch.labels
+    _, row_max, sum_exp, kept = run("linear_token_logps", *linear, *token, 1 << 40, -1)
+    saved = *linear, row_max, sum_exp, kept
+    run("linear_token_logps_backward", grad, *saved, *token, True, True, True)
     _, counts = run("sequence_logps", logps, batch.labels, -100, True, True)
     run("sequence_logps_backward", torch.ones(4), batch.labels, counts, -100, True, True)
     options = (-100, True, True, 2.0, 0.5, 0, 0.0, 0.1, 0, 1, 0)

@@ -17,6 +17,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/torch.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <exception>
@@ -430,13 +431,12 @@ inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor&
   const bool needs_gradient =
       at::GradMode::is_enabled() &&
       (x.requires_grad() || w.requires_grad() || (b.has_value() && b->requires_grad()));
-  const auto count = [&] {
-    const at::Tensor scored = options.shift ? labels.slice(1, 1) : labels;
-    return scored.ne(options.ignore_index).sum().item<int64_t>();
-  };
-  return LinearTokenLogps::apply(
-      x, w, b, labels, options, needs_gradient ? linear.logits_budget_bytes : int64_t{0},
-      linear.num_valid_tokens.has_value() ? *linear.num_valid_tokens : count());
+  const at::Tensor scored = options.shift ? labels.slice(1, 1) : labels;
+  const int64_t rows = linear.num_valid_tokens.has_value()
+                           ? std::min(*linear.num_valid_tokens, scored.numel())
+                           : scored.ne(options.ignore_index).sum().item<int64_t>();
+  return LinearTokenLogps::apply(x, w, b, labels, options,
+                                 needs_gradient ? linear.logits_budget_bytes : int64_t{0}, rows);
 }
 
 // The ratio gamma / beta.
