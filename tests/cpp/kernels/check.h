@@ -76,5 +76,6 @@ void check_pages();
 void check_row_gradients();
 void check_row_sums();
 void check_token_logps();
+void check_token_rows();
 
 }  // namespace simpo_ext::test
