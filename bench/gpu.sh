@@ -23,7 +23,7 @@ cd "$(dirname "$0")/.." || exit 2
 # Seconds: of each step at most, and of all of them together. A step may get less than its budget
 # when those before it have used theirs up.
 readonly TOTAL=580
-readonly MACHINE=20 BUILD=130 TESTS=200 SANITIZER=45 STREAMS=30 MEASURE=120 SWEEP=30 DRAM=30
+readonly MACHINE=20 BUILD=130 TESTS=200 SANITIZER=45 STREAMS=30 MEASURE=120 LINEAR=75 SWEEP=30 DRAM=30
 
 readonly SWEEP_SIZE="16384 128256"
 
@@ -205,6 +205,16 @@ measure() {
   limited "$python" -m bench.bench_token_logps --json "$work/measurements.json" "${options[@]}"
 }
 
+measure_linear() {
+  local options=()
+  if $dry_run; then
+    echo "dry run: cpu"
+    options=(--device cpu --rounds 1 --size 128x64x1024 --sequences 4)
+    local -x OMP_NUM_THREADS=1 # so little work is done before other threads are awake
+  fi
+  limited "$python" -m bench.linear_gpu --json "$work/linear.json" "${options[@]}"
+}
+
 sweep() {
   local compile=(nvcc -std=c++17 -O3 --expt-relaxed-constexpr -I csrc bench/cuda/sweep_token_logps.cu)
   if $dry_run; then
@@ -248,6 +258,7 @@ step "memcheck" $SANITIZER memcheck
 step "racecheck" $SANITIZER racecheck
 step "CUDA graphs and streams" $STREAMS run_stream_tests
 step "measurements" $MEASURE measure
+step "linear front end" $LINEAR measure_linear
 step "sweep" $SWEEP sweep
 step "DRAM throughput" $DRAM read_dram_throughput
 finish

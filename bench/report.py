@@ -3,7 +3,7 @@
     python -m bench.report FOLDER [--output FILE.json] [--dry-run]
 
 FOLDER holds what the steps left, each file of which may be missing: machine.json, build.json,
-steps.jsonl, measurements.json, sweep.jsonl and dram.json.
+steps.jsonl, measurements.json, linear.json, sweep.jsonl and dram.json.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def merge(folder: Path, *, dry_run: bool) -> dict[str, Any]:
         "build": _read_json(folder / "build.json"),
         "steps": steps,
         "measurements": _read_json(folder / "measurements.json"),
+        "linear": _read_json(folder / "linear.json"),
         "sweep": _read_json_lines(folder / "sweep.jsonl"),
         "dram": _read_json(folder / "dram.json"),
     }

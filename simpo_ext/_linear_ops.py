@@ -102,12 +102,15 @@ def _linear_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     hidden, weight, bias, labels, *options, _, _ = inputs
     _, row_max, sum_exp, kept_logits = output
     ctx.options = options
+    ctx.set_materialize_grads(False)  # which would make zeros of the size of kept_logits
     ctx.mark_non_differentiable(row_max, sum_exp, kept_logits)
     ctx.save_for_backward(hidden, weight, bias, labels, row_max, sum_exp, kept_logits)
 
 
-def _linear_backward(ctx: Ctx, grad_logps: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _linear_backward(ctx: Ctx, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
     _refuse_create_graph()
+    if grad_logps is None:
+        return (None,) * 10
     needs = ctx.needs_input_grad[:3]
     grads = _ops.linear_token_logps_backward.default(
         grad_logps, *ctx.saved_tensors, *ctx.options, *needs

@@ -75,6 +75,8 @@ class LinearOps {
     const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
     STD_TORCH_CHECK(num_valid_tokens >= -1, "num_valid_tokens: expected -1 or more, got ",
                     num_valid_tokens);
+    STD_TORCH_CHECK(logits_budget_bytes >= 0, "logits_budget_bytes: expected 0 or more, got ",
+                    logits_budget_bytes);
     const int64_t R = num_valid_tokens >= 0 ? num_valid_tokens : problem.B * problem.T;
     const LogitsPlan plan(R, problem.V, hidden.element_size(), logits_budget_bytes,
                           Device::kChunkColumns);
@@ -82,9 +84,11 @@ class LinearOps {
     Tensor max = new_empty(hidden, {R}, problem.compute);
     Tensor sum_exp = new_empty(hidden, {R}, ScalarType::Double);
     const Tensor label_z = new_empty(hidden, {R}, problem.compute);
-    const Tensor kept = device.new_large(hidden, {plan.kept, R, plan.width}).tensor;
+    const LargeTensor kept_chunks = device.new_large(hidden, {plan.kept, R, plan.width});
+    const Tensor kept = kept_chunks.tensor;
 
     const Rows rows(device, problem, R, logps.mutable_data_ptr());
+    if (!kept_chunks.holds_zeros) zero_what_no_product_writes(kept, plan, problem.V, rows.count);
     const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
     const bool keeps_all = plan.kept == plan.chunks;
     const Tensor scratch = keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, R, plan);
@@ -158,13 +162,13 @@ class LinearOps {
     const Tensor hidden_rows = rows.gather(device, problem.dtype, H, hidden);
     const Tensor label_gradients = new_empty(hidden, {R}, problem.compute);
     const Tensor dlogits = new_logits(device, hidden, R, plan);
-    const Tensor nothing = new_empty(hidden, {0});
-    const Tensor dweight = needs_weight ? device.new_large(weight, {V, H}).tensor : nothing;
-    const Tensor dbias = needs_bias ? new_empty(hidden, {1, V}) : nothing;
+    const auto nothing = [&] { return new_empty(hidden, {0}); };  // outputs do not share memory
+    const Tensor dweight = needs_weight ? device.new_large(weight, {V, H}).tensor : nothing();
+    const Tensor dbias = needs_bias ? new_empty(hidden, {1, V}) : nothing();
     const Tensor ones = new_ones(hidden, needs_bias ? rows.count : 0);
-    const Tensor partial = needs_hidden ? new_empty(hidden, {R, H}) : nothing;
+    const Tensor partial = needs_hidden ? new_empty(hidden, {R, H}) : nothing();
     const bool needs_sum = needs_hidden && plan.chunks > 1;
-    const Tensor sum = needs_sum ? new_empty(hidden, {R, H}, problem.compute) : nothing;
+    const Tensor sum = needs_sum ? new_empty(hidden, {R, H}, problem.compute) : nothing();
 
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
       const Columns columns(problem, plan.width, chunk);
@@ -224,7 +228,7 @@ class LinearOps {
       }
     }
 
-    Tensor dhidden = nothing;
+    Tensor dhidden = nothing();
     if (needs_hidden) {
       const LargeTensor zeros = device.new_large(hidden, {B, T, H});
       dhidden = zeros.tensor;
@@ -248,7 +252,7 @@ class LinearOps {
         });
       }
     }
-    return {dhidden, dweight, needs_bias ? torch::stable::select(dbias, 0, 0) : nothing};
+    return {dhidden, dweight, needs_bias ? torch::stable::select(dbias, 0, 0) : dbias};
   }
 
  private:
@@ -374,6 +378,23 @@ class LinearOps {
   static Tensor new_logits(const Device& device, const Tensor& like, int64_t R,
                            const LogitsPlan& plan) {
     return device.new_large(like, {R, plan.width}).tensor;
+  }
+
+  // Of kept [kept, R, width]: rows without a token, and columns past the vocabulary. What an op
+  // returns has to have values.
+  static void zero_what_no_product_writes(Tensor kept, const LogitsPlan& plan, int64_t V,
+                                          int64_t count) {
+    if (plan.kept == 0) return;
+    const int64_t R = kept.size(1), columns = V - (plan.chunks - 1) * plan.width;
+    if (count < R) {
+      Tensor rows = torch::stable::narrow(kept, 1, count, R - count);
+      torch::stable::zero_(rows);
+    }
+    if (plan.kept == plan.chunks && columns < plan.width) {
+      Tensor last = torch::stable::select(kept, 0, plan.chunks - 1);
+      Tensor padding = torch::stable::narrow(last, 1, columns, plan.width - columns);
+      torch::stable::zero_(padding);
+    }
   }
 
   // [1, count]
