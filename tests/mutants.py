@@ -23,6 +23,7 @@ ROWS = "cuda/rows.h"
 WARP = "cuda/warp.h"
 SUMS = "cuda/sequence_sums.cuh"
 LOSS = "cuda/preference_loss.cu"
+HIDDEN = "cuda/token_rows.cu"
 
 MUTANTS = (
     # ---- every barrier there is, removed: races
@@ -64,6 +65,22 @@ MUTANTS = (
         "= mine.num_chosen_tokens;\n  }\n  __syncthreads();\n",
         "= mine.num_chosen_tokens;\n  }\n",
         "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before the token counts of the warps are read",
+        HIDDEN,
+        "    if (lane == 0) counts[warp] = of_my_warp.all;\n    __syncthreads();\n",
+        "    if (lane == 0) counts[warp] = of_my_warp.all;\n",
+        "token_rows",
+        "tsan",
+    ),
+    Mutant(
+        "token counts written where those of the turn before may still be read",
+        HIDDEN,
+        "    counts = counts == of_warps ? of_warps + kWarps : of_warps;\n",
+        "",
+        "token_rows",
         "tsan",
     ),
     # ---- barriers and shuffles that not all threads reach
@@ -119,9 +136,9 @@ MUTANTS = (
         "32-bit offset of a row of logits, forward",
         TOKENS,
         "  const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, "
-        "token.t);\n  // Asked",
+        "token.t);\n  const int64_t column",
         "  const T* x = static_cast<const T*>(args.logits) + static_cast<int32_t>("
-        "args.logits_strides.offset(token.b, token.t));\n  // Asked",
+        "args.logits_strides.offset(token.b, token.t));\n  const int64_t column",
         "offsets",
     ),
     Mutant(
@@ -152,8 +169,8 @@ MUTANTS = (
         "rows beyond the last one, forward",
         TOKENS,
         "  if (row >= targets.B * targets.T) return;\n  const Token token = "
-        "token_of_row(row, targets.T);\n  Scalar* logps",
-        "  const Token token = token_of_row(row, targets.T);\n  Scalar* logps",
+        "token_of_row(row, targets.T);\n  const bool is_part",
+        "  const Token token = token_of_row(row, targets.T);\n  const bool is_part",
         "values",
         "asan",
     ),
@@ -230,14 +247,14 @@ MUTANTS = (
         "the label's logit read after it was overwritten",
         TOKENS,
         "    const Scalar label_z = logits.z(label_x);\n",
-        "    const Scalar label_z = logits.z(Elements<T>::widen(load(x + label)));\n",
+        "    const Scalar label_z = logits.z(Elements<T>::widen(load(x + column)));\n",
         "values",
     ),
     Mutant(
         "the label's gradient written by a thread that another overwrites",
         TOKENS,
-        "      tid == (is_aligned_alike ? cut.thread_of_element(label, kThreads) : "
-        "label % kThreads);",
+        "      tid == (is_aligned_alike ? cut.thread_of_element(column, kThreads) : "
+        "column % kThreads);",
         "      tid == 0;",
         "values",
         "tsan",
@@ -246,9 +263,9 @@ MUTANTS = (
     Mutant(
         "masked rows read",
         TOKENS,
-        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.V)) {\n"
+        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {\n"
         "    if (tid == 0) {\n",
-        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.V)) {\n"
+        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {\n"
         "    load(static_cast<const T*>(args.logits) + "
         "args.logits_strides.offset(token.b, token.t));\n    if (tid == 0) {\n",
         "bytes",
@@ -262,9 +279,9 @@ MUTANTS = (
     ),
     Mutant(
         "masked rows left as they were",
-        TOKENS,
+        ROWS,
         "  for (int64_t i = tid; i < cut.num_vectors(); i += kThreads)\n"
-        "    store_streaming(cut.vectors(dx) + i, v);\n",
+        "    store_streaming(cut.vectors(row) + i, v);\n",
         "",
         "values",
     ),
@@ -296,6 +313,253 @@ MUTANTS = (
         ": minus_infinities<T>();",
         ": Vector16{{0, 0, 0, 0}};",
         "values",
+    ),
+    # ---- parts of the vocabulary
+    Mutant(
+        "the parts before forgotten",
+        TOKENS,
+        "    if (args.continues) sum = {load(max), load(sum_exp)};\n",
+        "",
+        "parts",
+    ),
+    Mutant(
+        "the parts before counted once for each thread",
+        TOKENS,
+        "  if (tid == 0) {\n    if (has_label) label_x = load(x + column);\n"
+        "    if (args.continues) sum",
+        "  if (tid == 0 && has_label) label_x = load(x + column);\n  {\n"
+        "    if (args.continues) sum",
+        "parts",
+    ),
+    Mutant(
+        "a label of another part taken for one out of range, forward",
+        TOKENS,
+        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {",
+        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.V)) {",
+        "parts",
+    ),
+    Mutant(
+        "a label of another part taken for one out of range, backward",
+        TOKENS,
+        "  const bool is_scored = !is_masked && is_in_vocabulary(label, args.num_labels);",
+        "  const bool is_scored = !is_masked && is_in_vocabulary(label, args.V);",
+        "parts",
+    ),
+    Mutant(
+        "a label of another part followed, forward",
+        TOKENS,
+        "    if (has_label) label_x = load(x + column);",
+        "    label_x = load(x + column);",
+        "bytes",
+    ),
+    Mutant(
+        "a label of another part followed, backward",
+        TOKENS,
+        "      has_label &&\n      tid ==",
+        "      tid ==",
+        "parts",
+    ),
+    Mutant(
+        "the label's z lost in the parts behind",
+        TOKENS,
+        "    } else if (has_label || !args.continues) {",
+        "    } else {",
+        "parts",
+    ),
+    Mutant(
+        "the label's z not set before its part",
+        TOKENS,
+        "    } else if (has_label || !args.continues) {",
+        "    } else if (has_label) {",
+        "parts",
+    ),
+    Mutant(
+        "the label's gradient left among the others",
+        TOKENS,
+        "row_of_block(), value);\n      value = 0;\n",
+        "row_of_block(), value);\n",
+        "parts",
+    ),
+    Mutant(
+        "the label's gradient rounded",
+        TOKENS,
+        "row_of_block(), value);\n      value = 0;\n",
+        "row_of_block(), Elements<T>::widen(Elements<T>::narrow(value)));\n      value = 0;\n",
+        "parts",
+    ),
+    Mutant(
+        "no label's gradient of rows without one",
+        TOKENS,
+        "    if (tid == 0 && has_label && args.label_gradients != nullptr) {",
+        "    if (false) {",
+        "parts",
+    ),
+    Mutant(
+        "a label's gradient of rows without one from every part",
+        TOKENS,
+        "    if (tid == 0 && has_label && args.label_gradients != nullptr) {",
+        "    if (tid == 0 && is_scored && args.label_gradients != nullptr) {",
+        "parts",
+    ),
+    # ---- rows of hidden states
+    Mutant(
+        "tokens of the lanes before not counted",
+        WARP,
+        "    if ((lane & distance) != 0) sum.before += other;\n",
+        "",
+        "token_rows",
+    ),
+    Mutant(
+        "tokens of the warps before not counted",
+        HIDDEN,
+        "__shfl_sync(kWholeWarp, of_block.before, warp) + of_my_warp.before;",
+        "of_my_warp.before;",
+        "token_rows",
+    ),
+    Mutant(
+        "tokens of the turns before not counted",
+        HIDDEN,
+        "    num_selected += of_block.all;\n",
+        "    num_selected = of_block.all;\n",
+        "token_rows",
+    ),
+    Mutant(
+        "more tokens selected than there are rows",
+        HIDDEN,
+        "      if (row < args.R) {\n",
+        "      if (row <= args.R) {\n",
+        "token_rows",
+        "asan",
+    ),
+    Mutant(
+        "rows without a token left as they were",
+        HIDDEN,
+        "  for (int64_t row = num_selected + tid; row < args.R; row += kSelectThreads) {",
+        "  for (int64_t row = num_selected + tid; row < num_selected; row += kSelectThreads) {",
+        "token_rows",
+    ),
+    Mutant(
+        "the next sequence's tokens taken for this one's",
+        HIDDEN,
+        "      token = token.t + 1 < targets.T ? Token{token.b, token.t + 1} "
+        ": Token{token.b + 1, 0};\n",
+        "      token = Token{token.b, token.t + 1};\n",
+        "token_rows",
+    ),
+    Mutant(
+        "rows beyond the last one, gathered",
+        HIDDEN,
+        "  if (row >= args.R) return;\n  const int64_t position = load_uniform",
+        "  const int64_t position = load_uniform",
+        "token_rows",
+        "asan",
+    ),
+    Mutant(
+        "a row without a token gathered",
+        HIDDEN,
+        "  if (position < 0) {\n    fill_row<T, kRowThreads>(to, args.H, 0);\n    return;\n  }\n",
+        "",
+        "token_rows",
+        "asan",
+    ),
+    Mutant(
+        "rows taken for aligned alike, gathered",
+        HIDDEN,
+        "  if ((reinterpret_cast<uintptr_t>(from) - reinterpret_cast<uintptr_t>(to)) % 16 != 0) {",
+        "  if (false) {",
+        "token_rows",
+    ),
+    Mutant(
+        "32-bit offset of a gathered row",
+        HIDDEN,
+        "static_cast<const T*>(args.source) + args.source_strides.offset(token.b, token.t);\n"
+        "  const int64_t tid",
+        "static_cast<const T*>(args.source) + "
+        "static_cast<int32_t>(args.source_strides.offset(token.b, token.t));\n"
+        "  const int64_t tid",
+        "offsets",
+    ),
+    Mutant(
+        "32-bit offset of a row of the weight",
+        HIDDEN,
+        "static_cast<const T*>(args.weight) + label * args.weight_stride_v,",
+        "static_cast<const T*>(args.weight) + static_cast<int32_t>(label * args.weight_stride_v),",
+        "offsets",
+    ),
+    Mutant(
+        "logps written for rows without a token",
+        HIDDEN,
+        "  if (position < 0) return;\n  const LogSumExp",
+        "  const LogSumExp",
+        "token_rows",
+        "asan",
+    ),
+    Mutant(
+        "a gradient put where the ignored label is one of the vocabulary",
+        HIDDEN,
+        "  if (label == args.ignore_index || !is_in_part",
+        "  if (!is_in_part",
+        "token_rows",
+    ),
+    Mutant(
+        "a gradient put into every part",
+        ROWS,
+        "  return static_cast<uint64_t>(label) - static_cast<uint64_t>(first_label) <\n"
+        "         static_cast<uint64_t>(V);",
+        "  return first_label <= label;",
+        "token_rows",
+    ),
+    Mutant(
+        "the elements behind the last vector not added",
+        HIDDEN,
+        "    done += num_vectors * kWidth;\n",
+        "    done = end;\n",
+        "token_rows",
+    ),
+    Mutant(
+        "a batch of vectors taken for whole",
+        HIDDEN,
+        "    if (end - begin == kElements) {",
+        "    if (true) {",
+        "token_rows",
+        "asan",
+    ),
+    Mutant(
+        "a sum taken for aligned, when adding",
+        HIDDEN,
+        "  if (is_aligned(partial) && is_aligned(sum)) {",
+        "  if (is_aligned(partial)) {",
+        "token_rows",
+    ),
+    Mutant(
+        "a sum taken for aligned, in the last addition",
+        HIDDEN,
+        "                           is_aligned(row.sum) && is_aligned(row.weight)",
+        "                           is_aligned(row.weight)",
+        "token_rows",
+    ),
+    Mutant(
+        "the weight taken for contiguous in H",
+        HIDDEN,
+        "has_vectors = row.weight_stride == 1 && ",
+        "has_vectors = ",
+        "token_rows",
+    ),
+    Mutant(
+        "a label out of range followed to the weight",
+        HIDDEN,
+        "  if (!is_in_vocabulary(label, args.num_labels)) {\n    fill_row",
+        "  if (label < 0) {\n    fill_row",
+        "token_rows",
+        "asan",
+    ),
+    Mutant(
+        "the weight's row loaded twice",
+        HIDDEN,
+        "    Compute<T> values[kWidth];\n",
+        "    weight[u] = load_streaming(reinterpret_cast<const Vector16*>(row.weight) + i);\n"
+        "    Compute<T> values[kWidth];\n",
+        "bytes",
     ),
     # ---- sequences and pairs
     Mutant(

@@ -16,7 +16,9 @@ pytestmark = pytest.mark.emulation
 Builds = Callable[[str], EmulatedKernels]
 
 
-@pytest.mark.parametrize("section", ["values", "preference", "bytes", "schedules", "offsets"])
+@pytest.mark.parametrize(
+    "section", ["values", "parts", "token_rows", "preference", "bytes", "schedules", "offsets"]
+)
 def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Builds) -> None:
     done = emulated("plain").run(section)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
@@ -27,9 +29,10 @@ def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Bu
 @pytest.mark.parametrize(
     ("build", "arguments"),
     [
-        ("asan", ("values",)),
-        ("asan", ("--reduced", "preference", "schedules")),
+        ("asan", ("values", "token_rows")),
+        ("asan", ("--reduced", "parts", "preference", "schedules")),
         ("tsan", ("--reduced", "values")),
+        ("tsan", ("--reduced", "parts", "token_rows")),
         ("tsan", ("--reduced", "preference", "schedules")),
     ],
 )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import oracle
 from batches import DTYPES, make_batch
-from simpo_ext import simpo_loss, token_logps
+from linear_batches import make_linear_batch
+from simpo_ext import linear_token_logps, simpo_loss, token_logps
 
 pytestmark = [pytest.mark.kernels, pytest.mark.cuda_only]
 
@@ -49,6 +50,45 @@ def test_a_label_out_of_range_makes_the_loss_nan() -> None:
     assert out.losses.isnan().tolist() == [False, True, False]
     out.loss.backward()
     assert logits.grad[1, 4].isnan().all()
+
+
+@pytest.mark.parametrize("label", [-1, 5000, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_label_out_of_range_poisons_its_hidden_state_and_no_other(
+    dtype: torch.dtype, label: int
+) -> None:
+    # Two parts of the vocabulary.
+    batch = make_linear_batch(vocabulary=5000, dtype=dtype)
+
+    def logps_and_grad(labels: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = batch.hidden.detach().clone().requires_grad_()
+        logps = linear_token_logps(hidden, batch.weight, labels, bias=batch.bias, shift=False)
+        return logps.detach(), torch.autograd.grad(logps.sum(), hidden)[0]
+
+    labels = batch.labels.clone()
+    labels[1, 4:6] = 7
+    want, want_grad = logps_and_grad(labels)
+    labels[1, 4:6] = label
+    logps, grad = logps_and_grad(labels)
+    others = torch.ones_like(labels, dtype=torch.bool)
+    others[1, 4:6] = False
+    assert logps[1, 4:6].isnan().all()
+    assert grad[1, 4:6].isnan().all()
+    assert torch.equal(logps[others], want[others])
+    assert torch.equal(grad[others], want_grad[others])
+
+
+def test_tokens_beyond_num_valid_tokens_are_nan() -> None:
+    hidden, weight, labels, bias = make_linear_batch(vocabulary=5000)
+    want = linear_token_logps(hidden, weight, labels, bias=bias).flatten()
+    valid = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1).flatten() != -100
+    count = int(valid.sum())
+    got = linear_token_logps(hidden, weight, labels, bias=bias, num_valid_tokens=count - 3)
+    got = got.flatten()
+    scored = valid.nonzero().flatten()
+    torch.testing.assert_close(got[scored[:-3]], want[scored[:-3]], rtol=1e-5, atol=1e-5)
+    assert got[scored[-3:]].isnan().all()
+    assert (got[~valid] == 0).all()
 
 
 # 1 to 40: heads, tails and vectors of every length there is. 5003: several loads in flight and a

@@ -32,6 +32,15 @@ def streaming(compiled: list[Kernel]) -> list[Kernel]:
     return found
 
 
+def around_hidden_states(compiled: list[Kernel], *names: str) -> list[Kernel]:
+    """Those of token_rows.cu, or of the names given."""
+    found = [k for k in compiled if "token_rows_cu" in k.name]
+    # add_partial and hidden_gradient twice for each dtype, both ways to gather rows and
+    # put_label_gradients once, and two kernels for each dtype of arithmetic alone.
+    assert len(found) == (4 * 7 + 2 * 2) * len({k.architecture for k in compiled})
+    return [k for k in found if not names or any(name in k.name for name in names)]
+
+
 def is_float64(kernel: Kernel) -> bool:
     return "kernelId" in kernel.name
 
@@ -84,6 +93,22 @@ def test_main_loops_have_four_wide_loads_in_flight(compiled: list[Kernel]) -> No
         in_flight = max(loads_in_flight(body) for body in loops(kernel.instructions))
         least = 2 if is_float64(kernel) or is_capped(kernel) else 4
         assert in_flight >= least, label(kernel)
+
+
+@needs_cuda_build
+def test_rows_of_hidden_states_have_four_wide_loads_in_flight(compiled: list[Kernel]) -> None:
+    names = ("gather_rows_kernel", "add_partial_kernel", "hidden_gradient_kernel")
+    for kernel in around_hidden_states(compiled, *names):
+        assert kernel.registers <= 64, label(kernel)
+        # add_partial is one batch for each block, without a loop.
+        bodies = (kernel.instructions, *loops(kernel.instructions))
+        assert max(map(loads_in_flight, bodies)) >= 4, label(kernel)
+
+
+@needs_cuda_build
+def test_a_thousand_threads_can_select_tokens(compiled: list[Kernel]) -> None:
+    for kernel in around_hidden_states(compiled, "select_tokens_kernel"):
+        assert kernel.registers <= 64, label(kernel)
 
 
 @needs_cuda_build

@@ -14,6 +14,13 @@ namespace simpo_ext::kernel_tests {
 
 constexpr unsigned char kUnwritten = 0xa5;
 
+template <typename T>
+bool is_unwritten(const T& value) {
+  unsigned char pattern[sizeof(T)];
+  std::memset(pattern, kUnwritten, sizeof(T));
+  return std::memcmp(static_cast<const void*>(&value), pattern, sizeof(T)) == 0;
+}
+
 // count elements, of which the first lies front elements behind a 16-byte boundary.
 template <typename T>
 class Buffer {

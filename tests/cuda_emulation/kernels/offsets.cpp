@@ -174,11 +174,76 @@ void check_far_rows() {
   }
 }
 
+// Rows of hidden states, of weights and of logits as far apart.
+template <typename T>
+void check_far_hidden_states() {
+  using Scalar = Compute<T>;
+  constexpr int64_t H = 1003, R = 3, V = 9;
+  constexpr int64_t kFar = (int64_t{1} << 31) + 8 * H;
+  describe("%s rows of hidden states %ld apart", DTypeOf<T>::name, kFar);
+  // Positions of a contiguous [1, T, H] whose rows are as far: 0, and past 2^31 and 2^32 elements.
+  constexpr int64_t kPast31 = (int64_t{1} << 31) / H + 1, kPast32 = (int64_t{1} << 32) / H + 1;
+  const Buffer<int64_t> positions(R), labels(R);
+  const Buffer<Scalar> label_gradients(R);
+  for (int64_t i = 0; i < R; ++i) {
+    positions[i] = i == 0 ? 0 : i == 1 ? kPast31 : kPast32;
+    labels[i] = i;
+    label_gradients[i] = Scalar(1 + i);
+  }
+  const SparseArray<T> hidden((kPast32 + 1) * H), weight((R - 1) * kFar + H);
+  const SparseArray<T> dlogits((R - 1) * kFar + V);
+  const Buffer<T> gathered(R * H);
+  for (int64_t i = 0; i < R; ++i) {
+    fill_row(hidden.data() + positions[i] * H, H, i);
+    fill_row(weight.data() + i * kFar, H, i + 7);
+  }
+  require_equal(cuda::gather_rows({DTypeOf<T>::value,
+                                   kPast32 + 1,
+                                   H,
+                                   R,
+                                   positions.data(),
+                                   hidden.data(),
+                                   {0, H},
+                                   gathered.data()},
+                                  nullptr),
+                0, "error of gather_rows");
+  for (int64_t i = 0; i < R; ++i) {
+    require(
+        std::memcmp(gathered.data() + i * H, hidden.data() + positions[i] * H, H * sizeof(T)) == 0,
+        "rows gathered");
+  }
+  require_equal(cuda::hidden_gradient({DTypeOf<T>::value, kPast32 + 1, H, R, V, positions.data(),
+                                       labels.data(), label_gradients.data(), weight.data(), kFar,
+                                       1, gathered.data(), nullptr, hidden.data()},
+                                      nullptr),
+                0, "error of hidden_gradient");
+  for (int64_t i = 0; i < R; ++i) {
+    for (int64_t h = 0; h < H; ++h) {
+      const double expected =
+          static_cast<double>(widen(gathered[i * H + h])) +
+          static_cast<double>(1 + i) * static_cast<double>(widen(weight[i * kFar + h]));
+      require_close(static_cast<double>(widen(hidden[positions[i] * H + h])), expected,
+                    1.01 * half_ulp<T>(expected) + 40 * kUnit<Scalar>, "dhidden");
+    }
+  }
+  require_equal(cuda::put_label_gradients({DTypeOf<T>::value, R, V, 0, kIgnore, labels.data(),
+                                           label_gradients.data(), dlogits.data(), kFar},
+                                          nullptr),
+                0, "error of put_label_gradients");
+  for (int64_t i = 0; i < R; ++i) {
+    require_equal(static_cast<double>(widen(dlogits[i * kFar + i])), static_cast<double>(1 + i),
+                  "label's gradient");
+  }
+}
+
 }  // namespace
 
 void check_offsets(bool) {
   check_contiguous_forward();
-  for_each_dtype([](auto, auto logit) { check_far_rows<decltype(logit)>(); });
+  for_each_dtype([](auto, auto logit) {
+    check_far_rows<decltype(logit)>();
+    check_far_hidden_states<decltype(logit)>();
+  });
 }
 
 }  // namespace simpo_ext::kernel_tests

@@ -9,6 +9,8 @@
 #include "emulator.h"
 #include "kernels/buffers.h"
 #include "kernels/pair_batch.h"
+#include "kernels/parts.h"
+#include "kernels/row_batch.h"
 #include "kernels/sections.h"
 #include "kernels/token_batch.h"
 
@@ -121,10 +123,100 @@ void check_pairs(bool reduced, int64_t P, int64_t num_positions, const PairOptio
   });
 }
 
+template <typename Logit>
+void check_parts(bool reduced) {
+  describe("%s, in parts", DTypeOf<Logit>::name);
+  require_one_result(reduced, [] {
+    const Shape shape{2, 21, 700};
+    const int64_t N = shape.B * shape.T;
+    const TokenBatch<Logit> batch(shape, {1, 0, 0}, {1.0, 0.0}, true, 2500);
+    const Rows<Logit> dlogits(shape.B, shape.T, shape.V, {1, 0, 0});
+    const Buffer<Compute<Logit>> max(N), label_z(N), label_gradients(N);
+    const Buffer<double> sum_exp(N);
+    const Cuts cuts = cuts_of(shape.V, 300);
+    for (size_t part = 0; part + 1 < cuts.size(); ++part) {
+      require_equal(
+          cuda::token_logps(forward_args(batch, cuts, part, max, sum_exp, label_z), nullptr), 0,
+          "error of the forward");
+    }
+    for (const Rows<Logit>* to : {&dlogits, &batch.logits}) {
+      for (size_t part = 0; part + 1 < cuts.size(); ++part) {
+        require_equal(
+            cuda::token_logps_backward(
+                backward_args(batch, cuts, part, max, sum_exp, *to, label_gradients), nullptr),
+            0, "error of the backward");
+      }
+    }
+    Bytes bytes;
+    append(bytes, max);
+    append(bytes, sum_exp);
+    append(bytes, label_z);
+    append(bytes, dlogits.buffer());
+    append(bytes, batch.logits.buffer());
+    append(bytes, label_gradients);
+    return bytes;
+  });
+}
+
+template <typename T>
+void check_token_rows(bool reduced) {
+  describe("%s, rows of tokens", DTypeOf<T>::name);
+  require_one_result(reduced, [] {
+    constexpr int64_t kHidden = 130;
+    RowBatch batch(3, 1500, 20, 2600);
+    const int64_t R = static_cast<int64_t>(batch.valid.size()) / 8;
+    const SelectedRows rows(batch, R);
+    const Buffer<Compute<T>> logps(batch.B * batch.T), sum(R * kHidden);
+    require_equal(cuda::select_tokens({batch.targets(), batch.num_labels, R, rows.positions.data(),
+                                       rows.labels.data(), DTypeOf<T>::value, logps.data()},
+                                      nullptr),
+                  0, "error of select_tokens");
+    const HiddenGradients<T> hidden(batch, rows, kHidden, {kHidden, 1}, {0, 0, 0, 0}, true);
+    require_equal(cuda::hidden_gradient(hidden.args(batch, rows), nullptr), 0,
+                  "error of hidden_gradient");
+    const Buffer<T> source(batch.B * batch.T * kHidden), gathered(R * kHidden), dlogits(R * 20);
+    for (int64_t i = 0; i < source.size(); ++i) source[i] = hidden.partial[i % (R * kHidden)];
+    require_equal(cuda::gather_rows({DTypeOf<T>::value,
+                                     batch.T,
+                                     kHidden,
+                                     R,
+                                     rows.positions.data(),
+                                     source.data(),
+                                     {batch.T * kHidden, kHidden},
+                                     gathered.data()},
+                                    nullptr),
+                  0, "error of gather_rows");
+    for (const bool is_first : {true, false}) {
+      require_equal(cuda::add_partial({DTypeOf<T>::value, R * kHidden, hidden.partial.data(),
+                                       sum.data(), is_first},
+                                      nullptr),
+                    0, "error of add_partial");
+    }
+    require_equal(cuda::put_label_gradients(
+                      {DTypeOf<T>::value, R, 20, 0, batch.ignore_index, rows.labels.data(),
+                       hidden.label_gradients.data(), dlogits.data(), 20},
+                      nullptr),
+                  0, "error of put_label_gradients");
+    Bytes bytes;
+    append(bytes, rows.positions);
+    append(bytes, rows.labels);
+    append(bytes, logps);
+    append(bytes, hidden.dhidden);
+    append(bytes, gathered);
+    append(bytes, sum);
+    append(bytes, dlogits);
+    return bytes;
+  });
+}
+
 }  // namespace
 
 void check_schedules(bool reduced) {
-  for_each_dtype([&](auto, auto logit) { check_token_logps<decltype(logit)>(reduced); });
+  for_each_dtype([&](auto, auto logit) {
+    check_token_logps<decltype(logit)>(reduced);
+    check_parts<decltype(logit)>(reduced);
+    check_token_rows<decltype(logit)>(reduced);
+  });
   const PairOptions mean_of_tokens{
       true,
       {LossType::kSigmoid, 2.0, 0.5, 0.1},
