@@ -155,7 +155,7 @@ run_tests() {
   local parallel=()
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
   export FAIL_WITHOUT_CUDA=1
-  limited "$python" -m pytest -q tests/test_cuda.py &&
+  limited "$python" -m pytest -q tests/test_cuda.py tests/test_cuda_linear.py &&
     limited "$python" -m pytest -q --kernels=cuda "${parallel[@]}"
 }
 
@@ -185,7 +185,7 @@ memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 
 run_stream_tests() {
-  local selected=(tests/test_cuda.py -m gpu -k "graph or stream")
+  local selected=(tests/test_cuda.py tests/test_cuda_linear.py -m gpu -k "graph or stream")
   if $dry_run; then
     if [[ -e tests/test_cuda.py ]]; then
       limited "$python" -m pytest -q --collect-only "${selected[@]}" || return

@@ -1,7 +1,7 @@
 """The ops of the compiled library as PyTorch sees them: fake kernels, autograd, and call wrappers.
 
-The only module that touches ``torch.ops.simpo_ext``. It checks nothing that
-:mod:`simpo_ext.functional` has checked; the kernels guard their own memory accesses.
+This module and :mod:`simpo_ext._linear_ops` alone touch ``torch.ops.simpo_ext``. They check nothing
+that :mod:`simpo_ext.functional` has checked; the kernels guard their own memory accesses.
 """
 
 from __future__ import annotations

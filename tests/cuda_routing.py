@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simpo_ext import _linear_ops
+
 FORWARD_AND_BACKWARD = (
     "token_logps",
     "token_logps_backward",
@@ -41,6 +43,8 @@ def moved(tensor: Tensor, device: str) -> Tensor:
 def route_cpu_ops_to_cuda(device: str = "cuda") -> torch.library.Library:
     """Replaces the CPU kernels of every op. They are back when the library returned is gone."""
     library = torch.library.Library("simpo_ext", "IMPL")
+    # What the fake kernels say of CPU tensors has to be the GPU's plan now.
+    _linear_ops._CHUNK_COLUMNS["cpu"] = _linear_ops._CHUNK_COLUMNS["cuda"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the dispatcher's, that a kernel was registered anew
         for name in FORWARD_AND_BACKWARD:

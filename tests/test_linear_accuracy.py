@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 import linear_oracle
-from linear_batches import LinearBatch, dense_logps, logps_and_gradients, upstream_of
+from linear_batches import CHUNK, LinearBatch, dense_logps, logps_and_gradients, upstream_of
 from simpo_ext import linear_simpo_loss, linear_token_logps
 
 pytestmark = pytest.mark.kernels
 
 PAIRS, T, H = 2, 64, 64  # N = 256 rows, of which the shift leaves 252 and the masks fewer
-CHUNK = 4096
 RULE = 1.1
 
 
