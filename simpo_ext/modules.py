@@ -80,13 +80,13 @@ class _Options(nn.Module):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.inplace_backward = check_bool("inplace_backward", inplace_backward)
+        # Not those that a subclass or a caller may set besides.
+        self._options = tuple(
+            name for name in vars(self) if not name.startswith("_") and name != "training"
+        )
 
     def _keywords(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if not name.startswith("_") and name != "training"
-        }
+        return {name: getattr(self, name) for name in self._options}
 
     def extra_repr(self) -> str:
         """Every option, as the constructor takes it."""
@@ -172,6 +172,7 @@ class LinearSimPOLoss(_Options):
         )
         resolve_linear_options(logits_budget_bytes, None)
         self.logits_budget_bytes = logits_budget_bytes
+        self._options += ("logits_budget_bytes",)
 
     def forward(
         self,

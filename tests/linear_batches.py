@@ -16,8 +16,8 @@ from batches import make_batch
 from simpo_ext import _linear_ops
 
 OPS = torch.ops.simpo_ext
-# The most columns of the logits that are worked on at a time: 4096 on CPUs, 8192 where their tensors
-# go to a GPU (cuda_routing.py).
+# The most columns of the logits that are worked on at a time: 4096 on CPUs, 8192 where tensors are
+# sent to a GPU (cuda_routing.py).
 CHUNK = _linear_ops._CHUNK_COLUMNS["cpu"]
 # More than any batch of the tests fills.
 UNLIMITED = 2**62

@@ -311,3 +311,16 @@ def test_the_module_s_repr_shows_every_option() -> None:
         "normalizer=None, empty='drop', ignore_index=-100, shift=True, logit_scale=1.0, "
         "softcap=30.0, inplace_backward=False)"
     )
+
+
+def test_what_a_caller_sets_on_a_module_is_no_option() -> None:
+    batch = make_batch()
+    hidden, weight = torch.randn(*batch.labels.shape, 3), torch.randn(batch.logits.shape[2], 3)
+    module, linear = simpo_ext.SimPOLoss(beta=2.5), simpo_ext.LinearSimPOLoss(beta=2.5)
+    module.name = linear.name = "of the caller"
+    module.beta = linear.beta = 3.0  # options may be changed
+    loss = module(*batch).loss
+    assert torch.equal(loss, simpo_ext.simpo_loss(*batch, beta=3.0).loss)
+    of_hidden = simpo_ext.linear_simpo_loss(hidden, weight, batch.labels, beta=3.0).loss
+    assert torch.equal(linear(hidden, weight, batch.labels).loss, of_hidden)
+    assert "caller" not in repr(module) + repr(linear)
