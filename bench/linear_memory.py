@@ -2,8 +2,8 @@
 
 As memory.py does it for logits: the process makes the tensors, lets the candidate work on a small
 batch so that code and threads are loaded, and notes what is resident. The forward runs without
-gradients, as in an evaluation; the peak of forward and backward, whose gradients count, is read
-after that.
+gradients, as in an evaluation; forward and backward, whose gradients count, run in a process of
+their own, where nobody holds memory of the forward for later.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from bench.workers import ROOT, environment, first_line
 WARM_TIME, WARM_VOCABULARY, WARM_HIDDEN = 32, 4096, 256
 
 
+PHASES = ("forward", "forward_backward")
+
+
 def peak_extra_mib(batch: dict[str, Any], candidate: str) -> dict[str, Any]:
-    """Measures in a new process.
+    """Measures in new processes.
 
     Args:
         batch: As :meth:`bench.linear_batch.LinearBatch.to_json` gives it.
@@ -31,9 +34,15 @@ def peak_extra_mib(batch: dict[str, Any], candidate: str) -> dict[str, Any]:
     Returns:
         ``forward_mib`` and ``forward_backward_mib``, and ``method``; or ``reason`` why not.
     """
-    request = json.dumps({"batch": batch, "name": candidate})
+    answer: dict[str, Any] = {}
+    for phase in PHASES:
+        answer |= _measured_apart({"batch": batch, "name": candidate, "phase": phase})
+    return {"reason": answer["reason"]} if "reason" in answer else answer
+
+
+def _measured_apart(request: dict[str, Any]) -> dict[str, Any]:
     result = subprocess.run(
-        [sys.executable, "-m", "bench.linear_memory", request],
+        [sys.executable, "-m", "bench.linear_memory", json.dumps(request)],
         capture_output=True,
         text=True,
         check=False,
@@ -51,7 +60,7 @@ def peak_extra_mib(batch: dict[str, Any], candidate: str) -> dict[str, Any]:
 # ---- in the fresh process --------------------------------------------------------------------
 
 
-def _measure(fields: dict[str, Any], name: str) -> dict[str, Any]:
+def _measure(fields: dict[str, Any], name: str, phase: str) -> dict[str, Any]:
     import torch
 
     from bench.cases import masked
@@ -77,26 +86,21 @@ def _measure(fields: dict[str, Any], name: str) -> dict[str, Any]:
     tensors = make_tensors(each, cpu)
     labels = masked(tensors.labels, each.batch.prompts, each.batch.ends)
     inputs = (tensors.hidden, tensors.weight)
-    peaks = []
-    is_reset = False
-    for phase in ("forward", "forward_backward"):
-        memory._give_back_free_memory()
-        is_reset = memory._reset_peak()
-        before = memory._kib("VmRSS")
-        if not is_reset and memory._kib("VmHWM") > before + 1024:
-            return {"reason": "the kernel does not let the peak be reset"}
-        if phase == "forward":
-            with torch.no_grad():
-                loss = candidate.loss(*inputs, labels, None)
-        else:
+    memory._give_back_free_memory()
+    is_reset = memory._reset_peak()
+    before = memory._kib("VmRSS")
+    if not is_reset and memory._kib("VmHWM") > before + 1024:
+        return {"reason": "the kernel does not let the peak be reset"}
+    if phase == "forward":
+        with torch.no_grad():
             loss = candidate.loss(*inputs, labels, None)
-            gradients = torch.autograd.grad(loss, inputs)
-            del gradients
-        del loss
-        peaks.append(max(0, memory._kib("VmHWM") - before) / 1024)
+    else:
+        loss = candidate.loss(*inputs, labels, None)
+        gradients = torch.autograd.grad(loss, inputs)
+        del gradients
+    del loss
     return {
-        "forward_mib": peaks[0],
-        "forward_backward_mib": peaks[1],
+        f"{phase}_mib": max(0, memory._kib("VmHWM") - before) / 1024,
         "method": "VmHWM after reset" if is_reset else "VmHWM",
     }
 
@@ -107,7 +111,7 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.loads(sys.argv[1])
     try:
-        answer = _measure(request["batch"], request["name"])
+        answer = _measure(request["batch"], request["name"], request["phase"])
     except Exception as error:  # of a foreign package, whatever it is
         answer = {"reason": first_line(error)}
     answers.write(json.dumps(answer) + "\n")

@@ -23,9 +23,9 @@ FRACTIONS = (1.0, 0.4)
 SMALL_BATCH, SMALL_HIDDEN, LARGE = 4, 1024, 128256
 PEERS = (EAGER, TORCH, LIGER, LIGER_COMPILED)
 
-SAMPLES = 4
+SAMPLES = 3
 QUICK_SAMPLES = 2
-PATIENCE_SECONDS = 6.0  # of waiting for a quiet machine, in each case
+PATIENCE_SECONDS = 3.0  # of waiting for a quiet machine, in each case
 
 # A lap that takes longer gets so many samples instead.
 FEWER_SAMPLES = ((1000.0, SAMPLES), (2000.0, 2), (float("inf"), 1))
@@ -169,7 +169,8 @@ def _candidate_seconds(plan: Plan, case: Case, name: str, lap_ms: float) -> floa
     forward_ms = lap_ms * (1.0 if name in (LIGER, LIGER_COMPILED) else FORWARD_SHARE)
     seconds = 0.0
     if name in case.memory:
-        seconds += PROCESS_SECONDS + PREPARE_SECONDS * elements + (lap_ms + forward_ms) / 1e3
+        seconds += 2 * (PROCESS_SECONDS + PREPARE_SECONDS * elements)
+        seconds += (lap_ms + forward_ms) / 1e3
     if name not in case.names:
         return seconds
     seconds += VERIFY_SECONDS * elements + lap_ms / 1e3

@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <mutex>
+#include <vector>
 
 namespace simpo_ext::cpu {
 namespace {
@@ -21,7 +23,68 @@ void advise(uintptr_t begin, uintptr_t end) {
 #endif
 }
 
+// Mappings that wait for a call they fit, the one kept first in front.
+struct Kept {
+  std::mutex mutex;
+  std::vector<Mapping> mappings;
+};
+
+// Never destroyed: a tensor may be freed when the process ends.
+Kept& kept() {
+  static Kept* const instance = new Kept;
+  return *instance;
+}
+
+// Lets the system take the pages when it needs them. Nothing happens to those it does not take.
+bool offer_to_system(const Mapping& mapping) {
+#if defined(MADV_FREE)
+  return madvise(mapping.data, mapping.bytes, MADV_FREE) == 0;
+#else
+  static_cast<void>(mapping);
+  return false;
+#endif
+}
+
 }  // namespace
+
+Mapping map_for_writing(std::size_t bytes) {
+  const uintptr_t length = round_up(bytes);
+  {
+    const std::lock_guard lock(kept().mutex);
+    std::vector<Mapping>& mappings = kept().mappings;
+    // The smallest that fits, but none of which more than half would be of no use.
+    auto best = mappings.end();
+    for (auto each = mappings.begin(); each != mappings.end(); ++each) {
+      const bool fits = each->bytes >= length && each->bytes / 2 <= length;
+      if (fits && (best == mappings.end() || each->bytes <= best->bytes)) best = each;
+    }
+    if (best != mappings.end()) {
+      const Mapping mapping = *best;
+      mappings.erase(best);
+      return mapping;
+    }
+  }
+  return {map_zeros(length), length};
+}
+
+void keep_for_writing(const Mapping& mapping) {
+  std::vector<Mapping> unwanted;
+  if (offer_to_system(mapping)) {
+    const std::lock_guard lock(kept().mutex);
+    std::vector<Mapping>& mappings = kept().mappings;
+    mappings.push_back(mapping);
+    std::size_t bytes = 0;
+    for (const Mapping& each : mappings) bytes += each.bytes;
+    while (mappings.size() > kMostKept || bytes > kMostKeptBytes) {
+      bytes -= mappings.front().bytes;
+      unwanted.push_back(mappings.front());
+      mappings.erase(mappings.begin());
+    }
+  } else {
+    unwanted.push_back(mapping);
+  }
+  for (const Mapping& each : unwanted) unmap(each.data, each.bytes);
+}
 
 void* map_zeros(std::size_t bytes) {
   // One huge page more than needed, of which what lies outside of whole ones is given back.

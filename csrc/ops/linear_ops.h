@@ -84,11 +84,10 @@ class LinearOps {
     Tensor max = new_empty(hidden, {R}, problem.compute);
     Tensor sum_exp = new_empty(hidden, {R}, ScalarType::Double);
     const Tensor label_z = new_empty(hidden, {R}, problem.compute);
-    const LargeTensor kept_chunks = device.new_large(hidden, {plan.kept, R, plan.width});
-    const Tensor kept = kept_chunks.tensor;
+    const Tensor kept = device.new_large_for_writing(hidden, {plan.kept, R, plan.width});
 
     const Rows rows(device, problem, R, logps.mutable_data_ptr());
-    if (!kept_chunks.holds_zeros) zero_what_no_product_writes(kept, plan, problem.V, rows.count);
+    zero_what_no_product_writes(kept, plan, problem.V, rows.count);
     const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
     const bool keeps_all = plan.kept == plan.chunks;
     const Tensor scratch = keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, R, plan);
@@ -163,7 +162,7 @@ class LinearOps {
     const Tensor label_gradients = new_empty(hidden, {R}, problem.compute);
     const Tensor dlogits = new_logits(device, hidden, R, plan);
     const auto nothing = [&] { return new_empty(hidden, {0}); };  // outputs do not share memory
-    const Tensor dweight = needs_weight ? device.new_large(weight, {V, H}).tensor : nothing();
+    const Tensor dweight = needs_weight ? device.new_large_for_writing(weight, {V, H}) : nothing();
     const Tensor dbias = needs_bias ? new_empty(hidden, {1, V}) : nothing();
     const Tensor ones = new_ones(hidden, needs_bias ? rows.count : 0);
     const Tensor partial = needs_hidden ? new_empty(hidden, {R, H}) : nothing();
@@ -377,7 +376,7 @@ class LinearOps {
 
   static Tensor new_logits(const Device& device, const Tensor& like, int64_t R,
                            const LogitsPlan& plan) {
-    return device.new_large(like, {R, plan.width}).tensor;
+    return device.new_large_for_writing(like, {R, plan.width});
   }
 
   // Of kept [kept, R, width]: rows without a token, and columns past the vocabulary. What an op

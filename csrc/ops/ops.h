@@ -3,7 +3,8 @@
 // Device says where tensors have to lie and calls that device's kernels:
 //   Device(tensor, name)        for the duration of an op; refuses a tensor it has no kernels for
 //   check(tensor, name)         refuses a tensor that lies elsewhere than the first
-//   new_large(like, sizes)      memory for something of the size of logits
+//   new_large(like, sizes)      memory for something of the size of logits, zeros where that is
+//   free new_large_for_writing(like, sizes)    the same for what is written whole
 //   token_logps(args), ...      the kernels of core/kernels.h, with their errors thrown
 #pragma once
 

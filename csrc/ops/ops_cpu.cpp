@@ -28,27 +28,64 @@ FromBlob from_blob_of_this_torch() {
   return from_blob;
 }
 
-// Contiguous zeros. Nothing, where torch or the system cannot give them.
-std::optional<Tensor> try_new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes,
-                                    size_t bytes) {
+// A contiguous tensor in memory that release(data, context) takes back. Nothing, where torch cannot
+// make one.
+std::optional<Tensor> try_tensor_of(const Tensor& like, std::initializer_list<int64_t> sizes,
+                                    void* data, void (*release)(void* data, void* context),
+                                    void* context) {
   const FromBlob from_blob = from_blob_of_this_torch();
-  void* data = from_blob == nullptr ? nullptr : cpu::map_zeros(bytes);
-  if (data == nullptr) return std::nullopt;
   const ContiguousStrides strides(sizes);
   const int32_t dtype =
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type()));
   constexpr int32_t kNoIndex = -1;  // as CPU tensors have
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError error = from_blob(
-      data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), 0, dtype,
-      aoti_torch_device_type_cpu(), kNoIndex, &handle, aoti_torch_layout_strided(), nullptr, 0,
-      [](void* mapped, void* length) { cpu::unmap(mapped, reinterpret_cast<uintptr_t>(length)); },
-      reinterpret_cast<void*>(bytes));
+  const AOTITorchError error =
+      from_blob(data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), 0, dtype,
+                aoti_torch_device_type_cpu(), kNoIndex, &handle, aoti_torch_layout_strided(),
+                nullptr, 0, release, context);
   if (error != AOTI_TORCH_SUCCESS) {
-    cpu::unmap(data, bytes);
+    release(data, context);
     return std::nullopt;
   }
   return Tensor(handle);
+}
+
+void* as_context(size_t bytes) { return reinterpret_cast<void*>(bytes); }
+size_t bytes_of(void* context) { return reinterpret_cast<uintptr_t>(context); }
+
+// Zeros. Nothing, where torch or the system cannot give them; as below.
+std::optional<Tensor> try_new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes,
+                                    size_t bytes) {
+  if (from_blob_of_this_torch() == nullptr) return std::nullopt;
+  void* const data = cpu::map_zeros(bytes);
+  if (data == nullptr) return std::nullopt;
+  return try_tensor_of(
+      like, sizes, data, [](void* mapped, void* length) { cpu::unmap(mapped, bytes_of(length)); },
+      as_context(bytes));
+}
+
+// Memory that may have been in use before.
+std::optional<Tensor> try_new_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes,
+                                          size_t bytes) {
+  if (from_blob_of_this_torch() == nullptr) return std::nullopt;
+  const cpu::Mapping mapping = cpu::map_for_writing(bytes);
+  if (mapping.data == nullptr) return std::nullopt;
+  return try_tensor_of(
+      like, sizes, mapping.data,
+      [](void* mapped, void* length) { cpu::keep_for_writing({mapped, bytes_of(length)}); },
+      as_context(mapping.bytes));
+}
+
+size_t bytes_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  size_t bytes = static_cast<size_t>(like.element_size());
+  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  return bytes;
+}
+
+Tensor new_on_huge_pages(const Tensor& like, std::initializer_list<int64_t> sizes, size_t bytes) {
+  const Tensor tensor = new_empty(like, sizes);
+  cpu::advise_huge_pages(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 // Threads come from torch's intra-op pool, so torch.set_num_threads governs them.
@@ -72,13 +109,16 @@ class Cpu {
   }
 
   LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) const {
-    size_t bytes = static_cast<size_t>(like.element_size());
-    for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+    const size_t bytes = bytes_of(like, sizes);
     if (bytes < cpu::kLargeBytes) return new_empty_large(like, sizes);
     if (std::optional<Tensor> zeros = try_new_zeros(like, sizes, bytes)) return {*zeros, true};
-    const LargeTensor large = new_empty_large(like, sizes);
-    cpu::advise_huge_pages(large.tensor.mutable_data_ptr(), bytes);
-    return large;
+    return {new_on_huge_pages(like, sizes, bytes), false};
+  }
+  Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes) const {
+    const size_t bytes = bytes_of(like, sizes);
+    if (bytes < cpu::kLargeBytes) return new_empty(like, sizes);
+    if (std::optional<Tensor> tensor = try_new_for_writing(like, sizes, bytes)) return *tensor;
+    return new_on_huge_pages(like, sizes, bytes);
   }
 
   void token_logps(const TokenLogpsArgs& args) const {

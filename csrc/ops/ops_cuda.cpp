@@ -98,6 +98,9 @@ class Cuda {
   LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) const {
     return new_empty_large(like, sizes);
   }
+  Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes) const {
+    return new_empty(like, sizes);
+  }
 
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, stream_));
@@ -173,6 +176,9 @@ class Cuda {
   void check(const Tensor&, const char*) const {}
   LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t>) const {
     return {like, false};
+  }
+  Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t>) const {
+    return like;
   }
   void token_logps(const TokenLogpsArgs&) const {}
   void token_logps_backward(const TokenLogpsBackwardArgs&) const {}

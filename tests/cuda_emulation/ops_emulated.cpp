@@ -23,6 +23,9 @@ class EmulatedCuda {
   LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) const {
     return new_empty_large(like, sizes);
   }
+  Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes) const {
+    return new_empty(like, sizes);
+  }
 
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, nullptr));

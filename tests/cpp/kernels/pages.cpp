@@ -68,9 +68,52 @@ void check_mapping(size_t bytes) {
   require(mapped_pages() == before, "all of it", static_cast<double>(mapped_pages() - before));
 }
 
+// Mappings that were kept are used again where they fit, and no more are kept than is said.
+void check_reuse() {
+  context = "memory used again";
+  const size_t bytes = 4 * kHugePage - 100;
+  const long before = mapped_pages();
+  const cpu::Mapping first = cpu::map_for_writing(bytes);
+  require(first.data != nullptr && first.bytes >= bytes, "room for all of it");
+  std::memset(first.data, 0x5a, bytes);
+  cpu::keep_for_writing(first);
+  const cpu::Mapping larger = cpu::map_for_writing(first.bytes + 1);
+  require(larger.data != first.data && larger.bytes > first.bytes, "too small a one is not taken");
+  const cpu::Mapping smaller = cpu::map_for_writing(kHugePage);
+  require(smaller.data != first.data, "nor one of which most would be of no use");
+  const cpu::Mapping again = cpu::map_for_writing(bytes - kHugePage);
+  require(again.data == first.data && again.bytes == first.bytes, "but the one that fits");
+  const cpu::Mapping other = cpu::map_for_writing(bytes);
+  require(other.data != first.data, "by one at a time");
+  std::memset(again.data, 0x5b, again.bytes);
+  require(static_cast<char*>(again.data)[again.bytes - 1] == 0x5b, "writable to its last byte");
+
+  // Of those that fit the smallest.
+  cpu::keep_for_writing(larger);
+  cpu::keep_for_writing(again);
+  const cpu::Mapping best = cpu::map_for_writing(bytes);
+  require(best.data == again.data, "the smallest that fits");
+  for (const cpu::Mapping& each : {smaller, other, best}) cpu::keep_for_writing(each);
+  // More than are kept: the first ones are unmapped, and their room in the address space is free.
+  std::vector<cpu::Mapping> many;
+  for (size_t i = 0; i < 2 * cpu::kMostKept; ++i) many.push_back(cpu::map_for_writing(bytes));
+  for (const cpu::Mapping& each : many) cpu::keep_for_writing(each);
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const long room = static_cast<long>(cpu::kMostKept * (bytes + kHugePage) / page);
+  require(mapped_pages() - before <= room + 64, "no more than so many are kept",
+          static_cast<double>(mapped_pages() - before), static_cast<double>(room));
+  // And so many bytes: of address space, none of which is written.
+  const cpu::Mapping most = cpu::map_for_writing(cpu::kMostKeptBytes + 1);
+  require(most.data != nullptr, "address space");
+  cpu::keep_for_writing(most);
+  Residency residency(kHugePage);
+  require(!residency.is_mapped(most.data), "too large a one is given back");
+}
+
 }  // namespace
 
 void check_pages() {
+  check_reuse();
   // Around a page and a huge page; several with an odd rest; the least that is ever asked for.
   for (const size_t bytes : {size_t{1}, size_t{4095}, size_t{4096}, size_t{4097}, kHugePage - 1,
                              kHugePage, kHugePage + 1, 3 * kHugePage + 12345, cpu::kLargeBytes}) {
