@@ -15,6 +15,10 @@ float64 (linear_reference.py). One that is wrong, or not installed, is reported 
 forward is an evaluation's, without gradients; forward and backward give the gradients of hidden
 states and weight. Samples are interleaved and taken between canaries (gate.py).
 
+Memory is as everyone gets it: the floor's has been written to before; of this project, logits and
+weight gradients take that of the lap before (csrc/cpu/pages.h); peers have what the allocator hands
+out. On a virtual machine whose host takes free pages back, that is a good part of their time.
+
 What a lap costs decides how often it is timed (linear_plan.py): the longest, over four seconds,
 while they are verified, and not again. Left out, because it would take an hour more and tell
 nothing new:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from bench.goals import _Figure, _judge, _where
 from bench.linear_subjects import OURS, OURS_0, OURS_UNLIMITED
 
@@ -19,7 +21,7 @@ WIDTH_MULTIPLE = 64
 
 WITHIN_BUDGET, AT_BUDGET_0 = 1.10, 1.45  # times the floor
 PARTIAL_RATIO, FULL_RATIO = 2.2, 1.0  # times as fast as a peer
-WORK_ARRAYS = 3  # of the size of the compacted hidden rows
+COMPUTE_BYTES = 4  # of a float32: sums of products are in it
 LIBRARY_MIB = 8.0  # what the library's products pack their operands into, and bookkeeping
 
 
@@ -42,11 +44,13 @@ def row_of(case: Case, name: str) -> Row:
 def allowed_mib(case: Case, budget: int) -> float:
     """Gradients, budget and what is stated: one chunk, and three arrays as the valid hidden rows.
 
-    A budget that is more than all logits counts as these.
+    A budget that is more than all logits and the chunk that is worked on counts as these.
     """
     chunk, everything = case["chunk_bytes"], case["all_chunks_bytes"]
-    logits = max(min(budget, everything), chunk)
-    work = WORK_ARRAYS * case["compacted_bytes"]
+    logits = max(min(budget, everything + chunk), chunk)
+    # The compacted rows, a product of their shape, and the sum of such products.
+    element = torch.finfo(getattr(torch, case["dtype"])).bits // 8
+    work = case["compacted_bytes"] * (2 + max(COMPUTE_BYTES, element) / element)
     return (case["gradient_bytes"] + logits + work) / 2**20 + LIBRARY_MIB
 
 
