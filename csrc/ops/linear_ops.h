@@ -229,9 +229,8 @@ class LinearOps {
 
     Tensor dhidden = nothing();
     if (needs_hidden) {
-      const LargeTensor zeros = device.new_large(hidden, {B, T, H});
-      dhidden = zeros.tensor;
-      if (!zeros.holds_zeros) torch::stable::zero_(dhidden);
+      dhidden = device.new_large_for_writing(hidden, {B, T, H});
+      torch::stable::zero_(dhidden);
       if (plan.chunks > 0) {
         device.hidden_gradient({
             .dtype = problem.dtype,
