@@ -160,7 +160,7 @@ def _bound_of_valid_tokens(labels: Tensor, options: TokenOptions, given: int | N
     scored = labels[:, 1:] if options.shift else labels
     most = scored.numel()
     if given is not None:
-        return _sym_min(given, most)
+        return min(given, most)
     is_capturing = labels.is_cuda and torch.cuda.is_current_stream_capturing()
     if labels.is_meta or is_capturing or not is_plain_call(labels):
         return most
