@@ -16,7 +16,7 @@ forward is an evaluation's, without gradients; forward and backward give the gra
 states and weight. Samples are interleaved and taken between canaries (gate.py).
 
 Memory is as everyone gets it: the floor's has been written to before; of this project, logits and
-weight gradients take that of the lap before (csrc/cpu/pages.h); peers have what the allocator hands
+gradients take that of the lap before (csrc/cpu/pages.h); peers have what the allocator hands
 out. On a virtual machine whose host takes free pages back, that is a good part of their time.
 
 What a lap costs decides how often it is timed (linear_plan.py): the longest, over four seconds,
@@ -46,11 +46,11 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ import torch
 from tqdm import tqdm
 
 import simpo_ext
-from bench import linear_floor, linear_goals, linear_laps, linear_memory, linear_report
+from bench import linear_floor, linear_goals, linear_laps, linear_memory, linear_report, program
 from bench.floor import FloorError, Probes
 from bench.gate import SAMPLES_PER_TURN, Gate, GatedTimes
 from bench.linear_floor import Floor
@@ -76,8 +76,7 @@ from bench.linear_plan import (
     times_forward,
 )
 from bench.linear_subjects import LinearCandidate, linear_candidates
-from bench.logits import _commit, _version
-from bench.machine import describe_cpu, slug
+from bench.machine import describe_cpu, version
 from bench.report import RESULTS
 
 CPU = torch.device("cpu")
@@ -203,12 +202,12 @@ def _describe_software() -> dict[str, Any]:
     info = simpo_ext.build_info()
     return {
         "torch": torch.__version__,
-        "liger-kernel": _version("liger-kernel"),
+        "liger-kernel": version("liger-kernel"),
         "simpo_ext": str(info["version"]),
         "level": simpo_ext.cpu_capability(),
         "compiler": str(info["compiler"]),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": program.commit(),
     }
 
 
@@ -254,50 +253,18 @@ def measure(plan: Plan, kind: str, output: Path) -> dict[str, Any]:
     return results
 
 
-def _default_output(kind: str) -> Path:
-    """bench/results/linear-MACHINE.json; a temporary file for a quick or a partial run."""
-    if kind != "full":
-        with tempfile.NamedTemporaryFile(prefix="linear-", suffix=".json", delete=False) as file:
-            return Path(file.name)
-    machine = describe_cpu()
-    words = [machine["name"], "family", machine["family"], "model", machine["model"]]
-    known = [str(word) for word in words if word]
-    return RESULTS / f"linear-{slug(' '.join([*known, str(machine['cores']), 'cores']))}.json"
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.bench_linear",
-        description="Times the loss from hidden states beside its peers.",
+    parser = program.make_parser(
+        "bench.bench_linear", "Times the loss from hidden states beside its peers."
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes: whether the program works"
-    )
-    parser.add_argument("--samples", type=int)
-    parser.add_argument(
-        "--cases", nargs="+", metavar="TEXT", help="only shapes whose name has one of these in it"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the plot goes beside it")
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE.json", help="prints README's tables of a run, only"
-    )
-    options = parser.parse_args(arguments)
-    if options.samples is not None and options.samples < 1:
-        parser.error(f"--samples: expected at least 1, got {options.samples}")
+    options = program.parse(parser, arguments)
     if options.quick:
         plan = quick_plan(options.samples or QUICK_SAMPLES)
     else:
         plan = full_plan(options.samples or SAMPLES)
-    groups = tuple(
-        group
-        for group in plan.groups
-        if options.cases is None or any(text in group[0].each.name for text in options.cases)
-    )
-    if not groups:
-        known = [group[0].each.name for group in plan.groups]
-        parser.error(f"--cases: expected parts of {known}, got {options.cases}")
-    options.plan = replace(plan, groups=groups)
-    options.kind = "quick" if options.quick else "partial" if options.cases else "full"
+    names = [group[0].each.name for group in plan.groups]
+    chosen = program.check_cases(parser, options, names)
+    options.plan = replace(plan, groups=tuple(compress(plan.groups, chosen)))
     return options
 
 
@@ -311,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.readme is not None:
         print(linear_report.markdown(json.loads(options.readme.read_text(encoding="utf-8"))))
         return 0
-    output = options.output or _default_output(options.kind)
+    output = options.output or program.default_output("linear", options.kind, describe_cpu())
     output.parent.mkdir(parents=True, exist_ok=True)
     minutes = estimate_seconds(options.plan) / 60
     print(f"{len(list(options.plan.cases()))} cases, about {minutes:.0f} minutes; to {output}")

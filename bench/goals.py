@@ -33,7 +33,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class _Figure:
+class Figure:
     """One case's figure: how it reads, where it was, and by how much it passes (below 1: not)."""
 
     text: str
@@ -41,7 +41,8 @@ class _Figure:
     margin: float
 
 
-def _judge(text: str, figures: Iterable[_Figure]) -> Goal:
+def judge(text: str, figures: Iterable[Figure]) -> Goal:
+    """A goal that all figures have to pass."""
     found = list(figures)
     if not found:
         return Goal(text, None, "not measured", 0, 0)
@@ -50,7 +51,8 @@ def _judge(text: str, figures: Iterable[_Figure]) -> Goal:
     return Goal(text, met == len(found), f"{worst.text} at {worst.where}", met, len(found))
 
 
-def _where(case: Case) -> str:
+def place(case: Case) -> str:
+    """Where a figure is from."""
     return f"{case['name']} {case['share']}"
 
 
@@ -59,27 +61,27 @@ def best_row(case: Case, kind: str = "ours") -> Row | None:
     return next((row for row in case["rows"] if row["kind"] == kind and row["is_best"]), None)
 
 
-def _floor_shares(cases: Iterable[Case], least: float) -> Iterator[_Figure]:
+def _floor_shares(cases: Iterable[Case], least: float) -> Iterator[Figure]:
     for case in cases:
         row = best_row(case)
         if row is not None and "forward" in row:
             percent = row["forward"]["percent_of_floor"]
-            yield _Figure(f"{percent:.0f} %", _where(case), percent / least)
+            yield Figure(f"{percent:.0f} %", place(case), percent / least)
 
 
 def _ratios(
     cases: Iterable[Case], phase: str, wanted: Callable[[Row], bool], least: float
-) -> Iterator[_Figure]:
+) -> Iterator[Figure]:
     for case in cases:
         for row in case["rows"]:
             if wanted(row) and phase in row and "x_ours" in row[phase]:
                 ratio = row[phase]["x_ours"]
-                yield _Figure(f"{ratio:.1f}x", f"{_where(case)}, {row['name']}", ratio / least)
+                yield Figure(f"{ratio:.1f}x", f"{place(case)}, {row['name']}", ratio / least)
 
 
 def _memory(
     cases: Iterable[Case], kind: str, phase: str, allowed_mib: Callable[[Case], float]
-) -> Iterator[_Figure]:
+) -> Iterator[Figure]:
     for case in cases:
         row = best_row(case, kind)
         memory = (row or {}).get("memory") or {}
@@ -87,7 +89,7 @@ def _memory(
             allowed = allowed_mib(case)
             margin = allowed / max(memory[phase], 1e-9)
             text = f"{memory[phase]:.1f} MiB of {allowed:.1f} allowed"
-            yield _Figure(text, _where(case), margin)
+            yield Figure(text, place(case), margin)
 
 
 def _nothing(case: Case) -> float:
@@ -128,46 +130,44 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
     both = "forward_backward"
     overhead = results.get("overhead")
     overhead_figures = (
-        [_Figure(f"{overhead['ratio']:.2f}x", "2x8x64", 1.0 / overhead["ratio"])]
-        if overhead
-        else []
+        [Figure(f"{overhead['ratio']:.2f}x", "2x8x64", 1.0 / overhead["ratio"])] if overhead else []
     )
     goals = [
-        _judge(
+        judge(
             "forward >= 90 % of the floor, float32",
             _floor_shares(float32, FLOOR_FLOAT32),
         ),
-        _judge(
+        judge(
             "forward >= 90 % of the floor, bfloat16, V >= 128k",
             _floor_shares(large, FLOOR_LARGE_VOCABULARY),
         ),
-        _judge(
+        judge(
             "forward >= 85 % of the floor, bfloat16, V = 32k", _floor_shares(small, FLOOR_BFLOAT16)
         ),
-        _judge("forward >= 3x torch.compile", _ratios(plain, "forward", compiled, 3.0)),
-        _judge("forward >= 7x every eager form", _ratios(plain, "forward", eager, 7.0)),
-        _judge("forward+backward >= 5x torch.compile at 100 %", _ratios(full, both, compiled, 5.0)),
-        _judge(
+        judge("forward >= 3x torch.compile", _ratios(plain, "forward", compiled, 3.0)),
+        judge("forward >= 7x every eager form", _ratios(plain, "forward", eager, 7.0)),
+        judge("forward+backward >= 5x torch.compile at 100 %", _ratios(full, both, compiled, 5.0)),
+        judge(
             "forward+backward >= 7x F.cross_entropy at 100 %",
             _ratios(full, both, cross_entropy, 7.0),
         ),
-        _judge(
+        judge(
             "forward+backward >= 8x torch.compile and F.cross_entropy at 40 %",
             _ratios(partial, both, compiled_or_cross_entropy, 8.0),
         ),
-        _judge(
+        judge(
             "forward+backward >= 2x every peer, huge pages for everyone",
             _ratios(huge, both, peer, 2.0),
         ),
-        _judge("no extra memory in the forward", _memory(plain, "ours", "forward_mib", _nothing)),
-        _judge(
+        judge("no extra memory in the forward", _memory(plain, "ours", "forward_mib", _nothing)),
+        judge(
             "extra memory out of place: the gradient of valid rows",
             _memory(plain, "ours", "forward_backward_mib", _one_gradient),
         ),
-        _judge(
+        judge(
             "no extra memory in place",
             _memory(plain, "ours in place", "forward_backward_mib", _nothing),
         ),
-        _judge("a call costs <= 1.0x the eager formula's", overhead_figures),
+        judge("a call costs <= 1.0x the eager formula's", overhead_figures),
     ]
     return [asdict(goal) for goal in goals]

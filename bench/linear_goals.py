@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 
-from bench.goals import _Figure, _judge, _where
-from bench.linear_subjects import OURS, OURS_0, OURS_UNLIMITED
+from bench.goals import Figure, judge, place
+from bench.linear_subjects import OURS, OURS_0, OURS_UNLIMITED, UNLIMITED
+from simpo_ext._linear_ops import _kept_logits_shape
 
 Results = dict[str, Any]
 Case = dict[str, Any]
 Row = dict[str, Any]
-
-# At most: as many chunks of the vocabulary as it takes, of equal width.
-CHUNK_COLUMNS = {"cpu": 4096, "cuda": 8192}
-WIDTH_MULTIPLE = 64
 
 WITHIN_BUDGET, AT_BUDGET_0 = 1.10, 1.45  # times the floor
 PARTIAL_RATIO, FULL_RATIO = 2.2, 1.0  # times as fast as a peer
@@ -30,9 +27,8 @@ def chunk_bytes(rows: int, vocabulary: int, element_size: int, device: str) -> t
 
     There is one chunk more that is worked on.
     """
-    chunks = -(-vocabulary // CHUNK_COLUMNS[device])
-    width = -(-vocabulary // chunks)
-    of_one = rows * (-(-width // WIDTH_MULTIPLE) * WIDTH_MULTIPLE) * element_size
+    chunks, _, width = _kept_logits_shape(rows, vocabulary, element_size, UNLIMITED, device)
+    of_one = rows * width * element_size
     return of_one, (chunks + 1) * of_one
 
 
@@ -47,48 +43,48 @@ def allowed_mib(case: Case, budget: int) -> float:
     A budget that is more than all logits and the chunk that is worked on counts as these.
     """
     chunk, everything = case["chunk_bytes"], case["all_chunks_bytes"]
-    logits = max(min(budget, everything + chunk), chunk)
+    logits = max(min(budget, everything), chunk)
     # The compacted rows, a product of their shape, and the sum of such products.
     element = torch.finfo(getattr(torch, case["dtype"])).bits // 8
     work = case["compacted_bytes"] * (2 + max(COMPUTE_BYTES, element) / element)
     return (case["gradient_bytes"] + logits + work) / 2**20 + LIBRARY_MIB
 
 
-def _x_floor(cases: Iterable[Case], name: str, most: float) -> Iterator[_Figure]:
+def _x_floor(cases: Iterable[Case], name: str, most: float) -> Iterator[Figure]:
     for case in cases:
         ratio = row_of(case, name).get("forward_backward", {}).get("x_floor")
         is_within = name != OURS or case["all_chunks_bytes"] <= case["default_budget"]
         if ratio is not None and is_within:
-            yield _Figure(f"{ratio:.2f}x", f"{_where(case)}, {name}", most / ratio)
+            yield Figure(f"{ratio:.2f}x", f"{place(case)}, {name}", most / ratio)
 
 
-def _ratios(cases: Iterable[Case], phase: str, least: float) -> Iterator[_Figure]:
+def _ratios(cases: Iterable[Case], phase: str, least: float) -> Iterator[Figure]:
     for case in cases:
         for row in case["rows"]:
             ratio = row.get(phase, {}).get("x_ours")
             if row["kind"] == "peer" and ratio is not None:
-                where = f"{_where(case)}, {row['name']}"
-                yield _Figure(f"{ratio:.2f}x", where, ratio / least)
+                where = f"{place(case)}, {row['name']}"
+                yield Figure(f"{ratio:.2f}x", where, ratio / least)
 
 
-def _memory(cases: Iterable[Case], name: str) -> Iterator[_Figure]:
+def _memory(cases: Iterable[Case], name: str) -> Iterator[Figure]:
     for case in cases:
         peak = (row_of(case, name).get("memory") or {}).get("forward_backward_mib")
         if peak is not None:
             allowed = allowed_mib(case, case["default_budget"] if name == OURS else 0)
             text = f"{peak:.0f} MiB of {allowed:.0f} allowed"
-            yield _Figure(text, f"{_where(case)}, {name}", allowed / max(peak, 1e-9))
+            yield Figure(text, f"{place(case)}, {name}", allowed / max(peak, 1e-9))
 
 
-def _below_peers(cases: Iterable[Case], name: str) -> Iterator[_Figure]:
+def _below_peers(cases: Iterable[Case], name: str) -> Iterator[Figure]:
     for case in cases:
         ours = (row_of(case, name).get("memory") or {}).get("forward_backward_mib")
         for row in case["rows"]:
             peak = (row.get("memory") or {}).get("forward_backward_mib")
             if ours is None or peak is None or row["kind"] != "peer":
                 continue
-            where = f"{_where(case)}, {row['name']}"
-            yield _Figure(f"{ours:.0f} against {peak:.0f} MiB", where, peak / max(ours, 1e-9))
+            where = f"{place(case)}, {row['name']}"
+            yield Figure(f"{ours:.0f} against {peak:.0f} MiB", where, peak / max(ours, 1e-9))
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
@@ -102,21 +98,21 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
         *_x_floor(cases, OURS_UNLIMITED, WITHIN_BUDGET),
     ]
     goals = [
-        _judge("forward+backward within the budget <= 1.10x the floor", within),
-        _judge(
+        judge("forward+backward within the budget <= 1.10x the floor", within),
+        judge(
             "forward+backward at budget 0 <= 1.45x the floor", _x_floor(cases, OURS_0, AT_BUDGET_0)
         ),
-        _judge(
+        judge(
             "forward+backward at 40 % or less >= 2.2x faster than every peer",
             _ratios(partial, both, PARTIAL_RATIO),
         ),
-        _judge(
+        judge(
             "forward+backward at 100 % never slower than a peer", _ratios(full, both, FULL_RATIO)
         ),
-        _judge("forward at 100 % never slower than a peer", _ratios(full, "forward", FULL_RATIO)),
-        _judge("peak memory: gradients + budget + stated slack", _memory(cases, OURS)),
-        _judge("the same at budget 0", _memory(cases, OURS_0)),
-        _judge("peak memory below every peer's", _below_peers(cases, OURS)),
-        _judge("the same at budget 0", _below_peers(cases, OURS_0)),
+        judge("forward at 100 % never slower than a peer", _ratios(full, "forward", FULL_RATIO)),
+        judge("peak memory: gradients + budget + stated slack", _memory(cases, OURS)),
+        judge("the same at budget 0", _memory(cases, OURS_0)),
+        judge("peak memory below every peer's", _below_peers(cases, OURS)),
+        judge("the same at budget 0", _below_peers(cases, OURS_0)),
     ]
     return [asdict(goal) for goal in goals]

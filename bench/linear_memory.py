@@ -8,14 +8,9 @@ their own, where nobody holds memory of the forward for later.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 from bench import memory
-from bench.workers import ROOT, environment, first_line
 
 # Of the small batch: enough for every thread to take part.
 WARM_TIME, WARM_VOCABULARY, WARM_HIDDEN = 32, 4096, 256
@@ -36,25 +31,9 @@ def peak_extra_mib(batch: dict[str, Any], candidate: str) -> dict[str, Any]:
     """
     answer: dict[str, Any] = {}
     for phase in PHASES:
-        answer |= _measured_apart({"batch": batch, "name": candidate, "phase": phase})
+        request = {"fields": batch, "name": candidate, "phase": phase}
+        answer |= memory.measured_apart("bench.linear_memory", request)
     return {"reason": answer["reason"]} if "reason" in answer else answer
-
-
-def _measured_apart(request: dict[str, Any]) -> dict[str, Any]:
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.linear_memory", json.dumps(request)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment({}),
-        cwd=ROOT,
-    )
-    if result.returncode != 0:
-        words = result.stderr.strip().splitlines()
-        reason = f"exit status {result.returncode}: {words[-1] if words else 'no output'}"
-        return {"reason": reason}
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
 
 
 # ---- in the fresh process --------------------------------------------------------------------
@@ -86,11 +65,9 @@ def _measure(fields: dict[str, Any], name: str, phase: str) -> dict[str, Any]:
     tensors = make_tensors(each, cpu)
     labels = masked(tensors.labels, each.batch.prompts, each.batch.ends)
     inputs = (tensors.hidden, tensors.weight)
-    memory._give_back_free_memory()
-    is_reset = memory._reset_peak()
-    before = memory._kib("VmRSS")
-    if not is_reset and memory._kib("VmHWM") > before + 1024:
-        return {"reason": "the kernel does not let the peak be reset"}
+    baseline = memory.Baseline.take()
+    if baseline.reason is not None:
+        return {"reason": baseline.reason}
     if phase == "forward":
         with torch.no_grad():
             loss = candidate.loss(*inputs, labels, None)
@@ -99,24 +76,8 @@ def _measure(fields: dict[str, Any], name: str, phase: str) -> dict[str, Any]:
         gradients = torch.autograd.grad(loss, inputs)
         del gradients
     del loss
-    return {
-        f"{phase}_mib": max(0, memory._kib("VmHWM") - before) / 1024,
-        "method": "VmHWM after reset" if is_reset else "VmHWM",
-    }
-
-
-def main() -> None:
-    """Prints one line of JSON."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    request = json.loads(sys.argv[1])
-    try:
-        answer = _measure(request["batch"], request["name"], request["phase"])
-    except Exception as error:  # of a foreign package, whatever it is
-        answer = {"reason": first_line(error)}
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
+    return {f"{phase}_mib": baseline.peak_extra_mib(), "method": baseline.method}
 
 
 if __name__ == "__main__":
-    main()
+    memory.answer_request(_measure)

@@ -10,7 +10,15 @@ from rich import box
 
 from bench.linear_goals import row_of
 from bench.linear_subjects import BUDGETS, OURS
-from bench.logits_report import PHASES, PLOT_DPI, _digits, _milliseconds
+from bench.logits_report import (
+    PHASES,
+    PLOT_DPI,
+    digits,
+    heading,
+    markdown_goals,
+    milliseconds,
+    print_goals,
+)
 from bench.report import console, make_table, number, print_table
 
 Results = dict[str, Any]
@@ -46,7 +54,7 @@ def add_derived(case: Case) -> None:
 
 def _time(times: dict[str, Any]) -> str:
     """The median; with a star where disturbed, in brackets where it was measured at 100 %."""
-    text = _milliseconds(times)
+    text = milliseconds(times)
     return f"({text})" if times.get("borrowed") else text
 
 
@@ -56,12 +64,12 @@ def _time(times: dict[str, Any]) -> str:
 def _floor_note(case: Case) -> str:
     floor = case["floor"]
     variants = "; ".join(
-        f"{each['name']} {_digits(each['forward_ms'])} and {_digits(each['forward_backward_ms'])}"
+        f"{each['name']} {digits(each['forward_ms'])} and {digits(each['forward_backward_ms'])}"
         for each in floor["variants"]
     )
     return (
-        f"floor {_digits(floor['forward_ms'])} ms forward, "
-        f"{_digits(floor['forward_backward_ms'])} with backward "
+        f"floor {digits(floor['forward_ms'])} ms forward, "
+        f"{digits(floor['forward_backward_ms'])} with backward "
         f"({floor['gflops']:.0f} GFlop/s); {variants}"
     )
 
@@ -100,8 +108,8 @@ def print_case(case: Case) -> None:
             if times is None:
                 cells += ["", "", ""]
             else:
-                ratio = _digits(times["x_ours"]) if "x_ours" in times else ""
-                cells += [_time(times), _digits(times["x_floor"]), ratio]
+                ratio = digits(times["x_ours"]) if "x_ours" in times else ""
+                cells += [_time(times), digits(times["x_floor"]), ratio]
             peak = memory.get(f"{phase}_mib")
             cells.append("" if peak is None else number(peak, 0))
         errors = (f"{row['value_error']:.0e}", f"{row['norm_error']:.0e}")
@@ -111,19 +119,6 @@ def print_case(case: Case) -> None:
         f"{case['logits_bytes'] / 2**20:.0f} MiB, gradients {case['gradient_bytes'] / 2**20:.0f}"
     )
     print_table(title, table, "\n".join([_floor_note(case), *_notes(case)]))
-
-
-def print_goals(found: Sequence[dict[str, Any]], note: str = "") -> None:
-    """What was reached, and where it was nearest to failing."""
-    goals = make_table("goal", "", "worst", "met")
-    goals.columns[2].overflow = "fold"
-    for goal in found:
-        state = {True: "reached", False: "missed", None: "-"}[goal["reached"]]
-        style = {True: "green", False: "bold red", None: None}[goal["reached"]]
-        goals.add_row(
-            goal["text"], state, goal["worst"], f"{goal['met']}/{goal['of']}", style=style
-        )
-    print_table("Goals", goals, note)
 
 
 def print_summary(results: Results) -> None:
@@ -158,17 +153,13 @@ def _names(cases: Sequence[Case], *keys: str) -> list[str]:
     return list(dict.fromkeys(name for names in sorted(lists, key=len)[::-1] for name in names))
 
 
-def _heading(case: Case) -> str:
-    return f"{case['name']}, {case['share']} valid"
-
-
 def _bold(name: str) -> str:
     return f"**{name}**" if name in BUDGETS else name
 
 
 def _markdown_times(cases: Sequence[Case], phase: str) -> list[str]:
     lines = [
-        f"| {PHASES[phase]}, ms | " + " | ".join(_heading(case) for case in cases) + " |",
+        f"| {PHASES[phase]}, ms | " + " | ".join(heading(case) for case in cases) + " |",
         "|---|" + "---|" * len(cases),
     ]
     for name in _names(cases, phase):
@@ -176,9 +167,9 @@ def _markdown_times(cases: Sequence[Case], phase: str) -> list[str]:
         for case in cases:
             times = row_of(case, name).get(phase)
             ratio = "" if times is None else f" ({times['x_floor']:.2f}x)"
-            cells.append("" if times is None else f"{_milliseconds(times)}{ratio}")
+            cells.append("" if times is None else f"{milliseconds(times)}{ratio}")
         lines.append(f"| {_bold(name)} | " + " | ".join(cells) + " |")
-    floors = " | ".join(_digits(case["floor"][f"{phase}_ms"]) for case in cases)
+    floors = " | ".join(digits(case["floor"][f"{phase}_ms"]) for case in cases)
     return [*lines, f"| floor: the bare matrix products of the valid rows | {floors} |", ""]
 
 
@@ -189,7 +180,7 @@ def _markdown_memory(cases: Sequence[Case]) -> list[str]:
     gradients = " | ".join(f"{case['gradient_bytes'] / 2**20:.0f}" for case in cases)
     lines = [
         "| peak MiB above inputs, forward / with backward | "
-        + " | ".join(_heading(case) for case in cases)
+        + " | ".join(heading(case) for case in cases)
         + " |",
         "|---|" + "---|" * len(cases),
     ]
@@ -218,10 +209,7 @@ def markdown(results: Results) -> str:
     for phase in reversed(PHASES):
         lines += _markdown_times(cases, phase)
     lines += _markdown_memory(cases)
-    lines += ["| goal | | worst case | met |", "|---|---|---|---|"]
-    for goal in results["goals"]:
-        state = {True: "reached", False: "missed", None: "not measured"}[goal["reached"]]
-        lines.append(f"| {goal['text']} | {state} | {goal['worst']} | {goal['met']}/{goal['of']} |")
+    lines += markdown_goals(results["goals"])
     return "\n".join(lines) + "\n"
 
 

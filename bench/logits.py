@@ -24,30 +24,27 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
-from pathlib import Path
+from itertools import compress
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 import simpo_ext
-from bench import goals, logits_report, memory, overhead
+from bench import goals, logits_report, memory, overhead, program
 from bench.cases import Batch
 from bench.floor import FloorError, Probes, Rates
 from bench.gate import Gate, Turn, take_turns
 from bench.laps import PHASES
 from bench.logits_plan import QUICK_SAMPLES, SAMPLES, Plan, full_plan, quick_plan
-from bench.machine import describe_cpu, slug
+from bench.machine import describe_cpu, version
 from bench.report import RESULTS
 from bench.trainers import LossCandidate, loss_candidates
-from bench.workers import HUGE_PAGES, LEVEL_VARIABLE, ROOT, Worker, WorkerError
+from bench.workers import HUGE_PAGES, LEVEL_VARIABLE, Worker, WorkerError
 
 MIN_SAMPLES = 4
 SUBJECT_BUDGET_MS = 3000.0  # a slow subject gets fewer samples, no fewer than MIN_SAMPLES
@@ -261,25 +258,6 @@ class _Run:
 # ---- the run ---------------------------------------------------------------------------------
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    def git(*arguments: str) -> str:
-        command = ("git", "-C", str(ROOT), *arguments)
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def measure(plan: Plan, kind: str) -> dict[str, Any]:
     """Everything, as JSON will hold it."""
     steps = sum(
@@ -301,13 +279,13 @@ def measure(plan: Plan, kind: str) -> dict[str, Any]:
         "machine": describe_cpu(),
         "software": {
             "torch": torch.__version__,
-            "trl": _version("trl"),
+            "trl": version("trl"),
             "simpo_ext": str(simpo_ext.build_info()["version"]),
             "level": run.level,
             "levels": simpo_ext._C.cpu_capabilities(),
             "compiler": str(simpo_ext.build_info()["compiler"]),
             "threads": torch.get_num_threads(),
-            "commit": _commit(),
+            "commit": program.commit(),
         },
         "samples": plan.samples,
         "floor": run.probes.describe(),
@@ -325,49 +303,16 @@ def measure(plan: Plan, kind: str) -> dict[str, Any]:
     return results
 
 
-def _default_output(results: dict[str, Any]) -> Path:
-    """bench/results/logits-MACHINE.json; a temporary file for a quick or a partial run."""
-    if results["kind"] != "full":
-        with tempfile.NamedTemporaryFile(prefix="logits-", suffix=".json", delete=False) as file:
-            return Path(file.name)
-    machine = results["machine"]
-    words = [machine["name"], "family", machine["family"], "model", machine["model"]]
-    known = [str(word) for word in words if word]
-    return RESULTS / f"logits-{slug(' '.join([*known, str(machine['cores']), 'cores']))}.json"
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.logits", description="Times the loss from logits beside its peers."
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes: whether the program works"
-    )
-    parser.add_argument("--samples", type=int)
-    parser.add_argument(
-        "--cases", nargs="+", metavar="TEXT", help="only shapes whose name has one of these in it"
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the plot goes beside it")
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE.json", help="prints README's tables of a run, only"
-    )
-    options = parser.parse_args(arguments)
-    if options.samples is not None and options.samples < 1:
-        parser.error(f"--samples: expected at least 1, got {options.samples}")
+    parser = program.make_parser("bench.logits", "Times the loss from logits beside its peers.")
+    options = program.parse(parser, arguments)
     if options.quick:
         plan = quick_plan(options.samples or QUICK_SAMPLES)
     else:
         plan = full_plan(options.samples or SAMPLES)
-    shapes = tuple(
-        shape
-        for shape in plan.shapes
-        if options.cases is None or any(text in shape.name for text in options.cases)
-    )
-    if not shapes:
-        known = [shape.name for shape in plan.shapes]
-        parser.error(f"--cases: expected parts of {known}, got {options.cases}")
-    options.plan = replace(plan, shapes=shapes)
-    options.kind = "quick" if options.quick else "partial" if options.cases else "full"
+    names = [shape.name for shape in plan.shapes]
+    chosen = program.check_cases(parser, options, names)
+    options.plan = replace(plan, shapes=tuple(compress(plan.shapes, chosen)))
     return options
 
 
@@ -387,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the floor cannot be measured: {error}", file=sys.stderr)
         return 1
     logits_report.print_summary(results)
-    output = options.output or _default_output(results)
+    output = options.output or program.default_output("logits", options.kind, results["machine"])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     is_kept = options.output is None and options.kind == "full"

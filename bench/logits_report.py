@@ -65,14 +65,14 @@ def add_derived(case: Case, rates: Rates) -> None:
                 times["x_ours"] = times["median_ms"] / ours[phase]["median_ms"]
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant ones, without an exponent."""
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def _milliseconds(times: dict[str, Any]) -> str:
+def milliseconds(times: dict[str, Any]) -> str:
     """The median; with a star where too few samples were of a quiet machine."""
-    return f"{_digits(times['median_ms'])}{'*' if times['disturbed'] else ''}"
+    return f"{digits(times['median_ms'])}{'*' if times['disturbed'] else ''}"
 
 
 # ---- the screen ------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def print_case(case: Case) -> None:
                 cells += [""] * len(units)
                 continue
             cells += [
-                _milliseconds(times),
-                _digits(times["x_ours"]) if "x_ours" in times else "",
+                milliseconds(times),
+                digits(times["x_ours"]) if "x_ours" in times else "",
                 number(times["gb_per_s"], 1),
                 number(times["percent_of_floor"], 0),
                 number(memory[f"{phase}_mib"], 0) if f"{phase}_mib" in memory else "",
@@ -156,15 +156,20 @@ def print_summary(results: Results) -> None:
             f"eager {overhead['eager_us']:.0f} us; out of cold caches "
             f"{overhead['simpo_ext_cold_us']:.0f} us and {overhead['eager_cold_us']:.0f} us"
         )
+    print_goals(results["goals"])
+
+
+def print_goals(found: Sequence[dict[str, Any]], note: str = "") -> None:
+    """What was reached, and where it was nearest to failing."""
     goals = make_table("goal", "", "worst", "met")
     goals.columns[2].overflow = "fold"
-    for goal in results["goals"]:
+    for goal in found:
         state = {True: "reached", False: "missed", None: "-"}[goal["reached"]]
         style = {True: "green", False: "bold red", None: None}[goal["reached"]]
         goals.add_row(
             goal["text"], state, goal["worst"], f"{goal['met']}/{goal['of']}", style=style
         )
-    print_table("Goals", goals)
+    print_table("Goals", goals, note)
 
 
 # ---- README ----------------------------------------------------------------------------------
@@ -193,13 +198,14 @@ def _row(case: Case, name: str) -> Row:
     return next((row for row in case["rows"] if row["name"] == name and row["is_best"]), {})
 
 
-def _heading(case: Case) -> str:
+def heading(case: Case) -> str:
+    """Of a case's column."""
     return f"{case['name']}, {case['share']} valid"
 
 
 def _markdown_table(cases: Sequence[Case], phase: str) -> list[str]:
     lines = [
-        f"| {PHASES[phase]}, ms | " + " | ".join(_heading(case) for case in cases) + " |",
+        f"| {PHASES[phase]}, ms | " + " | ".join(heading(case) for case in cases) + " |",
         "|---|" + "---|" * len(cases),
     ]
     for name in _names(cases):
@@ -212,12 +218,12 @@ def _markdown_table(cases: Sequence[Case], phase: str) -> list[str]:
                 cells.append("as Princeton" if same else row.get("status", ""))
                 continue
             ratio = f" ({times['x_ours']:.1f}x)" if "x_ours" in times else ""
-            cells.append(f"{_milliseconds(times)}{ratio}")
+            cells.append(f"{milliseconds(times)}{ratio}")
         bold = "**" if name.startswith("simpo_ext") else ""
         lines.append(f"| {bold}{name}{bold} | " + " | ".join(cells) + " |")
     floor_key = f"{phase}_ms"
     lines.append(
-        "| floor | " + " | ".join(_digits(case["floor"][floor_key]) for case in cases) + " |"
+        "| floor | " + " | ".join(digits(case["floor"][floor_key]) for case in cases) + " |"
     )
     return [*lines, ""]
 
@@ -225,7 +231,7 @@ def _markdown_table(cases: Sequence[Case], phase: str) -> list[str]:
 def _markdown_memory(cases: Sequence[Case]) -> list[str]:
     lines = [
         "| peak extra MiB, forward / with backward; error of the loss | "
-        + " | ".join(_heading(case) for case in cases)
+        + " | ".join(heading(case) for case in cases)
         + " |",
         "|---|" + "---|" * len(cases),
         "| logits | " + " | ".join(f"{case['logits_bytes'] / 2**20:.0f}" for case in cases) + " |",
@@ -242,6 +248,15 @@ def _markdown_memory(cases: Sequence[Case]) -> list[str]:
             cells.append(text)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def markdown_goals(found: Sequence[dict[str, Any]]) -> list[str]:
+    """print_goals for README."""
+    lines = ["| goal | | worst case | met |", "|---|---|---|---|"]
+    for goal in found:
+        state = {True: "reached", False: "missed", None: "not measured"}[goal["reached"]]
+        lines.append(f"| {goal['text']} | {state} | {goal['worst']} | {goal['met']}/{goal['of']} |")
+    return lines
 
 
 def markdown(results: Results) -> str:
@@ -261,10 +276,7 @@ def markdown(results: Results) -> str:
             for phase in PHASES:
                 lines += _markdown_table(cases, phase)
     lines += _markdown_memory(featured(results, "default"))
-    lines += ["| goal | | worst case | met |", "|---|---|---|---|"]
-    for goal in results["goals"]:
-        state = {True: "reached", False: "missed", None: "not measured"}[goal["reached"]]
-        lines.append(f"| {goal['text']} | {state} | {goal['worst']} | {goal['met']}/{goal['of']} |")
+    lines += markdown_goals(results["goals"])
     return "\n".join(lines) + "\n"
 
 

@@ -31,7 +31,8 @@ def _output(*command: str) -> str | None:
     return result.stdout.strip()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -84,8 +85,8 @@ def describe() -> dict[str, Any]:
         "nvcc": (_output("nvcc", "--version") or "").rpartition("\n")[2] or None,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "packages": {package: _version(package) for package in PEERS},
-        "python": platform.python_version(),
+        "packages": {package: version(package) for package in PEERS},
+        "python": platform.pythonversion(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
     }

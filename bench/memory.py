@@ -14,6 +14,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,13 @@ def peak_extra_mib(batch: dict[str, Any], candidate: str) -> dict[str, Any]:
         ``forward_mib`` and ``forward_backward_mib`` over the whole of both, and ``method``; or
         ``reason`` why not.
     """
+    return measured_apart("bench.memory", {"fields": batch, "name": candidate})
+
+
+def measured_apart(module: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What a new process of the module answers (answer_request); or ``reason`` why it does not."""
     result = subprocess.run(
-        [sys.executable, "-m", "bench.memory", json.dumps({"batch": batch, "name": candidate})],
+        [sys.executable, "-m", module, json.dumps(request)],
         capture_output=True,
         text=True,
         check=False,
@@ -46,7 +53,8 @@ def peak_extra_mib(batch: dict[str, Any], candidate: str) -> dict[str, Any]:
         words = result.stderr.strip().splitlines()
         reason = f"exit status {result.returncode}: {words[-1] if words else 'no output'}"
         return {"reason": reason}
-    return json.loads(result.stdout.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
 
 
 # ---- in the fresh process --------------------------------------------------------------------
@@ -74,6 +82,36 @@ def _give_back_free_memory() -> None:
         trim(0)
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """What is resident before a candidate is at work."""
+
+    kib: int
+    is_peak_reset: bool
+
+    @classmethod
+    def take(cls) -> Baseline:
+        """Of now, without what is free."""
+        _give_back_free_memory()
+        return cls(is_peak_reset=_reset_peak(), kib=_kib("VmRSS"))
+
+    @property
+    def reason(self) -> str | None:
+        """Why peaks cannot be told from here on."""
+        if not self.is_peak_reset and _kib("VmHWM") > self.kib + 1024:
+            return "the kernel does not let the peak be reset"
+        return None
+
+    @property
+    def method(self) -> str:
+        """For the results."""
+        return "VmHWM after reset" if self.is_peak_reset else "VmHWM"
+
+    def peak_extra_mib(self) -> float:
+        """Of what came since."""
+        return max(0, _kib("VmHWM") - self.kib) / 1024
+
+
 def _measure(fields: dict[str, Any], name: str) -> dict[str, Any]:
     import torch
 
@@ -98,31 +136,28 @@ def _measure(fields: dict[str, Any], name: str) -> dict[str, Any]:
     labels = make_labels(batch)
     logits = as_model_output(make_logits(batch, labels))
     labels = masked(labels, batch.prompts, batch.ends)
-    _give_back_free_memory()
-    is_reset = _reset_peak()
-    before = _kib("VmRSS")
-    if not is_reset and _kib("VmHWM") > before + 1024:
-        return {"reason": "the kernel does not let the peak be reset"}
+    baseline = Baseline.take()
+    if baseline.reason is not None:
+        return {"reason": baseline.reason}
 
     loss = candidate.forward(logits, labels)
-    after_forward = _kib("VmHWM")
+    forward_mib = baseline.peak_extra_mib()
     gradient = torch.autograd.grad(loss, logits)
-    after_backward = _kib("VmHWM")
+    forward_backward_mib = baseline.peak_extra_mib()
     del gradient
     return {
-        "forward_mib": max(0, after_forward - before) / 1024,
-        "forward_backward_mib": max(0, after_backward - before) / 1024,
-        "method": "VmHWM after reset" if is_reset else "VmHWM",
+        "forward_mib": forward_mib,
+        "forward_backward_mib": forward_backward_mib,
+        "method": baseline.method,
     }
 
 
-def main() -> None:
-    """Prints one line of JSON."""
+def answer_request(measure: Callable[..., dict[str, Any]]) -> None:
+    """Calls measure with the command line's JSON, and prints one line of JSON."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    request = json.loads(sys.argv[1])
     try:
-        answer = _measure(request["batch"], request["name"])
+        answer = measure(**json.loads(sys.argv[1]))
     except Exception as error:  # of a foreign package, whatever it is
         answer = {"reason": first_line(error)}
     answers.write(json.dumps(answer) + "\n")
@@ -130,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    answer_request(_measure)

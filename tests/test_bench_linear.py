@@ -239,8 +239,8 @@ def test_goals_name_the_worst_case(load) -> None:
         (False, "2.00x at n 40%, F.linear + Princeton", 0, 1),
         (True, "1.14x at n 100%, F.linear + Princeton", 1, 1),
         (True, "1.14x at n 100%, F.linear + Princeton", 1, 1),
-        # Gradients 20, all chunks 8 and one of 2, three arrays of 1, and 8 of the library.
-        (True, "30 MiB of 41 allowed at n 100%, simpo_ext", 2, 2),
+        # Gradients 20, all chunks 8, three arrays of 1, and 8 of the library.
+        (True, "30 MiB of 39 allowed at n 100%, simpo_ext", 2, 2),
         # Of the logits one chunk of 2.
         (False, "50 MiB of 33 allowed at n 100%, simpo_ext, budget 0", 0, 2),
         (True, "30 against 40 MiB at n 100%, F.linear + Princeton", 2, 2),

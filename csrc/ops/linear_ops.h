@@ -158,10 +158,12 @@ class LinearOps {
 
     const Rows rows(device, problem, R, nullptr);
     const Tensor grads = rows.gather(device, problem.compute_dtype(), 1, grad_logps);
-    const Tensor hidden_rows = rows.gather(device, problem.dtype, H, hidden);
     const Tensor label_gradients = new_empty(hidden, {R}, problem.compute);
     const Tensor dlogits = new_logits(device, hidden, R, plan);
     const auto nothing = [&] { return new_empty(hidden, {0}); };  // outputs do not share memory
+    const bool needs_rows = needs_weight || plan.kept < plan.chunks;
+    const Tensor hidden_rows =
+        needs_rows ? rows.gather(device, problem.dtype, H, hidden) : nothing();
     const Tensor dweight = needs_weight ? device.new_large_for_writing(weight, {V, H}) : nothing();
     const Tensor dbias = needs_bias ? new_empty(hidden, {1, V}) : nothing();
     const Tensor ones = new_ones(hidden, needs_bias ? rows.count : 0);
