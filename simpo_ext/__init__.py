@@ -16,29 +16,35 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 from ._library import _C
 from .functional import (
+    PairCounts,
     SimPOOutput,
+    count_pairs,
     linear_simpo_loss,
     linear_token_logps,
     sequence_logps,
     simpo_loss,
     simpo_loss_from_logps,
+    simpo_loss_from_token_logps,
     token_logps,
 )
 from .modules import LinearSimPOLoss, SimPOLoss
 
 __all__ = [
     "LinearSimPOLoss",
+    "PairCounts",
     "SimPOLoss",
     "SimPOOutput",
     "__version__",
     "build_info",
     "cmake_prefix_path",
+    "count_pairs",
     "cpu_capability",
     "linear_simpo_loss",
     "linear_token_logps",
     "sequence_logps",
     "simpo_loss",
     "simpo_loss_from_logps",
+    "simpo_loss_from_token_logps",
     "token_logps",
 ]
 

@@ -14,6 +14,7 @@ from ._library import _C
 
 LOGITS_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INDEX_DTYPES = LABEL_DTYPES
 # "meta" tensors carry shapes only and run the fake kernels.
 DEVICES = ("cpu", "cuda", "meta")
 
@@ -62,6 +63,20 @@ def check_floating(name: str, value: object) -> Tensor:
     return tensor
 
 
+def check_index_tensor(
+    name: str, value: object, dtypes: tuple[torch.dtype, ...], owner: str, tokens: Tensor
+) -> Tensor:
+    """Indices of one of the dtypes, on the device of the tokens or on the CPU."""
+    tensor = check_tensor(name, value)
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {_names(dtypes)}, got {tensor.dtype}")
+    if tensor.device != tokens.device and tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name}: expected device {tokens.device} as of {owner}, or cpu, got {tensor.device}"
+        )
+    return tensor
+
+
 def check_logits_and_labels(logits: object, labels: object) -> tuple[Tensor, Tensor]:
     """Logits [B, T, V] and labels [B, T] that belong together; labels come back as int64."""
     logits = check_floating("logits", logits)
@@ -91,6 +106,17 @@ def _check_same_device(name: str, tensor: Tensor, owner: str, other: Tensor) -> 
         raise ValueError(
             f"{name}: expected device {other.device} as of {owner}, got {tensor.device}"
         )
+
+
+def check_token_logps(token_logps: object, labels: object) -> tuple[Tensor, Tensor]:
+    """Token log-probs [B, T] and labels [B, T] that belong together; labels come back as int64."""
+    token_logps = check_tensor("token_logps", token_logps)
+    labels = check_tensor("labels", labels)
+    if token_logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"token_logps: expected dtype float32, float64, got {token_logps.dtype}")
+    if token_logps.dim() != 2:
+        raise ValueError(f"token_logps: expected shape [B, T], got {list(token_logps.shape)}")
+    return token_logps, _check_labels(labels, "token_logps", token_logps)
 
 
 def check_linear_arguments(
@@ -126,14 +152,6 @@ def check_one_dtype(hidden: Tensor, **others: Tensor | None) -> None:
             raise TypeError(
                 f"{name}: expected dtype {hidden.dtype} as of hidden, got {tensor.dtype}"
             )
-
-
-def check_even_batch(name: str, batch: int) -> None:
-    """B = 2P: chosen rows, then rejected rows."""
-    if batch % 2 != 0:
-        raise ValueError(
-            f"{name}: expected an even B (P chosen rows, then P rejected rows), got {batch}"
-        )
 
 
 def check_inplace_backward(inplace_backward: object, logits: Tensor) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _checks, _linear_ops, _ops
+from ._layout import as_batch, resolve_layout
 from ._options import (
     EmptyPolicy,
-    LossType,
     Normalizer,
     Reduction,
     SftReduction,
@@ -21,6 +21,7 @@ from ._options import (
     resolve_token_options,
 )
 from ._output import SimPOOutput, compose_output
+from ._presets import Preset, TrainerLossType
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -52,6 +53,7 @@ def linear_token_logps(
     labels: Tensor,  # [B, T]
     *,
     bias: Tensor | None = None,  # [V]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     ignore_index: int = -100,
     shift: bool = True,
     logit_scale: float = 1.0,
@@ -77,6 +79,8 @@ def linear_token_logps(
         weight: [V, H] of the dtype of ``hidden``: lm_head's. Any strides.
         labels: [B, T] of an integer dtype, each ``ignore_index`` or in [0, V).
         bias: [V] of the dtype of ``hidden``, or None.
+        cu_seqlens: [S + 1], for packed hidden states [N, H] or [1, N, H] and labels [N] or [1, N]:
+            see :func:`token_logps`.
         ignore_index: The label of positions that are not scored.
         shift: True: the hidden state at t is scored with ``labels[:, t + 1]``, and the last
             position is masked. False: with ``labels[:, t]``.
@@ -92,8 +96,8 @@ def linear_token_logps(
     float64.
 
     Returns:
-        [B, T] float32 (float64 for float64 arguments), at the position of the hidden state; 0 where
-        masked.
+        [B, T], or the shape of packed labels, float32 (float64 for float64 arguments), at the
+        position of the hidden state; 0 where masked.
 
     Raises:
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
@@ -101,12 +105,16 @@ def linear_token_logps(
             than ``num_valid_tokens``. On a GPU, log-probabilities of those too many are NaN.
         IndexError: As :func:`token_logps`, as are all errors not listed here.
     """
+    shape = labels.shape if cu_seqlens is not None else None
+    hidden, labels, cu_seqlens = as_batch("hidden", hidden, labels, cu_seqlens)
     hidden, weight, labels, bias = _checked(hidden, weight, labels, bias)
     options = resolve_token_options(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
     budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
-    return _linear_ops.linear_token_logps(hidden, weight, bias, labels, options, budget, count)
+    targets, options = _ops.sequence_targets(labels, cu_seqlens, weight.shape[0], options)
+    logps = _linear_ops.linear_token_logps(hidden, weight, bias, targets, options, budget, count)
+    return logps if shape is None else logps.view(shape)
 
 
 def linear_simpo_loss(
@@ -115,19 +123,24 @@ def linear_simpo_loss(
     labels: Tensor,  # [2P, T]
     *,
     bias: Tensor | None = None,  # [V]
-    beta: float = 2.0,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    pairs: Tensor | None = None,  # [P, 2]
+    pair_weight: Tensor | None = None,  # [P]
+    preset: Preset | None = None,
+    beta: float | None = None,
     gamma_beta_ratio: float | None = None,
     gamma: float | None = None,
-    loss_type: LossType = "sigmoid",
+    loss_type: TrainerLossType | None = None,
     label_smoothing: float = 0.0,
-    sft_weight: float = 0.0,
-    sft_reduction: SftReduction = "sequence",
-    average_log_prob: bool = True,
+    alpha: float = 0.0,
+    sft_weight: float | None = None,
+    sft_reduction: SftReduction | None = None,
+    average_log_prob: bool | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
-    empty: EmptyPolicy = "drop",
+    empty: EmptyPolicy | None = None,
     ignore_index: int = -100,
-    shift: bool = True,
+    shift: bool | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
@@ -145,11 +158,16 @@ def linear_simpo_loss(
         weight: [V, H].
         labels: [2P, T] of an integer dtype; ``ignore_index`` at prompt and padding.
         bias: [V], or None.
-        beta: See :func:`simpo_loss`, as for all arguments not listed here.
+        cu_seqlens: See :func:`linear_token_logps`.
+        pairs: See :func:`simpo_loss`, as for all arguments not listed here.
+        pair_weight: See :func:`simpo_loss`.
+        preset: See :func:`simpo_loss`.
+        beta: See :func:`simpo_loss`.
         gamma_beta_ratio: See :func:`simpo_loss`.
         gamma: See :func:`simpo_loss`.
         loss_type: See :func:`simpo_loss`.
         label_smoothing: See :func:`simpo_loss`.
+        alpha: See :func:`simpo_loss`.
         sft_weight: See :func:`simpo_loss`.
         sft_reduction: See :func:`simpo_loss`.
         average_log_prob: See :func:`simpo_loss`.
@@ -173,14 +191,17 @@ def linear_simpo_loss(
         ValueError: As these.
         IndexError: As these.
     """
+    hidden, labels, cu_seqlens = as_batch("hidden", hidden, labels, cu_seqlens)
     hidden, weight, labels, bias = _checked(hidden, weight, labels, bias)
-    _checks.check_even_batch("hidden", hidden.shape[0])
+    layout = resolve_layout("hidden", hidden, cu_seqlens, pairs, pair_weight)
     options = resolve_preference_options(
+        preset=preset,
         beta=beta,
         gamma_beta_ratio=gamma_beta_ratio,
         gamma=gamma,
         loss_type=loss_type,
         label_smoothing=label_smoothing,
+        alpha=alpha,
         sft_weight=sft_weight,
         sft_reduction=sft_reduction,
         average_log_prob=average_log_prob,
@@ -189,17 +210,20 @@ def linear_simpo_loss(
         ignore_index=ignore_index,
         shift=shift,
     )
-    denominators = resolve_normalizer(normalizer, reduction, sft_reduction)
+    denominators = resolve_normalizer(normalizer, options)
     token_options = resolve_token_options(
-        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
+        ignore_index=ignore_index, shift=options.shift, logit_scale=logit_scale, softcap=softcap
     )
     _checks.check_bool("inplace_backward", inplace_backward)
     budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
+    targets, token_options = _ops.sequence_targets(
+        labels, cu_seqlens, weight.shape[0], token_options
+    )
     logps = _linear_ops.linear_token_logps(
-        hidden, weight, bias, labels, token_options, budget, count
+        hidden, weight, bias, targets, token_options, budget, count
     )
     return compose_output(
-        options,
+        options._replace(shift=token_options.shift),
         denominators,
-        lambda op_options: _ops.preference_loss(logps, labels, op_options),
+        lambda op_options: _ops.preference_loss(logps, targets, layout, op_options),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._layout import Layout
 from ._library import _C  # noqa: F401  (its import registers the ops)
 from ._options import REDUCTIONS, PreferenceOptions, TokenOptions
 
@@ -214,11 +215,39 @@ def _call(op: Any, *args: Any) -> Any:
         return op(*args)
     except RuntimeError as error:
         message = str(error)
-        if message.startswith("labels[") and "is out of range" in message:
+        if message.startswith(("labels[", "pairs[")) and "is out of range" in message:
             raise IndexError(message) from None
-        if message.startswith("num_valid_tokens: "):
+        if message.startswith(("num_valid_tokens: ", "cu_seqlens[")):
             raise ValueError(message) from None
         raise
+
+
+# ---- sequence_targets ----------------------------------------------------------------------------
+
+
+@_register_fake("sequence_targets")
+def _(
+    labels: Tensor, cu_seqlens: Tensor, num_labels: int, ignore_index: int, shift: bool
+) -> Tensor:
+    _check_same_device(labels, cu_seqlens)
+    return labels.new_empty(labels.shape)
+
+
+def sequence_targets(
+    labels: Tensor,  # [1, N]
+    cu_seqlens: Tensor | None,  # [S + 1]
+    num_labels: int,
+    options: TokenOptions,
+) -> tuple[Tensor, TokenOptions]:  # [1, N]
+    """What each position is scored with in the flat layout, and the options for that.
+
+    In a batch of rows, labels and options as they are.
+    """
+    if cu_seqlens is None:
+        return labels, options
+    op = _ops.sequence_targets.default
+    targets = _call(op, labels, cu_seqlens, num_labels, options.ignore_index, options.shift)
+    return targets, options._replace(shift=False)
 
 
 # ---- sequence_logps ------------------------------------------------------------------------------
@@ -228,38 +257,43 @@ def _call(op: Any, *args: Any) -> Any:
 def _(
     token_logps: Tensor,
     labels: Tensor,
+    cu_seqlens: Tensor | None,
     ignore_index: int,
     shift: bool,
     average_log_prob: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_same_device(token_logps, labels)
-    batch = token_logps.shape[0]
-    return token_logps.new_empty((batch,)), token_logps.new_empty((batch,), dtype=torch.int64)
+    _check_same_device(token_logps, labels, cu_seqlens)
+    shape = (_num_sequences(token_logps, cu_seqlens),)
+    return token_logps.new_empty(shape), token_logps.new_empty(shape, dtype=torch.int64)
+
+
+def _num_sequences(token_logps: Tensor, cu_seqlens: Tensor | None) -> int:
+    return token_logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 @_register_fake("sequence_logps_backward")
 def _(
     grad_logps: Tensor,
     labels: Tensor,
+    cu_seqlens: Tensor | None,
     counts: Tensor,
     ignore_index: int,
     shift: bool,
     average_log_prob: bool,
 ) -> Tensor:
-    _check_same_device(grad_logps, labels, counts)
+    _check_same_device(grad_logps, labels, cu_seqlens, counts)
     return grad_logps.new_empty(labels.shape)
 
 
 def _sequence_logps_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, labels, *ctx.options = inputs
+    _, labels, cu_seqlens, *ctx.options = inputs
     _, counts = output
-    ctx.save_for_backward(labels, counts)
+    ctx.save_for_backward(labels, cu_seqlens, counts)
 
 
 def _sequence_logps_backward(ctx: Ctx, grad_logps: Tensor, grad_counts: Tensor) -> tuple[Any, ...]:
-    labels, counts = ctx.saved_tensors
-    grad = _ops.sequence_logps_backward.default(grad_logps, labels, counts, *ctx.options)
-    return grad, None, None, None, None
+    grad = _ops.sequence_logps_backward.default(grad_logps, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -271,14 +305,20 @@ torch.library.register_autograd("simpo_ext::sequence_logps_backward", _no_double
 def sequence_logps(
     token_logps: Tensor,  # [B, T]
     labels: Tensor,  # [B, T]
-    ignore_index: int,
-    shift: bool,
+    cu_seqlens: Tensor | None,  # [S + 1]
+    options: TokenOptions,
     average_log_prob: bool,
-) -> Tensor:  # [B]
+) -> Tensor:  # [S]
     """Sum or mean of the valid tokens' log-probabilities; NaN for an empty sequence."""
     logps: Tensor
-    logps, _ = _ops.sequence_logps.default(
-        token_logps, labels, ignore_index, shift, average_log_prob
+    logps, _ = _call(
+        _ops.sequence_logps.default,
+        token_logps,
+        labels,
+        cu_seqlens,
+        options.ignore_index,
+        options.shift,
+        average_log_prob,
     )
     return logps
 
@@ -301,6 +341,9 @@ class PreferenceOutputs(NamedTuple):
 def _(
     token_logps: Tensor,
     labels: Tensor,
+    cu_seqlens: Tensor | None,
+    pairs: Tensor | None,
+    pair_weight: Tensor | None,
     ignore_index: int,
     shift: bool,
     average_log_prob: bool,
@@ -308,24 +351,26 @@ def _(
     gamma_beta_ratio: float,
     loss_type: int,
     label_smoothing: float,
+    alpha: float,
     sft_weight: float,
     sft_reduction: int,
     reduction: int,
     empty: int,
 ) -> Sequence[Tensor]:
-    _check_same_device(token_logps, labels)
-    pairs = token_logps.shape[0] // 2
-    reduced = (pairs,) if reduction == REDUCTIONS["none"] else ()
+    _check_same_device(token_logps, labels, cu_seqlens, pairs, pair_weight)
+    sequences = _num_sequences(token_logps, cu_seqlens)
+    num_pairs = sequences // 2 if pairs is None else pairs.shape[0]
+    reduced = (num_pairs,) if reduction == REDUCTIONS["none"] else ()
     new_empty = token_logps.new_empty
     return (
         new_empty(reduced),
-        new_empty((pairs,)),
-        new_empty((2 * pairs,)),
-        new_empty((2 * pairs,)),
+        new_empty((num_pairs,)),
+        new_empty((2 * num_pairs,)),
+        new_empty((2 * num_pairs,)),
         new_empty(reduced),
         new_empty((len(METRIC_NAMES),), dtype=torch.float64),
-        new_empty((pairs,)),  # slopes
-        new_empty((2 * pairs,), dtype=torch.int64),  # counts
+        new_empty((2 * num_pairs,)),  # slopes
+        new_empty((sequences,), dtype=torch.int64),  # counts
     )
 
 
@@ -336,6 +381,9 @@ def _(
     grad_logps: Tensor | None,
     grad_sft_loss: Tensor | None,
     labels: Tensor,
+    cu_seqlens: Tensor | None,
+    pairs: Tensor | None,
+    pair_weight: Tensor | None,
     slopes: Tensor,
     counts: Tensor,
     ignore_index: int,
@@ -347,34 +395,34 @@ def _(
     empty: int,
 ) -> Tensor:
     grads = (grad_loss, grad_losses, grad_logps, grad_sft_loss)
-    _check_same_device(slopes, labels, counts, *grads)
+    _check_same_device(slopes, labels, cu_seqlens, pairs, pair_weight, counts, *grads)
     return slopes.new_empty(labels.shape)
 
 
 def _preference_loss_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, labels, *ctx.options = inputs
+    _, labels, cu_seqlens, pairs, pair_weight, *ctx.options = inputs
     _, _, _, rewards, _, metrics, slopes, counts = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(rewards, metrics, slopes, counts)
-    ctx.save_for_backward(labels, slopes, counts)
+    ctx.save_for_backward(labels, cu_seqlens, pairs, pair_weight, slopes, counts)
 
 
 def _token_logps_gradient(
     grads: Sequence[Tensor | None],  # of PreferenceOutputs, and more
-    saved: Sequence[Tensor],  # labels, slopes, counts
+    saved: Sequence[Tensor | None],  # labels, those of a Layout, slopes, counts
     options: Sequence[Any],
 ) -> Tensor:
     _refuse_create_graph()
     grad_loss, grad_losses, grad_logps, _, grad_sft_loss, *_ = grads
-    # Without beta, gamma_beta_ratio, loss_type and label_smoothing: the slopes hold what they did.
+    # Without beta and what follows up to alpha: the slopes hold what these did.
     grad_token_logps: Tensor = _ops.preference_loss_backward.default(
-        grad_loss, grad_losses, grad_logps, grad_sft_loss, *saved, *options[:3], *options[7:]
+        grad_loss, grad_losses, grad_logps, grad_sft_loss, *saved, *options[:3], *options[8:]
     )
     return grad_token_logps
 
 
 def _preference_loss_backward(ctx: Ctx, *grads: Tensor | None) -> tuple[Any, ...]:
-    return (_token_logps_gradient(grads, ctx.saved_tensors, ctx.options), *([None] * 12))
+    return (_token_logps_gradient(grads, ctx.saved_tensors, ctx.options), *([None] * 16))
 
 
 torch.library.register_autograd(
@@ -384,13 +432,14 @@ torch.library.register_autograd("simpo_ext::preference_loss_backward", _no_doubl
 
 
 def preference_loss(
-    token_logps: Tensor,  # [2P, T]
-    labels: Tensor,  # [2P, T]
+    token_logps: Tensor,  # [B, T]
+    labels: Tensor,  # [B, T]
+    layout: Layout,
     options: PreferenceOptions,
 ) -> PreferenceOutputs:
     """The preference loss of token log-probabilities, and everything reported beside it."""
     _check_no_tangent(token_logps)
-    *out, _, _ = _ops.preference_loss.default(token_logps, labels, *options)
+    *out, _, _ = _call(_ops.preference_loss.default, token_logps, labels, *layout, *options)
     return PreferenceOutputs(*out)
 
 
@@ -405,13 +454,18 @@ def _below_autograd() -> AbstractContextManager[None]:
 
 
 def _simpo_loss_kernels(
-    logits: Tensor, labels: Tensor, token_options: TokenOptions, options: PreferenceOptions
-) -> tuple[PreferenceOutputs, tuple[Tensor, ...]]:
+    logits: Tensor,
+    labels: Tensor,
+    layout: Layout,
+    token_options: TokenOptions,
+    options: PreferenceOptions,
+) -> tuple[PreferenceOutputs, tuple[Tensor | None, ...]]:
     """The outputs, and what the nodes of token_logps and preference_loss save, in their order."""
     with _below_autograd():
         logps, row_max, sum_exp = _call(_ops.token_logps.default, logits, labels, *token_options)
-        *out, slopes, counts = _ops.preference_loss.default(logps, labels, *options)
-    return PreferenceOutputs(*out), (logits, labels, row_max, sum_exp, labels, slopes, counts)
+        *out, slopes, counts = _call(_ops.preference_loss.default, logps, labels, *layout, *options)
+    saved = (logits, labels, row_max, sum_exp, labels, *layout, slopes, counts)
+    return PreferenceOutputs(*out), saved
 
 
 class _SimPOLoss(torch.autograd.Function):
@@ -422,11 +476,12 @@ class _SimPOLoss(torch.autograd.Function):
         ctx: Ctx,
         logits: Tensor,
         labels: Tensor,
+        layout: Layout,
         token_options: TokenOptions,
         options: PreferenceOptions,
         inplace_backward: bool,
     ) -> tuple[Tensor, ...]:
-        out, saved = _simpo_loss_kernels(logits, labels, token_options, options)
+        out, saved = _simpo_loss_kernels(logits, labels, layout, token_options, options)
         ctx.options = token_options, options, inplace_backward
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out.rewards, out.metrics)
@@ -443,7 +498,7 @@ class _SimPOLoss(torch.autograd.Function):
         with _below_autograd():
             grad_token_logps = _token_logps_gradient(grads, saved[4:], options)
             dlogits = logits_gradient(grad_token_logps, saved[:4], token_options)
-        return dlogits, None, None, None, None
+        return dlogits, None, None, None, None, None
 
 
 def is_plain_call(*tensors: Tensor) -> bool:
@@ -463,18 +518,20 @@ def is_plain_call(*tensors: Tensor) -> bool:
 
 
 def simpo_loss(
-    logits: Tensor,  # [2P, T, V]
-    labels: Tensor,  # [2P, T]
+    logits: Tensor,  # [B, T, V]
+    labels: Tensor,  # [B, T]
+    layout: Layout,
     token_options: TokenOptions,
     options: PreferenceOptions,
     inplace_backward: bool,
 ) -> PreferenceOutputs:
     """preference_loss of token_logps."""
-    if not is_plain_call(logits, labels):
+    tensors = (tensor for tensor in (logits, labels, *layout) if tensor is not None)
+    if not is_plain_call(*tensors):
         logps = token_logps(logits, labels, token_options, inplace_backward)
-        return preference_loss(logps, labels, options)
+        return preference_loss(logps, labels, layout, options)
     if torch.is_grad_enabled() and logits.requires_grad:
-        arguments = logits, labels, token_options, options, inplace_backward
+        arguments = logits, labels, layout, token_options, options, inplace_backward
         return PreferenceOutputs(*_SimPOLoss.apply(*arguments))  # type: ignore[no-untyped-call]
-    out, _ = _simpo_loss_kernels(logits, labels, token_options, options)
+    out, _ = _simpo_loss_kernels(logits, labels, layout, token_options, options)
     return out

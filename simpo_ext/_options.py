@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ._checks import check_bool, check_choice, check_count, check_ignore_index, check_number
+from ._presets import Preset, TrainerLossType, with_preset
 
-LossType = Literal["sigmoid", "hinge"]
+LossType = Literal["sigmoid", "hinge", "ipo"]
 Reduction = Literal["none", "mean", "sum"]
 SftReduction = Literal["sequence", "token"]
 EmptyPolicy = Literal["drop", "nan"]
@@ -24,13 +25,17 @@ Number = float | Tensor
 Normalizer = Number | tuple[Number, Number] | None
 
 # The values of the enums in csrc/core/loss_math.h.
-LOSS_TYPES = {"sigmoid": 0, "hinge": 1}
+LOSS_TYPES = {"sigmoid": 0, "hinge": 1, "ipo": 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 SFT_REDUCTIONS = {"sequence": 0, "token": 1}
 EMPTY_POLICIES = {"drop": 0, "nan": 1}
 
-DEFAULT_GAMMA_BETA_RATIO = 0.5
 DEFAULT_LOGITS_BUDGET_BYTES = 1 << 30
+
+
+def name_of(value: int, names: dict[str, int]) -> str:
+    """The keyword's value that an op takes as ``value``."""
+    return next(name for name, number in names.items() if number == value)
 
 
 class TokenOptions(NamedTuple):
@@ -52,6 +57,7 @@ class PreferenceOptions(NamedTuple):
     gamma_beta_ratio: float
     loss_type: int
     label_smoothing: float
+    alpha: float
     sft_weight: float
     sft_reduction: int
     reduction: int
@@ -94,66 +100,85 @@ def resolve_token_options(
 @_remembered
 def resolve_preference_options(
     *,
-    beta: float = 2.0,
+    preset: Preset | None = None,
+    beta: float | None = None,
     gamma_beta_ratio: float | None = None,
     gamma: float | None = None,
-    loss_type: LossType = "sigmoid",
+    loss_type: TrainerLossType | None = None,
     label_smoothing: float = 0.0,
-    sft_weight: float = 0.0,
-    sft_reduction: SftReduction = "sequence",
-    average_log_prob: bool = True,
+    alpha: float = 0.0,
+    sft_weight: float | None = None,
+    sft_reduction: SftReduction | None = None,
+    average_log_prob: bool | None = None,
     reduction: Reduction = "mean",
-    empty: EmptyPolicy = "drop",
+    empty: EmptyPolicy | None = None,
     ignore_index: int = -100,
-    shift: bool = True,
+    shift: bool | None = None,
 ) -> PreferenceOptions:
     """Checks the keywords of :func:`simpo_ext.functional.simpo_loss`, one by one and together."""
-    beta = check_number("beta", beta, above=0.0)
-    ratio = _resolve_margin(beta, gamma_beta_ratio, gamma)
-    check_choice("loss_type", loss_type, LOSS_TYPES)
-    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=0.5)
-    if loss_type == "hinge" and label_smoothing > 0.0:
-        raise ValueError(
-            f"label_smoothing: expected 0 with loss_type='hinge', got {label_smoothing}"
-        )
-    sft_weight = check_number("sft_weight", sft_weight, at_least=0.0)
-    check_choice("sft_reduction", sft_reduction, SFT_REDUCTIONS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    if sft_reduction == "token" and reduction == "none":
-        raise ValueError(
-            "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
-            "batch's tokens belongs to no pair, got 'token'"
-        )
-    check_choice("empty", empty, EMPTY_POLICIES)
-    return PreferenceOptions(
-        ignore_index=check_ignore_index(ignore_index),
-        shift=check_bool("shift", shift),
-        average_log_prob=check_bool("average_log_prob", average_log_prob),
-        beta=beta,
-        gamma_beta_ratio=ratio,
-        loss_type=LOSS_TYPES[loss_type],
-        label_smoothing=label_smoothing,
-        sft_weight=sft_weight,
-        sft_reduction=SFT_REDUCTIONS[sft_reduction],
-        reduction=REDUCTIONS[reduction],
-        empty=EMPTY_POLICIES[empty],
-    )
-
-
-def _resolve_margin(beta: float, gamma_beta_ratio: float | None, gamma: float | None) -> float:
     if gamma is not None and gamma_beta_ratio is not None:
         raise ValueError(
             "gamma, gamma_beta_ratio: expected at most one of the two, "
             f"got gamma={gamma} and gamma_beta_ratio={gamma_beta_ratio}"
         )
-    if gamma is not None:
-        ratio = check_number("gamma", gamma) / beta
-        if abs(ratio) > sys.float_info.max:
-            raise ValueError(f"gamma: expected gamma / beta to be finite, got {gamma} / {beta}")
-        return ratio
+    given = with_preset(
+        preset,
+        loss_type=loss_type,
+        beta=beta,
+        gamma_beta_ratio=gamma_beta_ratio,
+        gamma=gamma,
+        sft_weight=sft_weight,
+        sft_reduction=sft_reduction,
+        average_log_prob=average_log_prob,
+        empty=empty,
+        shift=shift,
+    )
+    beta = check_number("beta", given.beta, above=0.0)
+    ratio = _resolve_margin(beta, given.gamma_beta_ratio, given.gamma)
+    label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0.0, at_most=0.5)
+    if given.loss_type != "sigmoid" and label_smoothing > 0.0:
+        raise ValueError(
+            f"label_smoothing: expected 0 with loss_type={given.loss_type!r}, got {label_smoothing}"
+        )
+    alpha = check_number("alpha", alpha)
+    if alpha != 0.0 and not 1e-30 <= abs(alpha) <= 1e30:
+        raise ValueError(f"alpha: expected 0 or a magnitude in [1e-30, 1e30], got {alpha}")
+    sft_weight = check_number("sft_weight", given.sft_weight, at_least=0.0)
+    if sft_weight == 0.0 and sft_reduction is None:  # a preset's, of a term that is not there
+        given = given._replace(sft_reduction="sequence")
+    check_choice("sft_reduction", given.sft_reduction, SFT_REDUCTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    if given.sft_reduction == "token" and reduction == "none":
+        raise ValueError(
+            "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
+            "batch's tokens belongs to no pair, got 'token'"
+        )
+    check_choice("empty", given.empty, EMPTY_POLICIES)
+    return PreferenceOptions(
+        ignore_index=check_ignore_index(ignore_index),
+        shift=check_bool("shift", given.shift),
+        average_log_prob=check_bool("average_log_prob", given.average_log_prob),
+        beta=beta,
+        gamma_beta_ratio=ratio,
+        loss_type=LOSS_TYPES[given.loss_type],
+        label_smoothing=label_smoothing,
+        alpha=alpha,
+        sft_weight=sft_weight,
+        sft_reduction=SFT_REDUCTIONS[given.sft_reduction],
+        reduction=REDUCTIONS[reduction],
+        empty=EMPTY_POLICIES[given.empty],
+    )
+
+
+def _resolve_margin(beta: float, gamma_beta_ratio: float | None, gamma: float | None) -> float:
+    """The one of the two that is not None, over beta."""
     if gamma_beta_ratio is not None:
         return check_number("gamma_beta_ratio", gamma_beta_ratio)
-    return DEFAULT_GAMMA_BETA_RATIO
+    assert gamma is not None
+    ratio = check_number("gamma", gamma) / beta
+    if abs(ratio) > sys.float_info.max:
+        raise ValueError(f"gamma: expected gamma / beta to be finite, got {gamma} / {beta}")
+    return ratio
 
 
 def resolve_linear_options(
@@ -170,12 +195,14 @@ def resolve_linear_options(
 
 
 def resolve_normalizer(
-    normalizer: Normalizer, reduction: Reduction, sft_reduction: SftReduction
+    normalizer: Normalizer, options: PreferenceOptions
 ) -> tuple[Number, Number] | None:
     """The denominators of the mean preference loss and of the mean SFT term; None: count them."""
     if normalizer is None:
         return None
-    if reduction != "mean":
+    by_token = options.sft_reduction == SFT_REDUCTIONS["token"]
+    if options.reduction != REDUCTIONS["mean"]:
+        reduction = name_of(options.reduction, REDUCTIONS)
         raise ValueError(
             f"normalizer: expected None with reduction={reduction!r}, which divides by nothing, "
             f"got {normalizer}"
@@ -185,9 +212,9 @@ def resolve_normalizer(
             raise ValueError(f"normalizer: expected (pairs, tokens), got {len(normalizer)} numbers")
         pairs = _check_denominator("normalizer[0]", normalizer[0])
         tokens = _check_denominator("normalizer[1]", normalizer[1])
-        return pairs, tokens if sft_reduction == "token" else pairs
+        return pairs, tokens if by_token else pairs
     pairs = _check_denominator("normalizer", normalizer)
-    if sft_reduction == "token":
+    if by_token:
         raise ValueError(
             "normalizer: expected (pairs, tokens) with sft_reduction='token', whose denominator is "
             f"a number of tokens, got {normalizer}"

@@ -9,50 +9,58 @@ from torch import Tensor, nn
 from . import functional
 from ._checks import check_bool
 from ._options import (
+    EMPTY_POLICIES,
+    LOSS_TYPES,
+    SFT_REDUCTIONS,
     EmptyPolicy,
-    LossType,
     Normalizer,
     Reduction,
     SftReduction,
+    name_of,
     resolve_linear_options,
     resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
 )
+from ._presets import Preset, TrainerLossType
 
 __all__ = ["LinearSimPOLoss", "SimPOLoss"]
 
 
 class _Options(nn.Module):
-    """The options of a loss, checked when it is made."""
+    """The options of a loss, checked when it is made, with those of a preset spelt out."""
 
     def __init__(
         self,
         *,
-        beta: float = 2.0,
+        preset: Preset | None = None,
+        beta: float | None = None,
         gamma_beta_ratio: float | None = None,
         gamma: float | None = None,
-        loss_type: LossType = "sigmoid",
+        loss_type: TrainerLossType | None = None,
         label_smoothing: float = 0.0,
-        sft_weight: float = 0.0,
-        sft_reduction: SftReduction = "sequence",
-        average_log_prob: bool = True,
+        alpha: float = 0.0,
+        sft_weight: float | None = None,
+        sft_reduction: SftReduction | None = None,
+        average_log_prob: bool | None = None,
         reduction: Reduction = "mean",
         normalizer: Normalizer = None,
-        empty: EmptyPolicy = "drop",
+        empty: EmptyPolicy | None = None,
         ignore_index: int = -100,
-        shift: bool = True,
+        shift: bool | None = None,
         logit_scale: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
     ) -> None:
         super().__init__()
         options = resolve_preference_options(
+            preset=preset,
             beta=beta,
             gamma_beta_ratio=gamma_beta_ratio,
             gamma=gamma,
             loss_type=loss_type,
             label_smoothing=label_smoothing,
+            alpha=alpha,
             sft_weight=sft_weight,
             sft_reduction=sft_reduction,
             average_log_prob=average_log_prob,
@@ -61,22 +69,23 @@ class _Options(nn.Module):
             ignore_index=ignore_index,
             shift=shift,
         )
-        resolve_normalizer(normalizer, reduction, sft_reduction)
+        resolve_normalizer(normalizer, options)
         resolve_token_options(
-            ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
+            ignore_index=ignore_index, shift=options.shift, logit_scale=logit_scale, softcap=softcap
         )
         self.beta = options.beta
         self.gamma_beta_ratio = options.gamma_beta_ratio
-        self.loss_type = loss_type
+        self.loss_type = name_of(options.loss_type, LOSS_TYPES)
         self.label_smoothing = options.label_smoothing
+        self.alpha = options.alpha
         self.sft_weight = options.sft_weight
-        self.sft_reduction = sft_reduction
-        self.average_log_prob = average_log_prob
+        self.sft_reduction = name_of(options.sft_reduction, SFT_REDUCTIONS)
+        self.average_log_prob = options.average_log_prob
         self.reduction = reduction
         self.normalizer = normalizer
-        self.empty = empty
+        self.empty = name_of(options.empty, EMPTY_POLICIES)
         self.ignore_index = ignore_index
-        self.shift = shift
+        self.shift = options.shift
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.inplace_backward = check_bool("inplace_backward", inplace_backward)
@@ -105,13 +114,19 @@ class SimPOLoss(_Options):
         logits: Tensor,  # [2P, T, V]
         labels: Tensor,  # [2P, T]
         *,
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+        pairs: Tensor | None = None,  # [P, 2]
+        pair_weight: Tensor | None = None,  # [P]
         normalizer: Normalizer = None,
     ) -> functional.SimPOOutput:
         """See :func:`simpo_ext.functional.simpo_loss`.
 
         Args:
-            logits: [2P, T, V], chosen rows first.
-            labels: [2P, T].
+            logits: [2P, T, V], chosen rows first; packed [N, V].
+            labels: [2P, T]; packed [N].
+            cu_seqlens: [S + 1], of packed sequences.
+            pairs: [P, 2], the sequences of each pair.
+            pair_weight: [P], factors on the pairs' losses.
             normalizer: Replaces the module's own for this call, since the denominator of an
                 accumulation step is often known only with its batch.
 
@@ -121,7 +136,14 @@ class SimPOLoss(_Options):
         options = self._keywords()
         if normalizer is not None:
             options["normalizer"] = normalizer
-        return functional.simpo_loss(logits, labels, **options)
+        return functional.simpo_loss(
+            logits,
+            labels,
+            cu_seqlens=cu_seqlens,
+            pairs=pairs,
+            pair_weight=pair_weight,
+            **options,
+        )
 
 
 class LinearSimPOLoss(_Options):
@@ -134,30 +156,34 @@ class LinearSimPOLoss(_Options):
     def __init__(
         self,
         *,
-        beta: float = 2.0,
+        preset: Preset | None = None,
+        beta: float | None = None,
         gamma_beta_ratio: float | None = None,
         gamma: float | None = None,
-        loss_type: LossType = "sigmoid",
+        loss_type: TrainerLossType | None = None,
         label_smoothing: float = 0.0,
-        sft_weight: float = 0.0,
-        sft_reduction: SftReduction = "sequence",
-        average_log_prob: bool = True,
+        alpha: float = 0.0,
+        sft_weight: float | None = None,
+        sft_reduction: SftReduction | None = None,
+        average_log_prob: bool | None = None,
         reduction: Reduction = "mean",
         normalizer: Normalizer = None,
-        empty: EmptyPolicy = "drop",
+        empty: EmptyPolicy | None = None,
         ignore_index: int = -100,
-        shift: bool = True,
+        shift: bool | None = None,
         logit_scale: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
         logits_budget_bytes: int | None = None,
     ) -> None:
         super().__init__(
+            preset=preset,
             beta=beta,
             gamma_beta_ratio=gamma_beta_ratio,
             gamma=gamma,
             loss_type=loss_type,
             label_smoothing=label_smoothing,
+            alpha=alpha,
             sft_weight=sft_weight,
             sft_reduction=sft_reduction,
             average_log_prob=average_log_prob,
@@ -181,16 +207,22 @@ class LinearSimPOLoss(_Options):
         labels: Tensor,  # [2P, T]
         *,
         bias: Tensor | None = None,  # [V]
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+        pairs: Tensor | None = None,  # [P, 2]
+        pair_weight: Tensor | None = None,  # [P]
         normalizer: Normalizer = None,
         num_valid_tokens: int | None = None,
     ) -> functional.SimPOOutput:
         """See :func:`simpo_ext.functional.linear_simpo_loss`.
 
         Args:
-            hidden: [2P, T, H], chosen rows first.
+            hidden: [2P, T, H], chosen rows first; packed [N, H].
             weight: [V, H]: ``lm_head.weight``.
-            labels: [2P, T].
+            labels: [2P, T]; packed [N].
             bias: [V]: ``lm_head.bias``, or None.
+            cu_seqlens: [S + 1], of packed sequences.
+            pairs: [P, 2], the sequences of each pair.
+            pair_weight: [P], factors on the pairs' losses.
             normalizer: Replaces the module's own for this call.
             num_valid_tokens: An upper bound of the number of valid tokens in ``labels``.
 
@@ -201,5 +233,13 @@ class LinearSimPOLoss(_Options):
         if normalizer is not None:
             options["normalizer"] = normalizer
         return functional.linear_simpo_loss(
-            hidden, weight, labels, bias=bias, num_valid_tokens=num_valid_tokens, **options
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            pairs=pairs,
+            pair_weight=pair_weight,
+            num_valid_tokens=num_valid_tokens,
+            **options,
         )

@@ -18,6 +18,7 @@ FORWARD_AND_BACKWARD = (
     "token_logps_backward_",
     "linear_token_logps",
     "linear_token_logps_backward",
+    "sequence_targets",
     "sequence_logps",
     "sequence_logps_backward",
     "preference_loss",

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kernels
 OPS = torch.ops.simpo_ext
 TOKEN_OPTIONS = (-100, True, 1.0, 0.0)
 # average, beta, ratio, sigmoid, smoothing, sft 0.2 per sequence, mean, drop
-PREFERENCE_OPTIONS = (-100, True, True, 2.0, 0.5, 0, 0.1, 0.2, 0, 1, 0)
+PREFERENCE_OPTIONS = (-100, True, True, 2.0, 0.5, 0, 0.1, 0.0, 0.2, 0, 1, 0)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid": {},
@@ -94,12 +94,12 @@ def test_opcheck_of_the_token_ops(dtype: torch.dtype, strided: bool) -> None:
 def test_opcheck_of_the_sequence_ops(dtype: torch.dtype) -> None:
     _, labels = make_batch()
     token_logps = -torch.rand(labels.shape, dtype=dtype)
-    logps, counts = OPS.sequence_logps(token_logps, labels, -100, True, True)
+    logps, counts = OPS.sequence_logps(token_logps, labels, None, -100, True, True)
     torch.library.opcheck(
-        OPS.sequence_logps.default, (token_logps.requires_grad_(), labels, -100, True, True)
+        OPS.sequence_logps.default, (token_logps.requires_grad_(), labels, None, -100, True, True)
     )
     torch.library.opcheck(
-        OPS.sequence_logps_backward.default, (logps.detach(), labels, counts, -100, True, True)
+        OPS.sequence_logps_backward.default, (logps.detach(), labels, None, counts, -100, True, True)
     )
 
 
@@ -109,13 +109,14 @@ def test_opcheck_of_the_preference_ops(dtype: torch.dtype, reduction: int) -> No
     _, labels = make_batch()
     token_logps = -torch.rand(labels.shape, dtype=dtype)
     options = list(PREFERENCE_OPTIONS)
-    options[9] = reduction
-    out = OPS.preference_loss(token_logps, labels, *options)
+    options[10] = reduction
+    layout = (None, None, None)
+    out = OPS.preference_loss(token_logps, labels, *layout, *options)
     torch.library.opcheck(
-        OPS.preference_loss.default, (token_logps.requires_grad_(), labels, *options)
+        OPS.preference_loss.default, (token_logps.requires_grad_(), labels, *layout, *options)
     )
     loss, losses, logps, _, sft_loss, _, slopes, counts = (tensor.detach() for tensor in out)
-    saved = (labels, slopes, counts, *options[:3], *options[7:])
+    saved = (labels, *layout, slopes, counts, *options[:3], *options[8:])
     for grads in ((loss, losses, logps, sft_loss), (loss, None, None, None)):
         torch.library.opcheck(OPS.preference_loss_backward.default, (*grads, *saved))
 

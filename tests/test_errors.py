@@ -188,7 +188,7 @@ def _bad_choices(name: str, first: str, *others: str) -> list[OptionCase]:
     texts = (f"{first} ", first.upper(), "", *others)
     return [
         *(({name: v}, ValueError, (f"{name}: expected one of {first!r}", repr(v))) for v in texts),
-        *_bad_types(name, f": expected one of {first!r}", None, 0, True, b"mean", [first]),
+        *_bad_types(name, f": expected one of {first!r}", 0, True, b"mean", [first]),
     ]
 
 
@@ -203,12 +203,13 @@ BAD_OPTIONS: list[OptionCase] = [
     *_bad_numbers("label_smoothing", ">= 0 and <= 0.5", -0.1, 0.51, 1.0),
     *_bad_numbers("sft_weight", ">= 0", -0.1),
     *_bad_numbers("normalizer", "> 0", 0.0, -1.0),
-    *_bad_choices("loss_type", "sigmoid", "ipo", "simpo"),
+    *_bad_choices("loss_type", "sigmoid", "dpo", "simpo"),
     *_bad_choices("reduction", "none", "avg", "batchmean"),
+    *_bad_types("reduction", ": expected one of 'none'", None),
     *_bad_choices("sft_reduction", "sequence", "tokens", "mean"),
     *_bad_choices("empty", "drop", "keep", "NaN"),
-    *_bad_types("average_log_prob", ": expected a bool", 1, None, "True", np.True_),
-    *_bad_types("shift", ": expected a bool", 0, None, "False", 1.0),
+    *_bad_types("average_log_prob", ": expected a bool", 1, "True", np.True_),
+    *_bad_types("shift", ": expected a bool", 0, "False", 1.0),
     *_bad_types("inplace_backward", ": expected a bool", 1, None, "True", np.True_),
     *_bad_types("ignore_index", ": expected an int", -100.0, None, True, "-100"),
     ({"ignore_index": 2**63}, ValueError, ("ignore_index", "64-bit", 2**63)),
@@ -359,15 +360,17 @@ TENSORS: dict[str, Tensor] = {
     "max": torch.zeros(B, T),
     "sum_exp": torch.ones(B, T, dtype=torch.float64),
     "counts": torch.full((B,), T - 1),
-    "slopes": -torch.ones(P),
+    "slopes": -torch.ones(2 * P),
+    "pairs": torch.tensor([[0, 2], [1, 3]]),
+    "pair_weight": torch.ones(P, dtype=torch.float64),
     "grad_loss": torch.ones(()),
     "grad_losses": torch.ones(P),
     "grad_sft_loss": torch.ones(()),
 }
 NUMBERS: dict[str, Any] = dict(
     ignore_index=-100, shift=True, average_log_prob=True, logit_scale=1.0, softcap=0.0, beta=2.0,
-    gamma_beta_ratio=0.5, loss_type=0, label_smoothing=0.0, sft_weight=0.0, sft_reduction=0,
-    reduction=1, empty=0,
+    gamma_beta_ratio=0.5, loss_type=0, label_smoothing=0.0, alpha=0.0, sft_weight=0.0, sft_reduction=0,
+    reduction=1, empty=0, cu_seqlens=None,
 )  # fmt: skip
 OP_NAMES = ("token_logps", "token_logps_backward", "token_logps_backward_", "sequence_logps",
             "sequence_logps_backward", "preference_loss", "preference_loss_backward")  # fmt: skip

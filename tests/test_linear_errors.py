@@ -191,7 +191,7 @@ BAD_OPTIONS: list[OptionCase] = [
     ({"beta": 0.0}, ValueError, ("beta: expected", 0.0)),
     ({"gamma_beta_ratio": float("nan")}, ValueError, ("gamma_beta_ratio: expected", "nan")),
     ({"gamma": 1.0, "gamma_beta_ratio": 0.5}, ValueError, ("gamma", "at most one", 1.0, 0.5)),
-    ({"loss_type": "ipo"}, ValueError, ("loss_type: expected one of", "'ipo'")),
+    ({"loss_type": "dpo"}, ValueError, ("loss_type: expected one of", "'dpo'")),
     ({"label_smoothing": 0.51}, ValueError, ("label_smoothing: expected", 0.51)),
     ({"sft_weight": -0.1}, ValueError, ("sft_weight: expected", -0.1)),
     ({"sft_reduction": "tokens"}, ValueError, ("sft_reduction: expected one of", "'tokens'")),

@@ -235,10 +235,11 @@ def test_linear_token_logps_takes_every_keyword_of_token_logps_but_one() -> None
 
 
 def test_the_module_keeps_the_options_and_takes_the_tensors() -> None:
+    of_a_call = dict.fromkeys(("cu_seqlens", "pairs", "pair_weight"))
     own = {"logits_budget_bytes": None}
-    assert keywords(LinearSimPOLoss) == {**keywords(simpo_loss), **own}
-    forward = {name: None for name in ("bias", "normalizer", "num_valid_tokens")}
-    assert keywords(LinearSimPOLoss.forward) == forward
+    assert {**keywords(LinearSimPOLoss), **of_a_call} == {**keywords(simpo_loss), **own}
+    forward = dict.fromkeys(("bias", "normalizer", "num_valid_tokens"))
+    assert keywords(LinearSimPOLoss.forward) == {**of_a_call, **forward}
 
 
 def test_the_functions_are_those_of_the_functional_module() -> None:
@@ -272,8 +273,11 @@ def test_a_call_of_the_module_may_replace_the_normalizer_and_give_the_count() ->
 def test_the_module_s_repr_shows_every_option() -> None:
     options = keywords(LinearSimPOLoss) | {"gamma": 1.0, "beta": 2.5, "logits_budget_bytes": 4096}
     shown = repr(LinearSimPOLoss(**options))
-    del options["gamma"]
-    options["gamma_beta_ratio"] = 0.4
+    del options["gamma"], options["preset"]
+    options.update(
+        gamma_beta_ratio=0.4, loss_type="sigmoid", sft_weight=0.0, sft_reduction="sequence",
+        average_log_prob=True, empty="drop", shift=True,
+    )  # fmt: skip
     want = {f"{name}={value!r}" for name, value in options.items()}
     assert shown.startswith("LinearSimPOLoss(")
     inside = shown.removeprefix("LinearSimPOLoss(").removesuffix(")")

@@ -301,13 +301,16 @@ def test_the_module_and_the_function_have_the_same_keywords_and_defaults() -> No
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
-    assert keywords(simpo_ext.SimPOLoss) == keywords(simpo_ext.simpo_loss)
+    of_a_call = {"cu_seqlens": None, "pairs": None, "pair_weight": None}
+    assert keywords(simpo_ext.simpo_loss) == {**keywords(simpo_ext.SimPOLoss), **of_a_call}
+    forward = keywords(simpo_ext.SimPOLoss.forward)
+    assert forward == {**of_a_call, "normalizer": None}
 
 
 def test_the_module_s_repr_shows_every_option() -> None:
     assert repr(simpo_ext.SimPOLoss(beta=2.5, gamma=1.0, softcap=30.0)) == (
         "SimPOLoss(beta=2.5, gamma_beta_ratio=0.4, loss_type='sigmoid', label_smoothing=0.0, "
-        "sft_weight=0.0, sft_reduction='sequence', average_log_prob=True, reduction='mean', "
+        "alpha=0.0, sft_weight=0.0, sft_reduction='sequence', average_log_prob=True, reduction='mean', "
         "normalizer=None, empty='drop', ignore_index=-100, shift=True, logit_scale=1.0, "
         "softcap=30.0, inplace_backward=False)"
     )

@@ -236,6 +236,6 @@ def test_the_sequence_op_takes_strides_and_loses_nothing_to_cancellation(
     assert token_logps.stride() == (1, 2)
     labels = torch.zeros(2, 3, dtype=torch.int64)
     op = torch.ops.simpo_ext.sequence_logps
-    logps, counts = op(token_logps, labels, -100, False, False)
+    logps, counts = op(token_logps, labels, None, -100, False, False)
     assert logps.tolist() == [1.0, 18.0]
     assert counts.tolist() == [3, 3]

@@ -62,26 +62,38 @@ struct TokenLogpsBackwardArgs {
   void* label_gradients = nullptr;  // [B, T] contiguous, compute
 };
 
-// Forward: token_logps [B, T] -> logps [B], the sum or mean over valid tokens, and their counts
-// [B].
+// The flat layout: labels [1, N] -> what each position is scored with, ignore_index where nothing:
+// no label is taken across the end of a sequence. The targets of a batch in this layout come from
+// here, and are without shift.
+struct SequenceTargetsArgs {
+  Targets labels;
+  int64_t num_labels;  // V
+  Sequences sequences;
+  int64_t* targets;  // [1, N] contiguous
+};
+
+// Forward: token_logps [B, T] -> logps [S], the sum or mean over valid tokens, and their counts
+// [S].
 struct SequenceLogpsArgs {
   DType dtype;              // of token_logps: kFloat32 or kFloat64
   const void* token_logps;  // [B, T], compute
   TokenStrides token_strides;
   Targets targets;
+  Sequences sequences;
   bool average;
-  void* logps;      // [B] contiguous, compute
-  int64_t* counts;  // [B] contiguous
+  void* logps;      // [S] contiguous, compute
+  int64_t* counts;  // [S] contiguous
 };
 
 struct SequenceLogpsBackwardArgs {
   DType dtype;
   Targets targets;
+  Sequences sequences;
   bool average;
-  const void* grad_logps;  // [B], compute
+  const void* grad_logps;  // [S], compute
   int64_t grad_stride;
-  const int64_t* counts;   // [B] contiguous
-  void* grad_token_logps;  // [B, T] contiguous, compute
+  const int64_t* counts;   // [S] contiguous
+  void* grad_token_logps;  // [B, T] contiguous, compute; holding 0 in the flat layout
 };
 
 // ---- hidden states ---------------------------------------------------------------------------
@@ -173,34 +185,40 @@ enum Metric : int {
   kNumMetrics
 };
 
-// Forward: token_logps [2P, T] -> the loss and everything reported beside it.
+// Forward: token_logps [B, T] -> the loss and everything reported beside it. What is given as [2P]
+// is of the pairs' chosen sequences and then of their rejected ones.
 struct PreferenceLossArgs {
   DType dtype;              // of token_logps: kFloat32 or kFloat64
-  const void* token_logps;  // [2P, T], compute
+  const void* token_logps;  // [B, T], compute
   TokenStrides token_strides;
   Targets targets;
+  Sequences sequences;
+  Pairs pairs;
   bool average;
   PairLoss pair_loss;
   LossReduction reduction;
-  double* sums;  // [2P] scratch
+  double* sums;  // [S] scratch
   void* loss;    // [] or, with Reduction::kNone, [P]; compute
-  void* losses;  // [P], compute: the preference loss of each pair, without the SFT term; 0: dropped
-  void* logps;   // [2P], compute; NaN for an empty sequence
-  void* rewards;    // [2P], compute: beta * logps
+  void* losses;  // [P], compute: weight times preference loss of each pair, without the SFT term;
+                 // 0: dropped
+  void* logps;      // [2P], compute; NaN for an empty sequence
+  void* rewards;    // [2P], compute: beta * shaped_logp
   void* sft_loss;   // [] or [P], as loss; compute
   double* metrics;  // [kNumMetrics]
-  void* slopes;     // [P], compute: d losses / d chosen logp; 0: dropped
-  int64_t* counts;  // [2P]: valid tokens
+  void* slopes;     // [2P], compute: d losses / d logps; 0: dropped
+  int64_t* counts;  // [S]: valid tokens
 };
 
 // Backward: what each token's log-prob owes to the gradients of loss, losses, logps and sft_loss.
 struct PreferenceLossBackwardArgs {
   DType dtype;
   Targets targets;
+  Sequences sequences;
+  Pairs pairs;
   bool average;
   LossReduction reduction;
-  const void* slopes;        // [P] contiguous, compute, from the forward
-  const int64_t* counts;     // [2P] contiguous, from the forward
+  const void* slopes;        // [2P] contiguous, compute, from the forward
+  const int64_t* counts;     // [S] contiguous, from the forward
   const void* grad_loss;     // [] or [P], compute; null: zero, as are the next three
   int64_t grad_loss_stride;  // 0 for []
   const void* grad_losses;   // [P], compute
@@ -209,7 +227,7 @@ struct PreferenceLossBackwardArgs {
   int64_t grad_logps_stride;
   const void* grad_sft_loss;  // [] or [P], compute
   int64_t grad_sft_loss_stride;
-  void* grad_token_logps;  // [2P, T] contiguous, compute
+  void* grad_token_logps;  // [B, T] contiguous, compute; holding 0 in the flat layout
 };
 
 namespace cpu {
@@ -230,10 +248,18 @@ void put_label_gradients(const PutLabelGradientsArgs& args);
 void add_partial(const AddPartialArgs& args, ParallelFor parallel_for);
 void hidden_gradient(const HiddenGradientArgs& args, ParallelFor parallel_for);
 
-void sequence_logps(const SequenceLogpsArgs& args, ParallelFor parallel_for);
-void sequence_logps_backward(const SequenceLogpsBackwardArgs& args, ParallelFor parallel_for);
-void preference_loss(const PreferenceLossArgs& args, ParallelFor parallel_for);
-void preference_loss_backward(const PreferenceLossBackwardArgs& args, ParallelFor parallel_for);
+// All return what is wrong with cu_seqlens or pairs, having written nothing if anything is.
+struct TargetError {
+  LayoutError layout;
+  LabelError label;
+};
+TargetError sequence_targets(const SequenceTargetsArgs& args);
+LayoutError sequence_logps(const SequenceLogpsArgs& args, ParallelFor parallel_for);
+LayoutError sequence_logps_backward(const SequenceLogpsBackwardArgs& args,
+                                    ParallelFor parallel_for);
+LayoutError preference_loss(const PreferenceLossArgs& args, ParallelFor parallel_for);
+LayoutError preference_loss_backward(const PreferenceLossBackwardArgs& args,
+                                     ParallelFor parallel_for);
 
 // The instruction set the kernels run with, as in torch.backends.cpu.get_cpu_capability().
 const char* capability();
@@ -244,7 +270,9 @@ namespace cuda {
 
 // The kernels run on the current device, on a stream of it, and these return when they are
 // enqueued: 0, or the cudaError_t of a launch that did not happen. Nothing waits for the device and
-// nothing is allocated. A label out of range gives a row of NaN, without a read out of bounds.
+// nothing is allocated. A label out of range gives a row of NaN, and so does a sequence that
+// cu_seqlens put out of range, and a pair of sequences that are not there, without a read out of
+// bounds.
 using Stream = void*;  // cudaStream_t
 int token_logps(const TokenLogpsArgs& args, Stream stream);
 int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream);
@@ -256,6 +284,7 @@ int put_label_gradients(const PutLabelGradientsArgs& args, Stream stream);
 int add_partial(const AddPartialArgs& args, Stream stream);
 int hidden_gradient(const HiddenGradientArgs& args, Stream stream);
 
+int sequence_targets(const SequenceTargetsArgs& args, Stream stream);
 int sequence_logps(const SequenceLogpsArgs& args, Stream stream);
 int sequence_logps_backward(const SequenceLogpsBackwardArgs& args, Stream stream);
 int preference_loss(const PreferenceLossArgs& args, Stream stream);

@@ -2,7 +2,7 @@
 // Shared by every device and both front ends; nothing else in the project defines this math.
 //
 // Sources: SimPO (arXiv 2405.14734) eq. 6; label smoothing as in conservative DPO; hinge as in
-// SLiC.
+// SLiC; IPO (arXiv 2310.12036) eq. 17; AlphaPO (arXiv 2501.03884).
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 
 namespace simpo_ext {
 
-enum class LossType : int64_t { kSigmoid = 0, kHinge = 1 };
+enum class LossType : int64_t { kSigmoid = 0, kHinge = 1, kIpo = 2 };
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 enum class SftReduction : int64_t { kSequence = 0, kToken = 1 };
 enum class EmptyPolicy : int64_t { kDrop = 0, kNan = 1 };
@@ -131,7 +131,23 @@ struct PairLoss {
   double beta;
   double gamma_beta_ratio;
   double label_smoothing;  // probability that chosen and rejected are swapped; sigmoid only
+  double alpha;            // of AlphaPO; 0: none
 };
+
+// What a log-prob l counts for: l, or with an alpha (1 - exp(l)^-alpha) / alpha. expm1 keeps the
+// digits that 1 - exp loses where alpha l is small.
+template <typename Scalar>
+SIMPO_HOST_DEVICE inline Scalar shaped_logp(Scalar logp, const PairLoss& loss) {
+  const Scalar alpha = static_cast<Scalar>(loss.alpha);
+  return alpha == Scalar(0) ? logp : -std::expm1(-alpha * logp) / alpha;
+}
+
+// d shaped_logp / d logp.
+template <typename Scalar>
+SIMPO_HOST_DEVICE inline Scalar shaped_logp_slope(Scalar logp, const PairLoss& loss) {
+  const Scalar alpha = static_cast<Scalar>(loss.alpha);
+  return alpha == Scalar(0) ? Scalar(1) : std::exp(-alpha * logp);
+}
 
 // log(1 + exp(y)) = -logsigmoid(-y).
 template <typename Scalar>
@@ -146,17 +162,28 @@ SIMPO_HOST_DEVICE inline Scalar sigmoid(Scalar y) {
   return (y >= Scalar(0) ? Scalar(1) : e) / (Scalar(1) + e);
 }
 
-// beta * z, with z = (chosen - rejected) - gamma_beta_ratio.
+// beta * z, with z = (chosen - rejected) - gamma_beta_ratio, of shaped log-probs.
 template <typename Scalar>
-SIMPO_HOST_DEVICE inline Scalar scaled_margin(Scalar chosen_logp, Scalar rejected_logp,
+SIMPO_HOST_DEVICE inline Scalar scaled_margin(Scalar chosen, Scalar rejected,
                                               const PairLoss& loss) {
   return static_cast<Scalar>(loss.beta) *
-         ((chosen_logp - rejected_logp) - static_cast<Scalar>(loss.gamma_beta_ratio));
+         ((chosen - rejected) - static_cast<Scalar>(loss.gamma_beta_ratio));
 }
 
-// sigmoid: -logsigmoid(m) (1 - eps) - logsigmoid(-m) eps; hinge: relu(1 - m); m = scaled_margin.
+// How far z lies above IPO's target: z - 1 / (2 beta).
+template <typename Scalar>
+SIMPO_HOST_DEVICE inline Scalar ipo_excess(Scalar margin, const PairLoss& loss) {
+  return (margin - Scalar(0.5)) / static_cast<Scalar>(loss.beta);
+}
+
+// sigmoid: -logsigmoid(m) (1 - eps) - logsigmoid(-m) eps; hinge: relu(1 - m); IPO: (z - 1 / (2
+// beta))^2; m = scaled_margin.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar pair_loss(Scalar margin, const PairLoss& loss) {
+  if (loss.type == LossType::kIpo) {
+    const Scalar excess = ipo_excess(margin, loss);
+    return excess * excess;
+  }
   if (loss.type == LossType::kHinge) {
     const Scalar slack = Scalar(1) - margin;
     return slack <= Scalar(0) ? Scalar(0) : slack;  // NaN is not <= 0, and stays
@@ -166,10 +193,11 @@ SIMPO_HOST_DEVICE inline Scalar pair_loss(Scalar margin, const PairLoss& loss) {
   return (Scalar(1) - eps) * softplus(-margin) + eps * softplus(margin);
 }
 
-// d pair_loss / d chosen_logp; that of rejected_logp is its negative. At the hinge's kink: 0.
+// d pair_loss / d (chosen, shaped); that of rejected is its negative. At the hinge's kink: 0.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar pair_loss_slope(Scalar margin, const PairLoss& loss) {
   const Scalar beta = static_cast<Scalar>(loss.beta);
+  if (loss.type == LossType::kIpo) return Scalar(2) * ipo_excess(margin, loss);
   if (loss.type == LossType::kHinge) {
     if (margin != margin) return margin;
     return margin < Scalar(1) ? -beta : Scalar(0);

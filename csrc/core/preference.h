@@ -20,29 +20,46 @@ struct SequenceSum {
 
 // ---- forward --------------------------------------------------------------------------------
 
+// Of a sequence that is not where cu_seqlens or pairs say, so that its pair is NaN and not dropped.
+SIMPO_HOST_DEVICE inline SequenceSum sum_of_nowhere() {
+  return {std::numeric_limits<double>::quiet_NaN(), 1};
+}
+
 struct ScoredPair {
   SequenceSum chosen, rejected;
   double chosen_logp, rejected_logp;
   double chosen_reward, rejected_reward;
   bool is_counted;
-  double loss, slope, sft_loss;  // 0 unless counted
+  // Times the pair's weight; 0 unless counted, and with a weight of 0, whatever they would be.
+  double loss;
+  double chosen_slope, rejected_slope;  // d loss / d logp
+  double sft_loss;                      // of the sequence
+  double sft_token_loss;                // of its tokens, added up
 };
 
 SIMPO_HOST_DEVICE inline ScoredPair score_pair(SequenceSum chosen, SequenceSum rejected,
-                                               const PreferenceLossArgs& args) {
+                                               double weight, const PreferenceLossArgs& args) {
+  const PairLoss& how = args.pair_loss;
   ScoredPair pair{};
   pair.chosen = chosen;
   pair.rejected = rejected;
   pair.chosen_logp = sequence_logp(chosen.sum, chosen.count, args.average);
   pair.rejected_logp = sequence_logp(rejected.sum, rejected.count, args.average);
-  pair.chosen_reward = args.pair_loss.beta * pair.chosen_logp;
-  pair.rejected_reward = args.pair_loss.beta * pair.rejected_logp;
+  const double chosen_shaped = shaped_logp(pair.chosen_logp, how);
+  const double rejected_shaped = shaped_logp(pair.rejected_logp, how);
+  pair.chosen_reward = how.beta * chosen_shaped;
+  pair.rejected_reward = how.beta * rejected_shaped;
   pair.is_counted = is_pair_counted(chosen.count, rejected.count, args.reduction.empty);
-  if (pair.is_counted) {
-    const double margin = scaled_margin(pair.chosen_logp, pair.rejected_logp, args.pair_loss);
-    pair.loss = pair_loss(margin, args.pair_loss);
-    pair.slope = pair_loss_slope(margin, args.pair_loss);
-    pair.sft_loss = -pair.chosen_logp;
+  if (pair.is_counted && weight != 0.0) {
+    const double margin = scaled_margin(chosen_shaped, rejected_shaped, how);
+    pair.loss = weight * pair_loss(margin, how);
+    const double slope = weight * pair_loss_slope(margin, how);
+    if (slope != 0.0) {  // a saturated pair has none, though shaped_logp's may be infinite
+      pair.chosen_slope = slope * shaped_logp_slope(pair.chosen_logp, how);
+      pair.rejected_slope = -slope * shaped_logp_slope(pair.rejected_logp, how);
+    }
+    pair.sft_loss = -weight * pair.chosen_logp;
+    pair.sft_token_loss = -weight * chosen.sum;
   }
   return pair;
 }
@@ -63,7 +80,8 @@ SIMPO_HOST_DEVICE inline void write_pair(const ScoredPair& pair, int64_t p, int6
   rewards[p] = static_cast<Scalar>(pair.chosen_reward);
   rewards[P + p] = static_cast<Scalar>(pair.rejected_reward);
   static_cast<Scalar*>(args.losses)[p] = static_cast<Scalar>(pair.loss);
-  static_cast<Scalar*>(args.slopes)[p] = static_cast<Scalar>(pair.slope);
+  static_cast<Scalar*>(args.slopes)[p] = static_cast<Scalar>(pair.chosen_slope);
+  static_cast<Scalar*>(args.slopes)[P + p] = static_cast<Scalar>(pair.rejected_slope);
   if (args.reduction.reduction == Reduction::kNone) {
     static_cast<Scalar*>(args.loss)[p] =
         static_cast<Scalar>(add_sft_term(pair.loss, pair.sft_loss, args.reduction));
@@ -77,8 +95,8 @@ struct PreferenceTotals {
   int64_t num_tokens = 0;
   int64_t num_chosen_tokens = 0;
   int64_t num_correct = 0;
-  CompensatedSum<double> losses, chosen_logps, rejected_logps, chosen_rewards, rejected_rewards,
-      margins, chosen_token_logps;
+  CompensatedSum<double> losses, sft_losses, sft_token_losses;
+  CompensatedSum<double> chosen_logps, rejected_logps, chosen_rewards, rejected_rewards, margins;
 
   SIMPO_HOST_DEVICE void add(const ScoredPair& pair) {
     if (!pair.is_counted) return;
@@ -87,12 +105,13 @@ struct PreferenceTotals {
     num_chosen_tokens += pair.chosen.count;
     num_correct += pair.chosen_reward > pair.rejected_reward ? 1 : 0;
     losses.add(pair.loss);
+    sft_losses.add(pair.sft_loss);
+    sft_token_losses.add(pair.sft_token_loss);
     chosen_logps.add(pair.chosen_logp);
     rejected_logps.add(pair.rejected_logp);
     chosen_rewards.add(pair.chosen_reward);
     rejected_rewards.add(pair.rejected_reward);
     margins.add(pair.chosen_reward - pair.rejected_reward);
-    chosen_token_logps.add(pair.chosen.sum);
   }
 
   SIMPO_HOST_DEVICE void merge(const PreferenceTotals& other) {
@@ -101,12 +120,13 @@ struct PreferenceTotals {
     num_chosen_tokens += other.num_chosen_tokens;
     num_correct += other.num_correct;
     losses.merge(other.losses);
+    sft_losses.merge(other.sft_losses);
+    sft_token_losses.merge(other.sft_token_losses);
     chosen_logps.merge(other.chosen_logps);
     rejected_logps.merge(other.rejected_logps);
     chosen_rewards.merge(other.chosen_rewards);
     rejected_rewards.merge(other.rejected_rewards);
     margins.merge(other.margins);
-    chosen_token_logps.merge(other.chosen_token_logps);
   }
 };
 
@@ -119,8 +139,8 @@ SIMPO_HOST_DEVICE inline void write_totals(const PreferenceTotals& totals, int64
     const double loss = reduce_total(totals.losses.value(), totals.num_pairs, reduction);
     const double sft_loss =
         reduction.sft_reduction == SftReduction::kSequence
-            ? reduce_total(-totals.chosen_logps.value(), totals.num_pairs, reduction)
-            : reduce_total(-totals.chosen_token_logps.value(), totals.num_chosen_tokens, reduction);
+            ? reduce_total(totals.sft_losses.value(), totals.num_pairs, reduction)
+            : reduce_total(totals.sft_token_losses.value(), totals.num_chosen_tokens, reduction);
     *static_cast<Scalar*>(args.loss) = static_cast<Scalar>(add_sft_term(loss, sft_loss, reduction));
     *static_cast<Scalar*>(args.sft_loss) = static_cast<Scalar>(sft_loss);
   }
@@ -150,7 +170,7 @@ struct PairCounts {
   }
 };
 
-// The gradient of each valid token log-prob of a pair.
+// What a pair adds to the gradient of each valid token log-prob of its sequences.
 struct TokenGradients {
   double chosen, rejected;
 };
@@ -162,11 +182,12 @@ SIMPO_HOST_DEVICE inline double gradient_at(const void* gradient, int64_t stride
 }
 
 template <typename Scalar>
-SIMPO_HOST_DEVICE inline TokenGradients pair_gradients(int64_t p, int64_t P,
+SIMPO_HOST_DEVICE inline TokenGradients pair_gradients(int64_t p, int64_t chosen_count,
+                                                       int64_t rejected_count, double weight,
                                                        const PairCounts& totals,
                                                        const PreferenceLossBackwardArgs& args) {
   const LossReduction& reduction = args.reduction;
-  const int64_t chosen_count = args.counts[p], rejected_count = args.counts[P + p];
+  const int64_t P = args.pairs.P;
   // Of the sequence log-probs, in the order the outputs feed them.
   double grad_chosen = gradient_at<Scalar>(args.grad_logps, args.grad_logps_stride, p);
   double grad_rejected = gradient_at<Scalar>(args.grad_logps, args.grad_logps_stride, P + p);
@@ -180,10 +201,11 @@ SIMPO_HOST_DEVICE inline TokenGradients pair_gradients(int64_t p, int64_t P,
     if (reduction.sft_weight > 0.0) grad_sft += grad_loss * reduction.sft_weight;
     // A gradient of exactly 0 is selected, so that a NaN slope nobody asked for does not count.
     if (grad_pair_loss != 0.0) {
-      const double slope = static_cast<double>(static_cast<const Scalar*>(args.slopes)[p]);
-      grad_chosen += grad_pair_loss * slope;
-      grad_rejected -= grad_pair_loss * slope;
+      const Scalar* slopes = static_cast<const Scalar*>(args.slopes);
+      grad_chosen += grad_pair_loss * static_cast<double>(slopes[p]);
+      grad_rejected += grad_pair_loss * static_cast<double>(slopes[P + p]);
     }
+    grad_sft = weight != 0.0 ? grad_sft * weight : 0.0;
     if (grad_sft != 0.0) {
       if (reduction.sft_reduction == SftReduction::kToken) {
         grad_chosen_token =

@@ -45,6 +45,39 @@ struct Targets {
   SIMPO_HOST_DEVICE bool is_valid(int64_t b, int64_t t) const { return at(b, t) != ignore_index; }
 };
 
+// Positions [begin, end) of row b.
+struct TokenRange {
+  int64_t b;
+  int64_t begin;
+  int64_t end;
+};
+
+// The sequences of a batch: its rows, or, in the flat layout, parts of its only row, sequence s the
+// positions [cu_seqlens[s], cu_seqlens[s + 1]).
+struct Sequences {
+  const int64_t* cu_seqlens;  // [S + 1]; null: rows
+  int64_t S;
+};
+
+// Pair p is of sequences chosen(p) and rejected(p); without indices, of p and P + p.
+struct Pairs {
+  const int64_t* indices;  // [P, 2] contiguous, or null
+  const double* weights;   // [P] contiguous, or null: 1
+  int64_t P;
+};
+
+// The first thing that is wrong with a layout.
+struct LayoutError {
+  enum class Kind { kNone, kBegin, kOrder, kEnd, kPair };
+
+  Kind kind = Kind::kNone;
+  int64_t index = 0;  // into cu_seqlens, or of a pair times two plus the side
+  int64_t value = 0;
+  int64_t bound = 0;  // what it was held against
+
+  bool found() const { return kind != Kind::kNone; }
+};
+
 // The first label that is neither ignore_index nor in [0, V); b < 0: there is none.
 struct LabelError {
   int64_t b = -1;

@@ -14,13 +14,14 @@ void forward(const SequenceLogpsArgs& args, ParallelFor parallel_for) {
   const Scalar* token_logps = static_cast<const Scalar*>(args.token_logps);
   Scalar* logps = static_cast<Scalar*>(args.logps);
   const auto do_sequences = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const SequenceSum total = sum_valid_tokens(token_logps, args.token_strides, args.targets, b);
-      logps[b] = static_cast<Scalar>(sequence_logp(total.sum, total.count, args.average));
-      args.counts[b] = total.count;
+    for (int64_t s = begin; s < end; ++s) {
+      const SequenceSum total = sum_valid_tokens(token_logps, args.token_strides, args.targets,
+                                                 range_of(args.sequences, args.targets, s));
+      logps[s] = static_cast<Scalar>(sequence_logp(total.sum, total.count, args.average));
+      args.counts[s] = total.count;
     }
   };
-  parallel_for(0, args.targets.B, sequences_per_task(args.targets.T), do_sequences);
+  parallel_for(0, args.sequences.S, sequences_per_task(args.sequences, args.targets), do_sequences);
 }
 
 template <typename Scalar>
@@ -28,25 +29,33 @@ void backward(const SequenceLogpsBackwardArgs& args, ParallelFor parallel_for) {
   const Scalar* grad_logps = static_cast<const Scalar*>(args.grad_logps);
   Scalar* grad_token_logps = static_cast<Scalar*>(args.grad_token_logps);
   const auto do_sequences = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const double weight = static_cast<double>(grad_logps[b * args.grad_stride]) *
-                            sequence_logp_slope<double>(args.counts[b], args.average);
-      spread_to_valid_tokens(weight, args.targets, b, grad_token_logps);
+    for (int64_t s = begin; s < end; ++s) {
+      const double gradient = static_cast<double>(grad_logps[s * args.grad_stride]) *
+                              sequence_logp_slope<double>(args.counts[s], args.average);
+      spread_to_valid_tokens(gradient, args.targets, range_of(args.sequences, args.targets, s),
+                             grad_token_logps);
     }
   };
-  parallel_for(0, args.targets.B, sequences_per_task(args.targets.T), do_sequences);
+  parallel_for(0, args.sequences.S, sequences_per_task(args.sequences, args.targets), do_sequences);
 }
 
 }  // namespace
 
-void sequence_logps(const SequenceLogpsArgs& args, ParallelFor parallel_for) {
+LayoutError sequence_logps(const SequenceLogpsArgs& args, ParallelFor parallel_for) {
+  const LayoutError error = find_sequence_error(args.sequences, args.targets.T);
+  if (error.found()) return error;
   dispatch_compute_dtype(
       args.dtype, [&](auto tag) { forward<typename decltype(tag)::type>(args, parallel_for); });
+  return {};
 }
 
-void sequence_logps_backward(const SequenceLogpsBackwardArgs& args, ParallelFor parallel_for) {
+LayoutError sequence_logps_backward(const SequenceLogpsBackwardArgs& args,
+                                    ParallelFor parallel_for) {
+  const LayoutError error = find_sequence_error(args.sequences, args.targets.T);
+  if (error.found()) return error;
   dispatch_compute_dtype(
       args.dtype, [&](auto tag) { backward<typename decltype(tag)::type>(args, parallel_for); });
+  return {};
 }
 
 }  // namespace simpo_ext::cpu

@@ -6,6 +6,7 @@ set(SIMPO_CPU_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/preference_loss.cpp
     ${CMAKE_CURRENT_LIST_DIR}/row_kernels_generic.cpp
     ${CMAKE_CURRENT_LIST_DIR}/sequence_logps.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/sequence_targets.cpp
     ${CMAKE_CURRENT_LIST_DIR}/token_logps.cpp
     ${CMAKE_CURRENT_LIST_DIR}/token_rows.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")

@@ -1,11 +1,12 @@
 // The preference loss on the GPU.
 //
-// Memory contract: the forward reads each valid token log-prob once and writes O(P); the backward
-// reads labels and O(P) a block, and writes [2P, T].
+// Memory contract: the forward reads each valid token log-prob once and writes O(S + P); the
+// backward reads labels, and O(P) a block, and writes [B, T].
 //
-// The forward is two kernels: a block for each sequence, which uses the whole GPU for the [2P, T]
-// part, and one block for the O(P) rest, which needs no atomics to add up the pairs in a fixed
-// order.
+// The forward is two kernels: a block for each sequence, which uses the whole GPU for the tokens,
+// and one block for the O(P) rest, which needs no atomics to add up the pairs in a fixed order. In
+// the backward, where pairs are given by indices, each sequence looks for its own among all of
+// them, for the same reason.
 
 #include <cstdint>
 
@@ -25,27 +26,47 @@ constexpr int64_t kMaxBackwardBlocks = 1024;
 template <typename Scalar>
 __global__ void __launch_bounds__(kSequenceThreads, kSequenceBlocksPerSM)
     sum_sequences_kernel(PreferenceLossArgs args) {
-  const int64_t b = row_of_block();
-  if (b >= args.targets.B) return;
+  const int64_t s = row_of_block();
+  if (s >= args.sequences.S) return;
   const SequenceSum total = sum_valid_tokens<Scalar, kSequenceThreads>(
-      static_cast<const Scalar*>(args.token_logps), args.token_strides, args.targets, b);
+      static_cast<const Scalar*>(args.token_logps), args.token_strides, args.targets,
+      find_range(args.sequences, args.targets, s));
   if (threadIdx.x == 0) {
-    store(args.sums + b, total.sum);
-    store(args.counts + b, total.count);
+    store(args.sums + s, total.sum);
+    store(args.counts + s, total.count);
   }
+}
+
+// Of pair p. A member that is not there is -1.
+struct PairMembers {
+  int64_t chosen, rejected;
+  double weight;
+};
+
+SIMPO_DEVICE PairMembers members_of(const Pairs& pairs, int64_t S, int64_t p) {
+  const double weight = pairs.weights == nullptr ? 1.0 : load(pairs.weights + p);
+  if (pairs.indices == nullptr) return {p, pairs.P + p, weight};
+  const auto found = [S](int64_t sequence) {
+    return sequence >= 0 && sequence < S ? sequence : int64_t{-1};
+  };
+  return {found(load(pairs.indices + 2 * p)), found(load(pairs.indices + 2 * p + 1)), weight};
 }
 
 template <typename Scalar>
 __global__ void __launch_bounds__(kPairThreads) score_pairs_kernel(PreferenceLossArgs args) {
   constexpr int kWords = kWordsOf<PreferenceTotals>;
   SIMPO_SHARED(uint64_t, of_threads, kPairThreads* kWords);
-  const int64_t P = args.targets.B / 2;
+  const int64_t P = args.pairs.P;
   const int tid = static_cast<int>(threadIdx.x);
+  const auto sum_of = [&](int64_t s) {
+    return s < 0 ? sum_of_nowhere() : SequenceSum{load(args.sums + s), load(args.counts + s)};
+  };
 
   PreferenceTotals totals;
   for (int64_t p = tid; p < P; p += kPairThreads) {
-    const ScoredPair pair = score_pair({load(args.sums + p), load(args.counts + p)},
-                                       {load(args.sums + P + p), load(args.counts + P + p)}, args);
+    const PairMembers members = members_of(args.pairs, args.sequences.S, p);
+    const ScoredPair pair =
+        score_pair(sum_of(members.chosen), sum_of(members.rejected), members.weight, args);
     write_pair<Scalar>(pair, p, P, args);
     totals.add(pair);
   }
@@ -60,16 +81,21 @@ __global__ void __launch_bounds__(kPairThreads) score_pairs_kernel(PreferenceLos
   if (tid == 0) write_totals<Scalar>(totals, P, args);
 }
 
+SIMPO_DEVICE int64_t count_of(const PreferenceLossBackwardArgs& args, int64_t s) {
+  return s < 0 ? sum_of_nowhere().count : load(args.counts + s);
+}
+
 // Over all pairs, in every thread.
 SIMPO_DEVICE PairCounts count_pairs(const PreferenceLossBackwardArgs& args) {
   constexpr int kWarps = kSequenceThreads / kWarpSize;
   SIMPO_SHARED(int64_t, num_pairs, kWarps);
   SIMPO_SHARED(int64_t, num_chosen_tokens, kWarps);
   const auto add = [](int64_t a, int64_t b) { return a + b; };
-  const int64_t P = args.targets.B / 2;
   PairCounts mine;
-  for (int64_t p = threadIdx.x; p < P; p += kSequenceThreads) {
-    mine.add(load(args.counts + p), load(args.counts + P + p), args.reduction.empty);
+  for (int64_t p = threadIdx.x; p < args.pairs.P; p += kSequenceThreads) {
+    const PairMembers members = members_of(args.pairs, args.sequences.S, p);
+    mine.add(count_of(args, members.chosen), count_of(args, members.rejected),
+             args.reduction.empty);
   }
   mine = {reduce_warp(mine.num_pairs, add), reduce_warp(mine.num_chosen_tokens, add)};
   if (threadIdx.x % kWarpSize == 0) {
@@ -85,22 +111,55 @@ SIMPO_DEVICE PairCounts count_pairs(const PreferenceLossBackwardArgs& args) {
   return totals;
 }
 
+// Of each valid token of sequence s, in every thread: from its pair, or from all whose indices name
+// it.
+template <typename Scalar>
+SIMPO_DEVICE double sequence_gradient(const PreferenceLossBackwardArgs& args,
+                                      const PairCounts& totals, int64_t s) {
+  constexpr int kWarps = kSequenceThreads / kWarpSize;
+  SIMPO_SHARED(double, of_warps, kWarps);
+  const int64_t P = args.pairs.P;
+  const auto gradients_of = [&](int64_t p, const PairMembers& members) {
+    return pair_gradients<Scalar>(p, count_of(args, members.chosen),
+                                  count_of(args, members.rejected), members.weight, totals, args);
+  };
+  if (args.pairs.indices == nullptr) {
+    const int64_t p = s < P ? s : s - P;
+    const TokenGradients gradients = gradients_of(p, members_of(args.pairs, args.sequences.S, p));
+    return s < P ? gradients.chosen : gradients.rejected;
+  }
+  double sum = 0.0;
+  for (int64_t p = threadIdx.x; p < P; p += kSequenceThreads) {
+    const PairMembers members = members_of(args.pairs, args.sequences.S, p);
+    if (members.chosen != s && members.rejected != s) continue;
+    const TokenGradients gradients = gradients_of(p, members);
+    if (members.chosen == s) sum += gradients.chosen;
+    if (members.rejected == s) sum += gradients.rejected;
+  }
+  sum = reduce_warp(sum, [](double a, double b) { return a + b; });
+  __syncthreads();  // of_warps has been read for the sequence before
+  if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = sum;
+  __syncthreads();
+  sum = 0.0;
+  for (int i = 0; i < kWarps; ++i) sum += of_warps[i];
+  return sum;
+}
+
 template <typename Scalar>
 __global__ void __launch_bounds__(kSequenceThreads, kSequenceBlocksPerSM)
     preference_loss_backward_kernel(PreferenceLossBackwardArgs args) {
-  const int64_t P = args.targets.B / 2;
   const PairCounts totals = count_pairs(args);
-  for (int64_t b = blockIdx.x; b < 2 * P; b += gridDim.x) {
-    const TokenGradients gradients = pair_gradients<Scalar>(b < P ? b : b - P, P, totals, args);
-    spread_to_valid_tokens(b < P ? gradients.chosen : gradients.rejected, args.targets, b,
+  for (int64_t s = blockIdx.x; s < args.sequences.S; s += gridDim.x) {
+    spread_to_valid_tokens(sequence_gradient<Scalar>(args, totals, s), args.targets,
+                           find_range(args.sequences, args.targets, s).range,
                            static_cast<Scalar*>(args.grad_token_logps));
   }
 }
 
 template <typename Scalar>
 int forward(const PreferenceLossArgs& args, Stream stream) {
-  if (args.targets.B > 0) {
-    const int error = launch(sum_sequences_kernel<Scalar>, grid_of_rows(args.targets.B),
+  if (args.sequences.S > 0) {
+    const int error = launch(sum_sequences_kernel<Scalar>, grid_of_rows(args.sequences.S),
                              dim3(kSequenceThreads), stream, args);
     if (error != 0) return error;
   }
@@ -109,10 +168,10 @@ int forward(const PreferenceLossArgs& args, Stream stream) {
 
 template <typename Scalar>
 int backward(const PreferenceLossBackwardArgs& args, Stream stream) {
-  if (args.targets.B * args.targets.T == 0) return 0;
+  if (args.sequences.S * args.targets.T == 0) return 0;
   const unsigned z = blocks_per_sequence(args.targets.T);
   int64_t x = kMaxBackwardBlocks / z;
-  if (x > args.targets.B) x = args.targets.B;
+  if (x > args.sequences.S) x = args.sequences.S;
   if (x > kMaxGridX) x = kMaxGridX;
   return launch(preference_loss_backward_kernel<Scalar>, dim3(static_cast<unsigned>(x), 1, z),
                 dim3(kSequenceThreads), stream, args);

@@ -23,15 +23,30 @@ SIMPO_DEVICE bool is_valid_token(const Targets& targets, int64_t b, int64_t t) {
          load(targets.labels + targets.label_offset(b, t)) != targets.ignore_index;
 }
 
+// Where sequence s lies; nowhere if that is not within the batch.
+struct FoundRange {
+  TokenRange range;
+  bool is_found;
+};
+
+SIMPO_DEVICE FoundRange find_range(const Sequences& sequences, const Targets& targets, int64_t s) {
+  if (sequences.cu_seqlens == nullptr) return {{s, 0, targets.T}, true};
+  const int64_t begin = load_uniform(sequences.cu_seqlens + s);
+  const int64_t end = load_uniform(sequences.cu_seqlens + s + 1);
+  const bool is_found = begin >= 0 && begin <= end && end <= targets.T;
+  if (!is_found) return {{0, 0, 0}, false};
+  return {{0, begin, end}, true};
+}
+
 struct PartialSum {
   CompensatedSum<double> sum;
   int64_t count = 0;
 };
 
-// Of sequence b, in thread 0.
+// Of a sequence, in thread 0.
 template <typename Scalar, int kThreads>
 SIMPO_DEVICE SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStrides strides,
-                                          const Targets& targets, int64_t b) {
+                                          const Targets& targets, FoundRange found) {
   constexpr int kWarps = kThreads / kWarpSize;
   constexpr int kWords = kWordsOf<PartialSum>;
   SIMPO_SHARED(uint64_t, of_warps, kWarps* kWords);
@@ -43,8 +58,9 @@ SIMPO_DEVICE SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStride
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 
+  const auto [b, begin, end] = found.range;
   PartialSum partial;
-  for (int64_t t = threadIdx.x; t < targets.T; t += kThreads) {
+  for (int64_t t = begin + threadIdx.x; t < end; t += kThreads) {
     if (!is_valid_token(targets, b, t)) continue;
     partial.sum.add(static_cast<double>(load(token_logps + strides.offset(b, t))));
     ++partial.count;
@@ -58,6 +74,7 @@ SIMPO_DEVICE SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStride
       partial = merge(partial, from_words<PartialSum>(of_warps + i * kWords));
     }
   }
+  if (!found.is_found) return sum_of_nowhere();
   return {partial.sum.value(), partial.count};
 }
 
@@ -68,15 +85,16 @@ inline unsigned blocks_per_sequence(int64_t T) {
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// grad_token_logps[b, :] = gradient at valid positions and 0 at masked ones, whatever gradient is.
-// This block's share of it, of those along gridDim.z.
+// grad_token_logps = gradient at valid positions and 0 at masked ones, whatever gradient is. This
+// block's share of it, of those along gridDim.z.
 template <typename Scalar>
-SIMPO_DEVICE void spread_to_valid_tokens(double gradient, const Targets& targets, int64_t b,
+SIMPO_DEVICE void spread_to_valid_tokens(double gradient, const Targets& targets, TokenRange range,
                                          Scalar* grad_token_logps) {
   const Scalar value = static_cast<Scalar>(gradient);
+  const int64_t b = range.b;
   const int64_t first = static_cast<int64_t>(blockIdx.z) * kSequenceThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.z) * kSequenceThreads;
-  for (int64_t t = first; t < targets.T; t += step) {
+  for (int64_t t = range.begin + first; t < range.end; t += step) {
     store(grad_token_logps + b * targets.T + t, is_valid_token(targets, b, t) ? value : Scalar(0));
   }
 }

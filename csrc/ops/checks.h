@@ -78,12 +78,37 @@ inline DType compute_dtype_of(const Tensor& tensor, const char* name) {
 }
 
 // std::out_of_range is an IndexError in Python.
-inline void check_labels_in_range(const LabelError& error, int64_t ignore_index, int64_t V) {
+inline void check_labels_in_range(const LabelError& error, int64_t ignore_index, int64_t V,
+                                  bool is_flat = false) {
   if (!error.found()) return;
-  throw std::out_of_range(
-      "labels[" + std::to_string(error.b) + ", " + std::to_string(error.position) +
-      "] is out of range: expected ignore_index (" + std::to_string(ignore_index) +
-      ") or a value in [0, " + std::to_string(V) + "), got " + std::to_string(error.label));
+  const std::string row = is_flat ? "" : std::to_string(error.b) + ", ";
+  throw std::out_of_range("labels[" + row + std::to_string(error.position) +
+                          "] is out of range: expected ignore_index (" +
+                          std::to_string(ignore_index) + ") or a value in [0, " +
+                          std::to_string(V) + "), got " + std::to_string(error.label));
+}
+
+// Of a layout that a kernel refused; std::invalid_argument is a ValueError in Python.
+inline void check_layout(const LayoutError& error) {
+  using Kind = LayoutError::Kind;
+  const std::string at = "cu_seqlens[" + std::to_string(error.index) + "]: expected ";
+  const std::string got = ", got " + std::to_string(error.value);
+  switch (error.kind) {
+    case Kind::kNone:
+      return;
+    case Kind::kBegin:
+      throw std::invalid_argument(at + "0 or more" + got);
+    case Kind::kOrder:
+      throw std::invalid_argument(at + "at least the " + std::to_string(error.bound) +
+                                  " before it" + got);
+    case Kind::kEnd:
+      throw std::invalid_argument(at + "at most N = " + std::to_string(error.bound) + got);
+    case Kind::kPair:
+      throw std::out_of_range("pairs[" + std::to_string(error.index / 2) + ", " +
+                              std::to_string(error.index % 2) +
+                              "] is out of range: expected a sequence in [0, " +
+                              std::to_string(error.bound) + ")" + got);
+  }
 }
 
 }  // namespace simpo_ext::ops

@@ -29,21 +29,26 @@ STABLE_TORCH_LIBRARY(simpo_ext, m) {
       "bool shift, float logit_scale, float softcap, bool needs_hidden, bool needs_weight, bool "
       "needs_bias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
   m.def(
-      "sequence_logps(Tensor token_logps, Tensor labels, int ignore_index, bool shift, bool "
-      "average_log_prob) -> (Tensor logps, Tensor counts)");
+      "sequence_targets(Tensor labels, Tensor cu_seqlens, SymInt num_labels, int ignore_index, "
+      "bool shift) -> Tensor");
   m.def(
-      "sequence_logps_backward(Tensor grad_logps, Tensor labels, Tensor counts, int "
-      "ignore_index, bool shift, bool average_log_prob) -> Tensor");
+      "sequence_logps(Tensor token_logps, Tensor labels, Tensor? cu_seqlens, int ignore_index, "
+      "bool shift, bool average_log_prob) -> (Tensor logps, Tensor counts)");
   m.def(
-      "preference_loss(Tensor token_logps, Tensor labels, int ignore_index, bool shift, "
-      "bool average_log_prob, float beta, float gamma_beta_ratio, int loss_type, float "
-      "label_smoothing, float sft_weight, int sft_reduction, int reduction, int empty) -> "
-      "(Tensor loss, Tensor losses, Tensor logps, Tensor rewards, Tensor sft_loss, Tensor "
+      "sequence_logps_backward(Tensor grad_logps, Tensor labels, Tensor? cu_seqlens, Tensor "
+      "counts, int ignore_index, bool shift, bool average_log_prob) -> Tensor");
+  m.def(
+      "preference_loss(Tensor token_logps, Tensor labels, Tensor? cu_seqlens, Tensor? pairs, "
+      "Tensor? pair_weight, int ignore_index, bool shift, bool average_log_prob, float beta, "
+      "float gamma_beta_ratio, int loss_type, float label_smoothing, float alpha, float "
+      "sft_weight, int sft_reduction, int reduction, int empty) -> (Tensor loss, Tensor losses, "
+      "Tensor logps, Tensor rewards, Tensor sft_loss, Tensor "
       "metrics, Tensor slopes, Tensor counts)");
   m.def(
       "preference_loss_backward(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logps, "
-      "Tensor? grad_sft_loss, Tensor labels, Tensor slopes, Tensor counts, int "
-      "ignore_index, bool shift, bool average_log_prob, float sft_weight, int "
+      "Tensor? grad_sft_loss, Tensor labels, Tensor? cu_seqlens, Tensor? pairs, Tensor? "
+      "pair_weight, Tensor slopes, Tensor counts, int ignore_index, bool shift, bool "
+      "average_log_prob, float sft_weight, int "
       "sft_reduction, int reduction, int empty) -> Tensor");
 }
 

@@ -106,6 +106,74 @@ Targets make_targets(const Device& device, const Tensor& labels, int64_t ignore_
           shift};
 }
 
+// Where the sequences of targets lie and which are pairs, with the tensors that say so.
+class Layout {
+ public:
+  // Of targets that are aligned already in the flat layout, whose labels a shift would take across
+  // the ends of sequences.
+  template <class Device>
+  Layout(const Device& device, const Targets& targets, const std::optional<Tensor>& cu_seqlens) {
+    sequences_ = {nullptr, targets.B};
+    if (!cu_seqlens.has_value()) return;
+    STD_TORCH_CHECK(!targets.shift, "shift: expected false with cu_seqlens, got true");
+    STD_TORCH_CHECK(targets.B == 1,
+                    "labels: expected shape [1, N] with cu_seqlens, got B = ", targets.B);
+    cu_seqlens_ = checked(device, *cu_seqlens, ScalarType::Long, "cu_seqlens");
+    STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) > 0,
+                    "cu_seqlens: expected shape [S + 1], got ", shape_text(*cu_seqlens));
+    sequences_ = {cu_seqlens_->template const_data_ptr<int64_t>(), cu_seqlens->size(0) - 1};
+  }
+
+  template <class Device>
+  Layout(const Device& device, const Targets& targets, const std::optional<Tensor>& cu_seqlens,
+         const std::optional<Tensor>& pairs, const std::optional<Tensor>& pair_weight)
+      : Layout(device, targets, cu_seqlens) {
+    if (pairs.has_value()) {
+      pairs_tensor_ = checked(device, *pairs, ScalarType::Long, "pairs");
+      STD_TORCH_CHECK(pairs->dim() == 2 && pairs->size(1) == 2,
+                      "pairs: expected shape [P, 2], got ", shape_text(*pairs));
+      pairs_.indices = pairs_tensor_->template const_data_ptr<int64_t>();
+      pairs_.P = pairs->size(0);
+    } else {
+      STD_TORCH_CHECK(sequences_.S % 2 == 0,
+                      "token_logps: expected an even number of sequences without pairs (chosen, "
+                      "then rejected), got ",
+                      sequences_.S);
+      pairs_.P = sequences_.S / 2;
+    }
+    if (pair_weight.has_value()) {
+      weights_tensor_ = checked(device, *pair_weight, ScalarType::Double, "pair_weight");
+      check_shape(*pair_weight, {pairs_.P}, "pair_weight");
+      pairs_.weights = weights_tensor_->template const_data_ptr<double>();
+    }
+  }
+
+  const Sequences& sequences() const { return sequences_; }
+  const Pairs& pairs() const { return pairs_; }
+  int64_t S() const { return sequences_.S; }
+  int64_t P() const { return pairs_.P; }
+
+  // [B, T] like `like`, for the gradient of token log-probs.
+  Tensor new_gradient(const Tensor& like, const Targets& targets) const {
+    Tensor gradient = new_empty(like, {targets.B, targets.T});
+    if (cu_seqlens_.has_value()) torch::stable::zero_(gradient);  // where there is no sequence
+    return gradient;
+  }
+
+ private:
+  template <class Device>
+  static Tensor checked(const Device& device, const Tensor& tensor, ScalarType dtype,
+                        const char* name) {
+    device.check(tensor, name);
+    check_dtype(tensor, dtype, name);
+    return as_contiguous(tensor);
+  }
+
+  std::optional<Tensor> cu_seqlens_, pairs_tensor_, weights_tensor_;
+  Sequences sequences_{};
+  Pairs pairs_{};
+};
+
 template <class Device>
 class Ops {
  public:
@@ -167,19 +235,38 @@ class Ops {
 
   // ---- sequence_logps -----------------------------------------------------------------------
 
+  static Tensor sequence_targets(const Tensor& labels, const Tensor& cu_seqlens, int64_t num_labels,
+                                 int64_t ignore_index, bool shift) {
+    const Device device(labels, "labels");
+    Targets given = make_targets(device, labels, ignore_index, false);
+    const Layout layout(device, given, cu_seqlens);
+    given.shift = shift;
+    Tensor targets = new_empty(labels, {given.B, given.T});
+    device.sequence_targets({
+        .labels = given,
+        .num_labels = num_labels,
+        .sequences = layout.sequences(),
+        .targets = targets.mutable_data_ptr<int64_t>(),
+    });
+    return targets;
+  }
+
   static std::tuple<Tensor, Tensor> sequence_logps(const Tensor& token_logps, const Tensor& labels,
+                                                   std::optional<Tensor> cu_seqlens,
                                                    int64_t ignore_index, bool shift,
                                                    bool average_log_prob) {
     const Device device(token_logps, "token_logps");
     const DType dtype = check_token_logps(token_logps, labels);
     const Targets targets = make_targets(device, labels, ignore_index, shift);
-    Tensor logps = new_empty(token_logps, {targets.B});
-    Tensor counts = new_empty(token_logps, {targets.B}, ScalarType::Long);
+    const Layout layout(device, targets, cu_seqlens);
+    Tensor logps = new_empty(token_logps, {layout.S()});
+    Tensor counts = new_empty(token_logps, {layout.S()}, ScalarType::Long);
     device.sequence_logps({
         .dtype = dtype,
         .token_logps = token_logps.const_data_ptr(),
         .token_strides = token_strides(token_logps),
         .targets = targets,
+        .sequences = layout.sequences(),
         .average = average_log_prob,
         .logps = logps.mutable_data_ptr(),
         .counts = counts.mutable_data_ptr<int64_t>(),
@@ -188,18 +275,20 @@ class Ops {
   }
 
   static Tensor sequence_logps_backward(const Tensor& grad_logps, const Tensor& labels,
-                                        const Tensor& counts, int64_t ignore_index, bool shift,
-                                        bool average_log_prob) {
+                                        std::optional<Tensor> cu_seqlens, const Tensor& counts,
+                                        int64_t ignore_index, bool shift, bool average_log_prob) {
     const Device device(labels, "labels");
     const Targets targets = make_targets(device, labels, ignore_index, shift);
+    const Layout layout(device, targets, cu_seqlens);
     device.check(grad_logps, "grad_logps");
-    check_shape(grad_logps, {targets.B}, "grad_logps");
+    check_shape(grad_logps, {layout.S()}, "grad_logps");
     const DType dtype = compute_dtype_of(grad_logps, "grad_logps");
-    const Tensor saved_counts = check_counts(device, counts, targets.B);
-    Tensor grad_token_logps = new_empty(grad_logps, {targets.B, targets.T});
+    const Tensor saved_counts = check_counts(device, counts, layout.S());
+    Tensor grad_token_logps = layout.new_gradient(grad_logps, targets);
     device.sequence_logps_backward({
         .dtype = dtype,
         .targets = targets,
+        .sequences = layout.sequences(),
         .average = average_log_prob,
         .grad_logps = grad_logps.const_data_ptr(),
         .grad_stride = grad_logps.stride(0),
@@ -212,19 +301,19 @@ class Ops {
   // ---- preference_loss ----------------------------------------------------------------------
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> preference_loss(
-      const Tensor& token_logps, const Tensor& labels, int64_t ignore_index, bool shift,
-      bool average_log_prob, double beta, double gamma_beta_ratio, int64_t loss_type,
-      double label_smoothing, double sft_weight, int64_t sft_reduction, int64_t reduction,
-      int64_t empty) {
+      const Tensor& token_logps, const Tensor& labels, std::optional<Tensor> cu_seqlens,
+      std::optional<Tensor> pairs, std::optional<Tensor> pair_weight, int64_t ignore_index,
+      bool shift, bool average_log_prob, double beta, double gamma_beta_ratio, int64_t loss_type,
+      double label_smoothing, double alpha, double sft_weight, int64_t sft_reduction,
+      int64_t reduction, int64_t empty) {
     const Device device(token_logps, "token_logps");
     const DType dtype = check_token_logps(token_logps, labels);
     const Targets targets = make_targets(device, labels, ignore_index, shift);
-    STD_TORCH_CHECK(targets.B % 2 == 0,
-                    "token_logps: expected an even B (chosen, then rejected), got ", targets.B);
-    STD_TORCH_CHECK(loss_type == 0 || loss_type == 1, "loss_type: expected 0 or 1, got ",
+    const Layout layout(device, targets, cu_seqlens, pairs, pair_weight);
+    STD_TORCH_CHECK(loss_type >= 0 && loss_type <= 2, "loss_type: expected 0, 1 or 2, got ",
                     loss_type);
     const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, empty);
-    const int64_t P = targets.B / 2;
+    const int64_t S = layout.S(), P = layout.P();
     const auto reduced = [&] {
       return how.reduction == Reduction::kNone ? new_empty(token_logps, {P})
                                                : new_empty(token_logps, {});
@@ -233,16 +322,19 @@ class Ops {
     Tensor logps = new_empty(token_logps, {2 * P}), rewards = new_empty(token_logps, {2 * P});
     Tensor sft_loss = reduced();
     Tensor metrics = new_empty(token_logps, {kNumMetrics}, ScalarType::Double);
-    Tensor slopes = new_empty(token_logps, {P});
-    Tensor counts = new_empty(token_logps, {2 * P}, ScalarType::Long);
-    Tensor sums = new_empty(token_logps, {2 * P}, ScalarType::Double);
+    Tensor slopes = new_empty(token_logps, {2 * P});
+    Tensor counts = new_empty(token_logps, {S}, ScalarType::Long);
+    Tensor sums = new_empty(token_logps, {S}, ScalarType::Double);
     device.preference_loss({
         .dtype = dtype,
         .token_logps = token_logps.const_data_ptr(),
         .token_strides = token_strides(token_logps),
         .targets = targets,
+        .sequences = layout.sequences(),
+        .pairs = layout.pairs(),
         .average = average_log_prob,
-        .pair_loss = {static_cast<LossType>(loss_type), beta, gamma_beta_ratio, label_smoothing},
+        .pair_loss = {static_cast<LossType>(loss_type), beta, gamma_beta_ratio, label_smoothing,
+                      alpha},
         .reduction = how,
         .sums = sums.mutable_data_ptr<double>(),
         .loss = loss.mutable_data_ptr(),
@@ -257,24 +349,22 @@ class Ops {
     return {loss, losses, logps, rewards, sft_loss, metrics, slopes, counts};
   }
 
-  static Tensor preference_loss_backward(std::optional<Tensor> grad_loss,
-                                         std::optional<Tensor> grad_losses,
-                                         std::optional<Tensor> grad_logps,
-                                         std::optional<Tensor> grad_sft_loss, const Tensor& labels,
-                                         const Tensor& slopes, const Tensor& counts,
-                                         int64_t ignore_index, bool shift, bool average_log_prob,
-                                         double sft_weight, int64_t sft_reduction,
-                                         int64_t reduction, int64_t empty) {
+  static Tensor preference_loss_backward(
+      std::optional<Tensor> grad_loss, std::optional<Tensor> grad_losses,
+      std::optional<Tensor> grad_logps, std::optional<Tensor> grad_sft_loss, const Tensor& labels,
+      std::optional<Tensor> cu_seqlens, std::optional<Tensor> pairs,
+      std::optional<Tensor> pair_weight, const Tensor& slopes, const Tensor& counts,
+      int64_t ignore_index, bool shift, bool average_log_prob, double sft_weight,
+      int64_t sft_reduction, int64_t reduction, int64_t empty) {
     const Device device(labels, "labels");
     const Targets targets = make_targets(device, labels, ignore_index, shift);
-    STD_TORCH_CHECK(targets.B % 2 == 0, "labels: expected an even B (chosen, then rejected), got ",
-                    targets.B);
-    const int64_t P = targets.B / 2;
+    const Layout layout(device, targets, cu_seqlens, pairs, pair_weight);
+    const int64_t P = layout.P();
     device.check(slopes, "slopes");
-    check_shape(slopes, {P}, "slopes");
+    check_shape(slopes, {2 * P}, "slopes");
     const DType dtype = compute_dtype_of(slopes, "slopes");
     const Tensor saved_slopes = as_contiguous(slopes);
-    const Tensor saved_counts = check_counts(device, counts, 2 * P);
+    const Tensor saved_counts = check_counts(device, counts, layout.S());
     const LossReduction how = make_reduction(sft_weight, sft_reduction, reduction, empty);
     const auto check_gradient = [&](const std::optional<Tensor>& gradient, int64_t length,
                                     const char* name) {
@@ -290,10 +380,12 @@ class Ops {
     const Gradient of_losses = check_gradient(grad_losses, P, "grad_losses");
     const Gradient of_logps = check_gradient(grad_logps, 2 * P, "grad_logps");
     const Gradient of_sft_loss = check_reduced_gradient(grad_sft_loss, "grad_sft_loss");
-    Tensor grad_token_logps = new_empty(slopes, {targets.B, targets.T});
+    Tensor grad_token_logps = layout.new_gradient(slopes, targets);
     device.preference_loss_backward({
         .dtype = dtype,
         .targets = targets,
+        .sequences = layout.sequences(),
+        .pairs = layout.pairs(),
         .average = average_log_prob,
         .reduction = how,
         .slopes = saved_slopes.const_data_ptr(),
@@ -373,10 +465,10 @@ class Ops {
     return compute_dtype_of(token_logps, "token_logps");
   }
 
-  // Counts as a forward returned them: [B], contiguous.
-  static Tensor check_counts(const Device& device, const Tensor& counts, int64_t B) {
+  // Counts as a forward returned them: [S], contiguous.
+  static Tensor check_counts(const Device& device, const Tensor& counts, int64_t S) {
     device.check(counts, "counts");
-    check_shape(counts, {B}, "counts");
+    check_shape(counts, {S}, "counts");
     check_dtype(counts, ScalarType::Long, "counts");
     return as_contiguous(counts);
   }
@@ -420,6 +512,7 @@ void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("token_logps", TORCH_BOX(&Ops<Device>::token_logps));
   m.impl("token_logps_backward", TORCH_BOX(&Ops<Device>::token_logps_backward));
   m.impl("token_logps_backward_", TORCH_BOX(&Ops<Device>::token_logps_backward_inplace));
+  m.impl("sequence_targets", TORCH_BOX(&Ops<Device>::sequence_targets));
   m.impl("sequence_logps", TORCH_BOX(&Ops<Device>::sequence_logps));
   m.impl("sequence_logps_backward", TORCH_BOX(&Ops<Device>::sequence_logps_backward));
   m.impl("preference_loss", TORCH_BOX(&Ops<Device>::preference_loss));

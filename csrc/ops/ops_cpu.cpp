@@ -147,17 +147,22 @@ class Cpu {
   void hidden_gradient(const HiddenGradientArgs& args) const {
     cpu::hidden_gradient(args, kTorchThreads);
   }
+  void sequence_targets(const SequenceTargetsArgs& args) const {
+    const cpu::TargetError error = cpu::sequence_targets(args);
+    check_layout(error.layout);
+    check_labels_in_range(error.label, args.labels.ignore_index, args.num_labels, true);
+  }
   void sequence_logps(const SequenceLogpsArgs& args) const {
-    cpu::sequence_logps(args, kTorchThreads);
+    check_layout(cpu::sequence_logps(args, kTorchThreads));
   }
   void sequence_logps_backward(const SequenceLogpsBackwardArgs& args) const {
-    cpu::sequence_logps_backward(args, kTorchThreads);
+    check_layout(cpu::sequence_logps_backward(args, kTorchThreads));
   }
   void preference_loss(const PreferenceLossArgs& args) const {
-    cpu::preference_loss(args, kTorchThreads);
+    check_layout(cpu::preference_loss(args, kTorchThreads));
   }
   void preference_loss_backward(const PreferenceLossBackwardArgs& args) const {
-    cpu::preference_loss_backward(args, kTorchThreads);
+    check_layout(cpu::preference_loss_backward(args, kTorchThreads));
   }
 };
 

@@ -129,6 +129,9 @@ class Cuda {
   void hidden_gradient(const HiddenGradientArgs& args) const {
     check_launch(cuda::hidden_gradient(args, stream_));
   }
+  void sequence_targets(const SequenceTargetsArgs& args) const {
+    check_launch(cuda::sequence_targets(args, stream_));
+  }
   void sequence_logps(const SequenceLogpsArgs& args) const {
     check_launch(cuda::sequence_logps(args, stream_));
   }
@@ -188,6 +191,7 @@ class Cuda {
   void put_label_gradients(const PutLabelGradientsArgs&) const {}
   void add_partial(const AddPartialArgs&) const {}
   void hidden_gradient(const HiddenGradientArgs&) const {}
+  void sequence_targets(const SequenceTargetsArgs&) const {}
   void sequence_logps(const SequenceLogpsArgs&) const {}
   void sequence_logps_backward(const SequenceLogpsBackwardArgs&) const {}
   void preference_loss(const PreferenceLossArgs&) const {}

@@ -54,6 +54,9 @@ class EmulatedCuda {
   void hidden_gradient(const HiddenGradientArgs& args) const {
     check_launch(cuda::hidden_gradient(args, nullptr));
   }
+  void sequence_targets(const SequenceTargetsArgs& args) const {
+    check_launch(cuda::sequence_targets(args, nullptr));
+  }
   void sequence_logps(const SequenceLogpsArgs& args) const {
     check_launch(cuda::sequence_logps(args, nullptr));
   }

@@ -1,0 +1,228 @@
+"""What the trainers in use do where they differ, and where nothing else is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+
+from ._checks import check_choice
+
+if TYPE_CHECKING:  # which import this module
+    from ._options import EmptyPolicy, LossType, SftReduction
+
+Preset = Literal["princeton", "trl", "liger", "llamafactory"]
+TrainerLossType = Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"]
+
+
+class Semantics(NamedTuple):
+    """The keywords that a preset governs. The margin is one of the two, and the other None."""
+
+    loss_type: LossType
+    beta: float
+    gamma_beta_ratio: float | None
+    gamma: float | None
+    label_smoothing: float
+    sft_weight: float
+    sft_reduction: SftReduction
+    average_log_prob: bool
+    empty: EmptyPolicy
+    shift: bool
+
+
+_OWN: Final = Semantics(
+    loss_type="sigmoid",
+    beta=2.0,
+    gamma_beta_ratio=0.5,
+    gamma=None,
+    label_smoothing=0.0,
+    sft_weight=0.0,
+    sft_reduction="sequence",
+    average_log_prob=True,
+    empty="drop",
+    shift=True,
+)
+_PRINCETON: Final = Semantics(
+    loss_type="sigmoid",
+    beta=2.0,
+    gamma_beta_ratio=0.25,
+    gamma=None,
+    label_smoothing=0.0,
+    sft_weight=0.0,
+    sft_reduction="token",
+    average_log_prob=True,
+    empty="nan",
+    shift=True,
+)
+_TRL: Final = Semantics(
+    loss_type="sigmoid",
+    beta=0.1,
+    gamma_beta_ratio=None,
+    gamma=0.5,
+    label_smoothing=0.0,
+    sft_weight=1.0,
+    sft_reduction="token",
+    average_log_prob=True,
+    empty="nan",
+    shift=True,
+)
+_TRL_CPO: Final = _TRL._replace(gamma_beta_ratio=0.0, gamma=None, average_log_prob=False)
+_LIGER: Final = Semantics(
+    loss_type="sigmoid",
+    beta=0.1,
+    gamma_beta_ratio=None,
+    gamma=0.5,
+    label_smoothing=0.0,
+    sft_weight=1.0,
+    sft_reduction="token",
+    average_log_prob=True,
+    empty="nan",
+    shift=False,
+)
+_LLAMAFACTORY: Final = Semantics(
+    loss_type="sigmoid",
+    beta=0.1,
+    gamma_beta_ratio=None,
+    gamma=0.5,
+    label_smoothing=0.0,
+    sft_weight=0.0,
+    sft_reduction="sequence",
+    average_log_prob=True,
+    empty="nan",
+    shift=True,
+)
+
+# By loss_type in the trainer's own words, of which the first is the default.
+OWN: Final[Mapping[str, Semantics]] = {
+    "sigmoid": _OWN,
+    "hinge": _OWN._replace(loss_type="hinge"),
+    "ipo": _OWN._replace(loss_type="ipo", gamma_beta_ratio=0.0),
+}
+PRESETS: Final[Mapping[str, Mapping[str, Semantics]]] = {
+    "princeton": {
+        "sigmoid": _PRINCETON,
+        "hinge": _PRINCETON._replace(loss_type="hinge"),
+    },
+    "trl": {
+        "simpo": _TRL,
+        "alphapo": _TRL._replace(sft_weight=0.0),
+        "sigmoid": _TRL_CPO,
+        "hinge": _TRL_CPO._replace(loss_type="hinge"),
+        "ipo": _TRL_CPO._replace(loss_type="ipo", average_log_prob=True),
+    },
+    "liger": {"sigmoid": _LIGER},
+    "llamafactory": {"sigmoid": _LLAMAFACTORY, "simpo": _LLAMAFACTORY},
+}
+
+
+def with_preset(
+    preset: Preset | None,
+    *,
+    loss_type: TrainerLossType | None = None,
+    beta: float | None = None,
+    gamma_beta_ratio: float | None = None,
+    gamma: float | None = None,
+    label_smoothing: float | None = None,
+    sft_weight: float | None = None,
+    sft_reduction: SftReduction | None = None,
+    average_log_prob: bool | None = None,
+    empty: EmptyPolicy | None = None,
+    shift: bool | None = None,
+) -> Semantics:
+    r"""Fills in what is None: with a trainer's defaults, or with simpo_ext's own.
+
+    With l the mean log-probability of a completion's valid tokens, delta = l_chosen - l_rejected,
+    s = label_smoothing and
+
+        S(x) = -logsigmoid(x) (1 - s) - logsigmoid(-x) s
+        nll  = mean of -log p over all valid tokens of the chosen completions of the batch
+
+    the presets are
+
+    ``"princeton"``: SimPOTrainer of the paper's authors (scripts/simpo_trainer.py and
+    scripts/simpo_config.py of github.com/princeton-nlp/SimPO)::
+
+        "sigmoid" (default)  mean(S(beta (delta - gamma_beta_ratio))) + sft_weight nll
+        "hinge"              mean(relu(1 - beta (delta - gamma_beta_ratio))) + sft_weight nll
+        beta 2, gamma_beta_ratio 0.25, label_smoothing 0, sft_weight 0
+
+    ``"trl"``: CPOTrainer (trl/experimental/cpo of trl 1.16), whose ``cpo_alpha`` is ``sft_weight``
+    and whose ``simpo_gamma`` is ``gamma``; ``loss_type`` in its words::
+
+        "simpo" (default)    mean(S(beta delta - gamma)) + sft_weight nll
+        "alphapo"            the same with sft_weight 0, for use with ``alpha``
+        "sigmoid"            mean(S(beta Delta)) + sft_weight nll
+        "hinge"              mean(relu(1 - beta Delta)) + sft_weight nll
+        "ipo"                mean((delta - 1 / (2 beta))^2) + sft_weight nll
+        beta 0.1, gamma 0.5, label_smoothing 0, sft_weight 1
+
+    where Delta is the difference of the summed, not averaged, log-probabilities. CPOConfig's own
+    default is "sigmoid", which is CPO. An ``alpha`` other than 0 acts on each, as in the trainer.
+
+    ``"liger"``: LigerFusedLinearSimPOLoss (liger_kernel/chunked_loss of liger-kernel 0.8.5), whose
+    ``alpha`` is ``sft_weight``; ``shift`` is False, since the caller aligns the labels::
+
+        "sigmoid"            mean(S(beta delta - gamma)) + sft_weight nll
+        beta 0.1, gamma 0.5, label_smoothing 0, sft_weight 1 (0: compute_nll_loss=False)
+
+    ``"llamafactory"``: ``pref_loss: simpo`` of LLaMA-Factory
+    (src/llamafactory/train/dpo/trainer.py of github.com/hiyouga/LLaMA-Factory), whose ``pref_beta``
+    is ``beta``, ``simpo_gamma`` is ``gamma`` and ``pref_ftx`` is ``sft_weight``. What it calls
+    "sigmoid" itself is DPO, with a reference model::
+
+        "simpo" or "sigmoid"  mean(S(beta delta - gamma) - sft_weight l_chosen), with s = 0
+        beta 0.1, gamma 0.5, sft_weight 0
+
+    A completion without a valid token makes the loss of each NaN, as 0 / 0 does in the trainer.
+    Of TRL's sums that is not so: they take such a completion's log-probability for 0, the highest
+    there is, where the loss here is NaN all the same.
+
+    Args:
+        preset: One of these; None: ``loss_type`` "sigmoid", "hinge" or "ipo", ``beta`` 2,
+            ``gamma_beta_ratio`` 0.5 (0 for "ipo"), no label smoothing and no SFT term
+            (``sft_reduction`` "sequence"), averages, ``empty`` "drop" and ``shift`` True.
+        loss_type: As the trainer calls it; the result's is simpo_ext's.
+        beta: This and the rest as of :func:`simpo_ext.functional.simpo_loss`; what is given wins.
+        gamma_beta_ratio: Given, it takes the place of the preset's margin.
+        gamma: The same.
+        label_smoothing: See :func:`simpo_ext.functional.simpo_loss`.
+        sft_weight: See :func:`simpo_ext.functional.simpo_loss`.
+        sft_reduction: See :func:`simpo_ext.functional.simpo_loss`.
+        average_log_prob: See :func:`simpo_ext.functional.simpo_loss`.
+        empty: See :func:`simpo_ext.functional.simpo_loss`.
+        shift: See :func:`simpo_ext.functional.simpo_loss`.
+
+    Returns:
+        The keywords, of which ``gamma_beta_ratio`` or ``gamma`` alone may be None. Those given are
+        not checked, but for ``preset`` and ``loss_type``.
+
+    Raises:
+        TypeError: ``preset`` or ``loss_type`` is not a string.
+        ValueError: There is no such preset, or the trainer has no such ``loss_type``.
+    """
+    default = _semantics_of(preset, loss_type)
+    if gamma_beta_ratio is None and gamma is None:
+        gamma_beta_ratio, gamma = default.gamma_beta_ratio, default.gamma
+    return Semantics(
+        loss_type=default.loss_type,
+        beta=default.beta if beta is None else beta,
+        gamma_beta_ratio=gamma_beta_ratio,
+        gamma=gamma,
+        label_smoothing=default.label_smoothing if label_smoothing is None else label_smoothing,
+        sft_weight=default.sft_weight if sft_weight is None else sft_weight,
+        sft_reduction=default.sft_reduction if sft_reduction is None else sft_reduction,
+        average_log_prob=default.average_log_prob if average_log_prob is None else average_log_prob,
+        empty=default.empty if empty is None else empty,
+        shift=default.shift if shift is None else shift,
+    )
+
+
+def _semantics_of(preset: object, loss_type: object) -> Semantics:
+    rows = OWN if preset is None else PRESETS[check_choice("preset", preset, PRESETS)]
+    if loss_type is None:
+        return next(iter(rows.values()))
+    if preset is not None and isinstance(loss_type, str) and loss_type not in rows:
+        expected = ", ".join(repr(name) for name in rows)
+        raise ValueError(
+            f"loss_type: expected one of {expected} with preset={preset!r}, got {loss_type!r}"
+        )
+    return rows[check_choice("loss_type", loss_type, rows)]
