@@ -43,6 +43,38 @@ OPTION_TABLE: list[dict[str, Any]] = [
 ]
 
 
+FLAT_TABLE: list[dict[str, Any]] = [
+    {},
+    {"gamma": 0.5, "alpha": 0.3, "sft_weight": 0.5, "sft_reduction": "token"},
+    {"loss_type": "ipo", "reduction": "sum", "shift": False},
+]
+
+
+def flat_results(
+    logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
+    layout: dict[str, torch.Tensor],
+) -> list[torch.Tensor]:  # fmt: skip
+    """What consumer/main.cpp's function of the same name comes to."""
+    results: list[torch.Tensor] = []
+
+    def append(out: simpo_ext.SimPOOutput, leaf: torch.Tensor) -> None:
+        out.loss.sum().backward()
+        assert leaf.grad is not None
+        results.extend([*out, leaf.grad])
+
+    cu_seqlens = layout["cu_seqlens"]
+    for options in FLAT_TABLE:
+        shift = {"shift": options.get("shift", True)}
+        z, x = logits.clone().requires_grad_(), hidden.clone().requires_grad_()
+        append(simpo_ext.simpo_loss(z, labels, **layout, **options), z)
+        append(simpo_ext.linear_simpo_loss(x, weight, labels, **layout, **options), x)
+        logps = simpo_ext.token_logps(z, labels, cu_seqlens=cu_seqlens, **shift)
+        leaf = logps.detach().requires_grad_()
+        append(simpo_ext.simpo_loss_from_token_logps(leaf, labels, **layout, **options), leaf)
+        results.append(simpo_ext.sequence_logps(logits, labels, cu_seqlens=cu_seqlens, **shift))
+    return results
+
+
 @needs_libtorch
 def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) -> None:
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
@@ -58,7 +90,13 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
         torch.randn(vocabulary, 5),
         torch.randn(vocabulary),
     ]
-    torch.save([*batch, *linear], tmp_path / "batch.pt")
+    rows, time = batch.labels.shape
+    layout = {  # the first position is of no sequence, the second sequence is empty
+        "cu_seqlens": torch.tensor([1, 7, 7, time, 3 * time, rows * time - 2], dtype=torch.int32),
+        "pairs": torch.tensor([[0, 3], [4, 3], [2, 0], [1, 2]]),
+        "pair_weight": torch.tensor([1.0, 0.5, 2.0, 3.0]),
+    }
+    torch.save([*batch, *linear, *layout.values()], tmp_path / "batch.pt")
     printed = run(tmp_path / "build" / "consumer", tmp_path / "batch.pt", tmp_path / "results.pt")
     assert printed.strip() == "ok"
 
@@ -79,6 +117,8 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
     sequences = simpo_ext.sequence_logps(leaf, batch.labels, average_log_prob=False)
     sequences.sum().backward()
     expected += [sequences, leaf.grad]
+    flat = (batch.logits.flatten(0, 1), linear[0].flatten(0, 1), linear[1], batch.labels.flatten())
+    expected += flat_results(*flat, layout)
     # weights_only refuses the lists that C++ writes; the file is our own.
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     for ours, theirs in zip(results, expected, strict=True):
@@ -86,7 +126,7 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
 
 
 def test_the_header_has_python_s_default_budget() -> None:
-    header = (ROOT / "csrc/include/simpo_ext/simpo_ext.h").read_text()
+    header = (ROOT / "csrc/include/simpo_ext/options.h").read_text()
     assert "kDefaultLogitsBudgetBytes = int64_t{1} << 30;" in header
     assert DEFAULT_LOGITS_BUDGET_BYTES == 1 << 30
 

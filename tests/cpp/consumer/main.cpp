@@ -75,6 +75,76 @@ std::vector<simpo_ext::SimPOOptions> option_table() {
   };
 }
 
+// As FLAT_TABLE of the test.
+std::vector<simpo_ext::SimPOOptions> flat_option_table() {
+  using namespace simpo_ext;
+  return {
+      {},
+      {.gamma = 0.5, .alpha = 0.3, .sft_weight = 0.5, .sft_reduction = SftReduction::kToken},
+      {.loss_type = LossType::kIpo, .reduction = Reduction::kSum, .tokens = {.shift = false}},
+  };
+}
+
+std::vector<at::Tensor> tensors_of(const simpo_ext::SimPOOutput& out) {
+  return {out.loss,           out.losses,           out.chosen_logps, out.rejected_logps,
+          out.chosen_rewards, out.rejected_rewards, out.sft_loss,     out.metrics};
+}
+
+// Packed logits and hidden states with shared sequences and weights.
+std::vector<at::Tensor> flat_results(const at::Tensor& logits, const at::Tensor& hidden,
+                                     const at::Tensor& weight, const at::Tensor& labels,
+                                     const simpo_ext::Layout& layout) {
+  std::vector<at::Tensor> results;
+  const auto append = [&](const simpo_ext::SimPOOutput& out, const at::Tensor& leaf) {
+    out.loss.sum().backward();
+    const std::vector<at::Tensor> tensors = tensors_of(out);
+    results.insert(results.end(), tensors.begin(), tensors.end());
+    results.push_back(leaf.grad());
+  };
+  for (const simpo_ext::SimPOOptions& options : flat_option_table()) {
+    const at::Tensor z = logits.clone().requires_grad_(), x = hidden.clone().requires_grad_();
+    append(simpo_ext::simpo_loss(z, labels, options, layout), z);
+    append(simpo_ext::linear_simpo_loss(x, weight, labels, options, {}, layout), x);
+    const simpo_ext::Layout sequences{.cu_seqlens = layout.cu_seqlens};
+    const at::Tensor logps = simpo_ext::token_logps(z, labels, options.tokens, sequences);
+    const at::Tensor of_hidden =
+        simpo_ext::linear_token_logps(x, weight, labels, options.tokens, {}, sequences);
+    require(logps.sizes() == labels.sizes() && of_hidden.sizes() == labels.sizes(), "one a label");
+    const at::Tensor leaf = logps.detach().requires_grad_();
+    append(simpo_ext::simpo_loss_from_token_logps(leaf, labels, options, layout), leaf);
+    results.push_back(simpo_ext::sequence_logps(logits, labels, true, options.tokens, sequences));
+  }
+  return results;
+}
+
+void check_layout_errors(const at::Tensor& logits, const at::Tensor& labels,
+                         const simpo_ext::Layout& layout) {
+  const auto call = [&](const simpo_ext::Layout& wrong) {
+    return [&logits, &labels, wrong] { simpo_ext::simpo_loss(logits, labels, {}, wrong); };
+  };
+  const at::Tensor &ends = *layout.cu_seqlens, &pairs = *layout.pairs;
+  const auto with_ends = [&](const at::Tensor& wrong) {
+    return call({.cu_seqlens = wrong, .pairs = pairs});
+  };
+  require_error<c10::ValueError>("cu_seqlens[1]: expected at least", with_ends(ends.flip(0)));
+  require_error<c10::ValueError>("cu_seqlens[5]: expected at most", with_ends(ends + 9));
+  require_error<c10::ValueError>("[S + 1]", with_ends(ends.unsqueeze(0)));
+  require_error<c10::TypeError>("cu_seqlens: expected an integer dtype",
+                                with_ends(ends.to(at::kFloat)));
+  require_error<c10::ValueError>("even B", call({.cu_seqlens = ends}));
+  require_error<c10::IndexError>("pairs[0, 0] is out of range",
+                                 call({.cu_seqlens = ends, .pairs = pairs + 99}));
+  require_error<c10::ValueError>("[P, 2]", call({.cu_seqlens = ends, .pairs = pairs.t()}));
+  const auto with_weight = [&](const at::Tensor& wrong) {
+    return call({.cu_seqlens = ends, .pairs = pairs, .pair_weight = wrong});
+  };
+  require_error<c10::ValueError>("pair_weight: expected shape", with_weight(at::ones({1})));
+  require_error<c10::ValueError>("requires grad", with_weight(at::ones({4}).requires_grad_()));
+  require_error<c10::ValueError>("with cu_seqlens", [&] {
+    simpo_ext::simpo_loss(logits.unsqueeze(0), labels, {}, {.cu_seqlens = layout.cu_seqlens});
+  });
+}
+
 at::Tensor gradient_of(const at::Tensor& logits, const at::Tensor& labels,
                        const simpo_ext::SimPOOptions& options) {
   const at::Tensor leaf = logits.clone().requires_grad_();
@@ -220,7 +290,14 @@ int main(int argc, char** argv) {
   const at::Tensor sequences = simpo_ext::sequence_logps(leaf, labels, /*average_log_prob=*/false);
   sequences.sum().backward();
   results.insert(results.end(), {sequences.detach(), leaf.grad()});
+  const simpo_ext::Layout layout{
+      .cu_seqlens = batch.at(5), .pairs = batch.at(6), .pair_weight = batch.at(7)};
+  const at::Tensor flat_logits = logits.flatten(0, 1), flat_labels = labels.flatten();
+  const std::vector<at::Tensor> of_flat =
+      flat_results(flat_logits, hidden.flatten(0, 1), weight, flat_labels, layout);
+  results.insert(results.end(), of_flat.begin(), of_flat.end());
   save(argv[2], results);
+  check_layout_errors(flat_logits, flat_labels, layout);
 
   check_linear(hidden, weight, bias, labels);
   check_errors(logits, labels.clone());
