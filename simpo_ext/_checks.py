@@ -86,19 +86,27 @@ def check_logits_and_labels(logits: object, labels: object) -> tuple[Tensor, Ten
     return logits, _check_labels(labels, "logits", logits)
 
 
-def _check_labels(labels: Tensor, owner: str, tokens: Tensor) -> Tensor:
-    """Labels [B, T] for tokens [B, T, ...], as int64."""
+def check_labels(labels: object) -> Tensor:
+    """Labels [B, T] of an integer dtype, as int64."""
+    labels = check_tensor("labels", labels)
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(
             f"labels: expected an integer dtype ({_names(LABEL_DTYPES)}), got {labels.dtype}"
         )
+    if labels.dim() != 2:
+        raise ValueError(f"labels: expected shape [B, T], got {list(labels.shape)}")
+    return labels if labels.dtype == torch.int64 else labels.to(torch.int64)
+
+
+def _check_labels(labels: Tensor, owner: str, tokens: Tensor) -> Tensor:
+    """Labels [B, T] for tokens [B, T, ...], as int64."""
     if labels.dim() != 2 or labels.shape != tokens.shape[:2]:
         raise ValueError(
             f"labels: expected shape {list(tokens.shape[:2])} as of {owner} {list(tokens.shape)}, "
             f"got {list(labels.shape)}"
         )
     _check_same_device("labels", labels, owner, tokens)
-    return labels if labels.dtype == torch.int64 else labels.to(torch.int64)
+    return check_labels(labels)
 
 
 def _check_same_device(name: str, tensor: Tensor, owner: str, other: Tensor) -> None:

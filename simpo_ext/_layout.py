@@ -41,11 +41,10 @@ def as_batch(
     tokens, labels = check_tensor(name, tokens), check_tensor("labels", labels)
     if cu_seqlens is None:
         return tokens, labels, None
+    last = {"logits": ", V", "hidden": ", H"}.get(name, "")
     labels_dim = 1 if labels.dim() == 1 else 2
-    dim = labels_dim + (0 if name == "token_logps" else 1)
-    is_flat = tokens.dim() == dim and (labels_dim == 1 or tokens.shape[0] == 1)
+    is_flat = tokens.dim() == labels_dim + bool(last) and (labels_dim == 1 or tokens.shape[0] == 1)
     if not is_flat or labels.shape != tokens.shape[:labels_dim]:
-        last = {"logits": ", V", "hidden": ", H"}.get(name, "")
         raise ValueError(
             f"{name}, labels: expected shapes [N{last}] and [N], or [1, N{last}] and [1, N], with "
             f"cu_seqlens, got {list(tokens.shape)} and {list(labels.shape)}"

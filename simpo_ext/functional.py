@@ -471,23 +471,23 @@ def count_pairs(
         ValueError: As :func:`simpo_loss`.
         IndexError: As :func:`simpo_loss`, but for labels.
     """
-    # As the SFT term of log-probs that are all -1: each chosen token of a counted pair adds 1.
-    labels = _checks.check_tensor("labels", labels)
-    if labels.dim() not in (1, 2):
-        raise ValueError(f"labels: expected shape [B, T], [N] or [1, N], got {list(labels.shape)}")
-    ones = torch.full((), -1.0, dtype=torch.float64, device=labels.device).expand(labels.shape)
-    out = simpo_loss_from_token_logps(
-        ones,
-        labels,
-        cu_seqlens=cu_seqlens,
-        pairs=pairs,
+    labels, _, cu_seqlens = as_batch("labels", labels, labels, cu_seqlens)
+    labels = _checks.check_labels(labels)
+    layout = resolve_layout("labels", labels, cu_seqlens, pairs, None)
+    options = resolve_preference_options(
         sft_reduction="token",
         reduction="sum",
         empty=empty,
         ignore_index=ignore_index,
         shift=shift,
     )
-    return PairCounts(out.metrics_values[_ops.METRIC_NAMES.index("num_pairs")], out.sft_loss)
+    targets, shift = _validity(labels, cu_seqlens, ignore_index, shift)
+    # The SFT term of log-probs that are all -1: each chosen token of a counted pair adds 1.
+    logps = torch.full((), -1.0, dtype=torch.float64, device=labels.device).expand(labels.shape)
+    out = _ops.preference_loss(
+        logps, targets, layout, options._replace(ignore_index=0, shift=shift)
+    )
+    return PairCounts(out.metrics[_ops.METRIC_NAMES.index("num_pairs")], out.sft_loss)
 
 
 def _validity(
