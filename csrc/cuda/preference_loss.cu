@@ -119,20 +119,22 @@ SIMPO_DEVICE double sequence_gradient(const PreferenceLossBackwardArgs& args,
   constexpr int kWarps = kSequenceThreads / kWarpSize;
   SIMPO_SHARED(double, of_warps, kWarps);
   const int64_t P = args.pairs.P;
-  const auto gradients_of = [&](int64_t p, const PairMembers& members) {
-    return pair_gradients<Scalar>(p, count_of(args, members.chosen),
-                                  count_of(args, members.rejected), members.weight, totals, args);
-  };
+  if (P == 0) return 0.0;  // indices of no pair may be null
   if (args.pairs.indices == nullptr) {
     const int64_t p = s < P ? s : s - P;
-    const TokenGradients gradients = gradients_of(p, members_of(args.pairs, args.sequences.S, p));
+    const double weight =
+        args.pairs.weights == nullptr ? 1.0 : load_uniform(args.pairs.weights + p);
+    const TokenGradients gradients = pair_gradients<Scalar>(
+        p, load_uniform(args.counts + p), load_uniform(args.counts + P + p), weight, totals, args);
     return s < P ? gradients.chosen : gradients.rejected;
   }
   double sum = 0.0;
   for (int64_t p = threadIdx.x; p < P; p += kSequenceThreads) {
     const PairMembers members = members_of(args.pairs, args.sequences.S, p);
     if (members.chosen != s && members.rejected != s) continue;
-    const TokenGradients gradients = gradients_of(p, members);
+    const TokenGradients gradients =
+        pair_gradients<Scalar>(p, count_of(args, members.chosen), count_of(args, members.rejected),
+                               members.weight, totals, args);
     if (members.chosen == s) sum += gradients.chosen;
     if (members.rejected == s) sum += gradients.rejected;
   }
