@@ -1,5 +1,7 @@
-"""The ops of a vocabulary in shards as PyTorch sees them, and how they are put together around the
-collectives of whoever has the shards. :mod:`simpo_ext._ops` for the ops of a whole vocabulary."""
+"""The ops of a vocabulary in shards as PyTorch sees them, around the collectives of their caller.
+
+:mod:`simpo_ext._ops` for the ops of a whole vocabulary.
+"""
 
 from __future__ import annotations
 
