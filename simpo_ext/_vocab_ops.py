@@ -38,6 +38,24 @@ class Shard(Protocol):
     def all_reduce(self) -> Callable[[Tensor], Tensor]: ...
 
 
+def _gather(shard: Shard, tensor: Tensor) -> Tensor:
+    gathered = shard.all_gather(tensor)
+    if gathered.shape[1:] != tensor.shape:
+        raise ValueError(
+            f"shard.all_gather: expected [K, {', '.join(map(str, tensor.shape))}], got "
+            f"{list(gathered.shape)}"
+        )
+    return gathered
+
+
+def _reduce(shard: Shard, tensor: Tensor) -> Tensor:
+    shape = list(tensor.shape)
+    reduced = shard.all_reduce(tensor)
+    if list(reduced.shape) != shape:
+        raise ValueError(f"shard.all_reduce: expected {shape}, got {list(reduced.shape)}")
+    return reduced
+
+
 # ---- from logits ---------------------------------------------------------------------------------
 
 
@@ -121,7 +139,7 @@ class _TokenLogpsOfShards(torch.autograd.Function):
         stats = _call(_ops.token_logps_shard.default, logits, labels, *part, *options)
         logps: Tensor
         logps, row_max, sum_exp = _ops.token_logps_merge.default(
-            shard.all_gather(stats), labels, *options[:2], logits.dtype == torch.float64
+            _gather(shard, stats), labels, *options[:2], logits.dtype == torch.float64
         )
         ctx.options = *part, *options
         ctx.inplace_backward = inplace_backward
@@ -273,7 +291,7 @@ class _LinearTokenLogpsOfShards(torch.autograd.Function):
         )
         logps: Tensor
         logps, row_max, sum_exp = _ops.linear_token_logps_merge.default(
-            shard.all_gather(stats), labels, *options[:2], hidden.dtype == torch.float64
+            _gather(shard, stats), labels, *options[:2], hidden.dtype == torch.float64
         )
         ctx.shard = shard
         ctx.options = *part, *options
@@ -290,7 +308,7 @@ class _LinearTokenLogpsOfShards(torch.autograd.Function):
         )
         if needs[0]:
             dhidden = _ops.linear_token_logps_dhidden.default(
-                ctx.shard.all_reduce(dhidden), hidden, labels, *ctx.options[2:4]
+                _reduce(ctx.shard, dhidden), hidden, labels, *ctx.options[2:4]
             )
         asked_for = (
             grad if need else None
