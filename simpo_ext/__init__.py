@@ -14,6 +14,7 @@ import torch  # noqa: F401
 # modules; this finds them there.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+from . import distributed
 from ._library import _C
 from .functional import (
     SimPOOutput,
@@ -34,6 +35,7 @@ __all__ = [
     "build_info",
     "cmake_prefix_path",
     "cpu_capability",
+    "distributed",
     "linear_simpo_loss",
     "linear_token_logps",
     "sequence_logps",

@@ -6,8 +6,6 @@
 // weight, and reads and writes one of the sum; scatter_rows reads and writes each row that has a
 // token once. Nothing is allocated.
 
-#include <algorithm>
-
 #include "core/dispatch.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
@@ -65,8 +63,8 @@ void scatter_rows(const ScatterRowsArgs& args, ParallelFor parallel_for) {
     for_each_in_runs(parallel_for, args.R, args.H, [&](int64_t i) {
       if (args.positions[i] < 0) return;
       const Compute<T>* row = static_cast<const Compute<T>*>(args.rows) + i * args.H;
-      std::transform(row, row + args.H, static_cast<T*>(args.to) + args.positions[i] * args.H,
-                     narrow<T>);
+      T* to = static_cast<T*>(args.to) + args.positions[i] * args.H;
+      for (int64_t h = 0; h < args.H; ++h) to[h] = narrow<T>(row[h]);
     });
   });
 }
