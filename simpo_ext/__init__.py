@@ -14,6 +14,7 @@ import torch  # noqa: F401
 # modules; this finds them there.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+from . import distributed
 from ._library import _C
 from .functional import (
     PairCounts,
@@ -39,6 +40,7 @@ __all__ = [
     "cmake_prefix_path",
     "count_pairs",
     "cpu_capability",
+    "distributed",
     "linear_simpo_loss",
     "linear_token_logps",
     "sequence_logps",

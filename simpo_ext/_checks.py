@@ -27,11 +27,23 @@ def check_tensor(name: str, value: object) -> Tensor:
     """A dense tensor on a device there are kernels for."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name}: expected a plain torch.Tensor, got a DTensor; pass its to_local() or its "
+            "full_tensor(), or call simpo_ext.distributed.vocab_parallel_token_logps or "
+            "vocab_parallel_linear_token_logps, if it is sharded over the vocabulary"
+        )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout)
         raise TypeError(f"{name}: expected a dense tensor, got layout {layout}")
     check_device(name, value.device)
     return value
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether it is one of torch.distributed.tensor, which is not imported for the answer."""
+    kind = type(value)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed.")
 
 
 def check_device(name: str, device: torch.device) -> None:

@@ -23,6 +23,14 @@ FORWARD_AND_BACKWARD = (
     "sequence_logps_backward",
     "preference_loss",
     "preference_loss_backward",
+    "token_logps_shard",
+    "token_logps_merge",
+    "token_logps_shard_backward",
+    "token_logps_shard_backward_",
+    "linear_token_logps_shard",
+    "linear_token_logps_merge",
+    "linear_token_logps_shard_backward",
+    "linear_token_logps_dhidden",
 )
 
 

@@ -59,8 +59,9 @@ def test_every_symbol_it_takes_from_torch_is_of_the_stable_abi() -> None:
     assert not mangled
 
 
-def test_the_wheel_carries_the_header_and_the_cmake_package_and_no_stub() -> None:
-    assert (PACKAGE / "include" / "simpo_ext" / "simpo_ext.h").is_file()
+def test_the_wheel_carries_the_headers_and_the_cmake_package_and_no_stub() -> None:
+    for header in ("simpo_ext.h", "vocab_parallel.h"):
+        assert (PACKAGE / "include" / "simpo_ext" / header).is_file()
     config = Path(simpo_ext.cmake_prefix_path()) / "simpo_ext"
     assert (config / "simpo_extConfig.cmake").is_file()
     assert (config / "simpo_extConfigVersion.cmake").is_file()
@@ -70,7 +71,7 @@ def test_the_wheel_carries_the_header_and_the_cmake_package_and_no_stub() -> Non
 def test_every_op_has_kernels_for_cpu_and_cuda_tensors() -> None:
     # Of a build without nvcc, the latter say so.
     ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("simpo_ext::")]
-    assert len(ops) == 10
+    assert len(ops) == 18
     for name in ops:
         for key in ("CPU", "CUDA", "Meta"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)

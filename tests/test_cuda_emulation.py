@@ -17,7 +17,17 @@ Builds = Callable[[str], EmulatedKernels]
 
 
 @pytest.mark.parametrize(
-    "section", ["values", "parts", "token_rows", "preference", "bytes", "schedules", "offsets"]
+    "section",
+    [
+        "values",
+        "parts",
+        "token_rows",
+        "preference",
+        "bytes",
+        "schedules",
+        "offsets",
+        "vocab_shards",
+    ],
 )
 def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Builds) -> None:
     done = emulated("plain").run(section)
@@ -29,10 +39,10 @@ def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Bu
 @pytest.mark.parametrize(
     ("build", "arguments"),
     [
-        ("asan", ("values", "token_rows")),
+        ("asan", ("values", "token_rows", "vocab_shards")),
         ("asan", ("--reduced", "parts", "preference", "schedules")),
         ("tsan", ("--reduced", "values")),
-        ("tsan", ("--reduced", "parts", "token_rows")),
+        ("tsan", ("--reduced", "parts", "token_rows", "vocab_shards")),
         ("tsan", ("--reduced", "preference", "schedules")),
     ],
 )

@@ -78,6 +78,17 @@ def test_routed_ops_return_and_overwrite_what_the_ops_do() -> None:
     _, row_max, sum_exp, kept = run("linear_token_logps", *linear, *token, 1 << 40, -1)
     saved = *linear, row_max, sum_exp, kept
     run("linear_token_logps_backward", grad, *saved, *token, True, True, True)
+    part = (0, batch.logits.shape[2])
+    stats = run("token_logps_shard", *batch, *part, *token)
+    merged = run("token_logps_merge", stats[None], batch.labels, -100, True, False)
+    run("token_logps_shard_backward", grad, *batch, *merged[1:], *part, *token)
+    run("token_logps_shard_backward_", grad, *batch, *merged[1:], *part, *token)
+    part = (0, 9000)
+    stats, kept = run("linear_token_logps_shard", *linear, *part, *token, 1 << 40, 30)
+    merged = run("linear_token_logps_merge", stats[None], batch.labels, -100, True, False)
+    saved = *linear, *merged[1:], kept, *part
+    rows, _, _ = run("linear_token_logps_shard_backward", grad, *saved, *token, True, True, True)
+    run("linear_token_logps_dhidden", rows, hidden, batch.labels, -100, True)
     _, counts = run("sequence_logps", logps, batch.labels, -100, True, True)
     run("sequence_logps_backward", torch.ones(4), batch.labels, counts, -100, True, True)
     options = (-100, True, True, 2.0, 0.5, 0, 0.0, 0.1, 0, 1, 0)

@@ -112,6 +112,15 @@ def test_a_thousand_threads_can_select_tokens(compiled: list[Kernel]) -> None:
 
 
 @needs_cuda_build
+def test_the_kernels_of_shards_leave_room_for_many_threads(compiled: list[Kernel]) -> None:
+    # Two kernels for each dtype, and one for each dtype of arithmetic alone.
+    found = [k for k in compiled if "vocab_shards_cu" in k.name]
+    assert len(found) == (4 * 2 + 2) * len({k.architecture for k in compiled})
+    for kernel in found:
+        assert kernel.registers <= 40, label(kernel)
+
+
+@needs_cuda_build
 def test_no_kernel_uses_an_atomic(compiled: list[Kernel]) -> None:
     for kernel in compiled:
         opcodes = {i.opcode.split(".")[0] for i in kernel.instructions}

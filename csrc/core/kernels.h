@@ -31,8 +31,9 @@ struct TokenLogpsArgs {
 
   // Logits may be those of a part of the vocabulary, the labels [first_label, first_label + V) of
   // num_labels. Then label_z is given, and what the part comes to is written there and to max and
-  // sum_exp; logps, which are not known before the last part, are not written. Labels are taken to
-  // be valid.
+  // sum_exp; logps, which are not known before the last part, are not written. A part of no columns
+  // is one like any other. Labels are taken to be valid where continues says that a part came
+  // before.
   int64_t first_label = 0;
   int64_t num_labels = V;
   bool continues = false;   // max, sum_exp and label_z hold what the parts before came to
@@ -55,8 +56,9 @@ struct TokenLogpsBackwardArgs {
   TokenStrides dlogits_strides;
   bool dlogits_holds_zeros = false;  // if so, rows without a gradient need not be written
 
-  // As in TokenLogpsArgs, for a part of the vocabulary; then label_gradients are given. The part
-  // that has a row's label writes its element there, unrounded, and 0 to dlogits.
+  // As in TokenLogpsArgs, for a part of the vocabulary. Where label_gradients are given, the part
+  // that has a row's label writes its element there, unrounded, and 0 to dlogits, and labels are
+  // taken to be valid.
   int64_t first_label = 0;
   int64_t num_labels = V;
   void* label_gradients = nullptr;  // [B, T] contiguous, compute
@@ -169,6 +171,45 @@ struct HiddenGradientArgs {
   void* dhidden;        // [B, T, H] contiguous, of dtype
 };
 
+// ---- a vocabulary in shards ------------------------------------------------------------------
+
+// What K shards, in order, say of each row: its maximum z, its sum(exp(z - maximum)), and its
+// label's z, NaN where that is on another shard -> logps, max and sum_exp of the whole vocabulary.
+// A label that is on no shard or, as where ranks disagree on labels, on two: NaN.
+struct MergeShardsArgs {
+  DType dtype;      // of logps: kFloat32 or kFloat64
+  Targets targets;  // rows as b * T + t
+  int64_t K;
+  const double* shards;      // [K, 3, B, T] contiguous
+  const int64_t* positions;  // [B * T]: where each row's logp goes; null: in order
+  void* logps;               // compute; 0 at masked rows, if it has no positions
+  void* max;                 // [B, T] contiguous, compute; 0 at masked rows
+  double* sum_exp;           // [B, T] contiguous; 0 at masked rows
+};
+
+// sum[i] += label_gradients[i] * weight[label i - first_label], on the shard that has the label.
+struct AddLabelSharesArgs {
+  DType dtype;
+  int64_t H, R;
+  int64_t first_label;
+  int64_t V;  // labels of the shard
+  int64_t ignore_index;
+  const int64_t* labels;        // [R]
+  const void* label_gradients;  // [R], compute
+  const void* weight;           // [V, H] of dtype
+  int64_t weight_stride_v, weight_stride_h;
+  void* sum;  // [R, H] contiguous, compute
+};
+
+// to[position i] = rows[i], rounded.
+struct ScatterRowsArgs {
+  DType dtype;
+  int64_t H, R;
+  const int64_t* positions;  // [R]
+  const void* rows;          // [R, H] contiguous, compute
+  void* to;                  // [B, T, H] contiguous, of dtype
+};
+
 // ---- pairs -----------------------------------------------------------------------------------
 
 // What SimPOOutput.metrics() reads, in this order.
@@ -248,6 +289,10 @@ void put_label_gradients(const PutLabelGradientsArgs& args);
 void add_partial(const AddPartialArgs& args, ParallelFor parallel_for);
 void hidden_gradient(const HiddenGradientArgs& args, ParallelFor parallel_for);
 
+void merge_shards(const MergeShardsArgs& args);
+void add_label_shares(const AddLabelSharesArgs& args, ParallelFor parallel_for);
+void scatter_rows(const ScatterRowsArgs& args, ParallelFor parallel_for);
+
 // All return what is wrong with cu_seqlens or pairs, having written nothing if anything is.
 struct TargetError {
   LayoutError layout;
@@ -283,6 +328,10 @@ int write_logps(const WriteLogpsArgs& args, Stream stream);
 int put_label_gradients(const PutLabelGradientsArgs& args, Stream stream);
 int add_partial(const AddPartialArgs& args, Stream stream);
 int hidden_gradient(const HiddenGradientArgs& args, Stream stream);
+
+int merge_shards(const MergeShardsArgs& args, Stream stream);
+int add_label_shares(const AddLabelSharesArgs& args, Stream stream);
+int scatter_rows(const ScatterRowsArgs& args, Stream stream);
 
 int sequence_targets(const SequenceTargetsArgs& args, Stream stream);
 int sequence_logps(const SequenceLogpsArgs& args, Stream stream);

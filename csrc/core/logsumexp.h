@@ -44,6 +44,27 @@ struct LogSumExp {
   }
 };
 
+// A row of a vocabulary in shards, which are added in order: so every rank comes to the same bits.
+template <typename Scalar>
+struct ShardedRow {
+  LogSumExp<Scalar> logsumexp;
+  Scalar label_z = std::numeric_limits<Scalar>::quiet_NaN();
+  bool has_two_labels = false;
+
+  // z: the label's, NaN where it is on another shard.
+  SIMPO_HOST_DEVICE void add(double max, double sum, double z) {
+    logsumexp.merge({static_cast<Scalar>(max), sum});
+    if (z != z) return;
+    has_two_labels = has_two_labels || label_z == label_z;
+    label_z = static_cast<Scalar>(z);
+  }
+
+  SIMPO_HOST_DEVICE double logp() const {
+    return has_two_labels ? std::numeric_limits<double>::quiet_NaN()
+                          : logsumexp.log_probability(label_z);
+  }
+};
+
 // 1 - exp(logp), for a log-probability that rounding may have put above 0. expm1, since 1 - exp
 // would cancel where the model is sure.
 SIMPO_HOST_DEVICE inline double one_minus_exp(double logp) {

@@ -8,7 +8,8 @@ set(SIMPO_CPU_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/sequence_logps.cpp
     ${CMAKE_CURRENT_LIST_DIR}/sequence_targets.cpp
     ${CMAKE_CURRENT_LIST_DIR}/token_logps.cpp
-    ${CMAKE_CURRENT_LIST_DIR}/token_rows.cpp)
+    ${CMAKE_CURRENT_LIST_DIR}/token_rows.cpp
+    ${CMAKE_CURRENT_LIST_DIR}/vocab_shards.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   foreach(isa avx2 avx512 avx512_bf16)
     list(APPEND SIMPO_CPU_SOURCES ${CMAKE_CURRENT_LIST_DIR}/row_kernels_${isa}.cpp)

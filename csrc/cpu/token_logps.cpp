@@ -198,8 +198,8 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
 }  // namespace
 
 LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for) {
-  if (args.label_z == nullptr) {
-    const LabelError error = find_label_error(args.targets, args.V);
+  if (!args.continues) {
+    const LabelError error = find_label_error(args.targets, args.num_labels);
     if (error.found()) return error;
   }
   dispatch_compute_dtype(
@@ -209,7 +209,7 @@ LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for) {
 
 LabelError token_logps_backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
   if (args.label_gradients == nullptr) {
-    const LabelError error = find_label_error(args.targets, args.V);
+    const LabelError error = find_label_error(args.targets, args.num_labels);
     if (error.found()) return error;
   }
   dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {

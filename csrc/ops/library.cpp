@@ -29,6 +29,37 @@ STABLE_TORCH_LIBRARY(simpo_ext, m) {
       "bool shift, float logit_scale, float softcap, bool needs_hidden, bool needs_weight, bool "
       "needs_bias) -> (Tensor dhidden, Tensor dweight, Tensor dbias)");
   m.def(
+      "token_logps_shard(Tensor logits, Tensor labels, int first_label, int num_labels, int "
+      "ignore_index, bool shift, float logit_scale, float softcap) -> Tensor");
+  m.def(
+      "token_logps_merge(Tensor shards, Tensor labels, int ignore_index, bool shift, bool float64) "
+      "-> (Tensor logps, Tensor max, Tensor sum_exp)");
+  m.def(
+      "token_logps_shard_backward(Tensor grad_logps, Tensor logits, Tensor labels, Tensor max, "
+      "Tensor sum_exp, int first_label, int num_labels, int ignore_index, bool shift, float "
+      "logit_scale, float softcap) -> Tensor");
+  m.def(
+      "token_logps_shard_backward_(Tensor grad_logps, Tensor(a!) logits, Tensor labels, Tensor "
+      "max, Tensor sum_exp, int first_label, int num_labels, int ignore_index, bool shift, float "
+      "logit_scale, float softcap) -> ()");
+  m.def(
+      "linear_token_logps_shard(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int "
+      "first_label, int num_labels, int ignore_index, bool shift, float logit_scale, float "
+      "softcap, int logits_budget_bytes, SymInt num_valid_tokens) -> (Tensor stats, Tensor "
+      "kept_logits)");
+  m.def(
+      "linear_token_logps_merge(Tensor shards, Tensor labels, int ignore_index, bool shift, bool "
+      "float64) -> (Tensor logps, Tensor max, Tensor sum_exp)");
+  m.def(
+      "linear_token_logps_shard_backward(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor? "
+      "bias, Tensor labels, Tensor max, Tensor sum_exp, Tensor kept_logits, int first_label, int "
+      "num_labels, int ignore_index, bool shift, float logit_scale, float softcap, bool "
+      "needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor dhidden_rows, Tensor dweight, "
+      "Tensor dbias)");
+  m.def(
+      "linear_token_logps_dhidden(Tensor dhidden_rows, Tensor hidden, Tensor labels, int "
+      "ignore_index, bool shift) -> Tensor");
+  m.def(
       "sequence_targets(Tensor labels, Tensor cu_seqlens, SymInt num_labels, int ignore_index, "
       "bool shift) -> Tensor");
   m.def(

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -73,11 +74,7 @@ class LinearOps {
       int64_t logits_budget_bytes, int64_t num_valid_tokens) {
     const Device device(hidden, "hidden");
     const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
-    STD_TORCH_CHECK(num_valid_tokens >= -1, "num_valid_tokens: expected -1 or more, got ",
-                    num_valid_tokens);
-    STD_TORCH_CHECK(logits_budget_bytes >= 0, "logits_budget_bytes: expected 0 or more, got ",
-                    logits_budget_bytes);
-    const int64_t R = num_valid_tokens >= 0 ? num_valid_tokens : problem.B * problem.T;
+    const int64_t R = problem.rows_for(num_valid_tokens, logits_budget_bytes);
     const LogitsPlan plan(R, problem.V, hidden.element_size(), logits_budget_bytes,
                           Device::kChunkColumns);
     Tensor logps = new_empty(hidden, {problem.B, problem.T}, problem.compute);
@@ -87,30 +84,9 @@ class LinearOps {
     const Tensor kept = device.new_large_for_writing(hidden, {plan.kept, R, plan.width});
 
     const Rows rows(device, problem, R, logps.mutable_data_ptr());
-    zero_what_no_product_writes(kept, plan, problem.V, rows.count);
-    const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
-    const bool keeps_all = plan.kept == plan.chunks;
-    const Tensor scratch = keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, R, plan);
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      const Columns columns(problem, plan.width, chunk);
-      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : scratch;
-      problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
-      device.token_logps({
-          .dtype = problem.dtype,
-          .V = columns.length,
-          .logits = logits.const_data_ptr(),
-          .logits_strides = {0, plan.width},
-          .targets = rows.targets(ignore_index),
-          .transform = {logit_scale, softcap},
-          .logps = nullptr,
-          .max = max.mutable_data_ptr(),
-          .sum_exp = sum_exp.mutable_data_ptr<double>(),
-          .first_label = columns.begin,
-          .num_labels = problem.V,
-          .continues = chunk > 0,
-          .label_z = label_z.mutable_data_ptr(),
-      });
-    }
+    fold_logits(device, problem, plan, rows, hidden, kept, {logit_scale, softcap},
+                max.mutable_data_ptr(), sum_exp.mutable_data_ptr<double>(),
+                label_z.mutable_data_ptr());
     if (plan.chunks > 0) {
       device.write_logps({
           .dtype = problem.dtype,
@@ -133,129 +109,37 @@ class LinearOps {
       double softcap, bool needs_hidden, bool needs_weight, bool needs_bias) {
     const Device device(hidden, "hidden");
     const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
-    const int64_t B = problem.B, T = problem.T, V = problem.V, H = problem.H;
-    STD_TORCH_CHECK(bias.has_value() || !needs_bias, "needs_bias: expected false without a bias");
-    device.check(grad_logps, "grad_logps");
-    check_shape(grad_logps, {B, T}, "grad_logps");
-    check_dtype(grad_logps, problem.compute, "grad_logps");
-    STD_TORCH_CHECK(max.dim() == 1, "max: expected shape [R], got ", shape_text(max));
-    const int64_t R = max.size(0);
-    device.check(max, "max");
-    check_dtype(max, problem.compute, "max");
-    device.check(sum_exp, "sum_exp");
-    check_shape(sum_exp, {R}, "sum_exp");
-    check_dtype(sum_exp, ScalarType::Double, "sum_exp");
-    const Tensor saved_max = as_contiguous(max), saved_sum_exp = as_contiguous(sum_exp);
-    LogitsPlan plan(R, V, hidden.element_size(), 0, Device::kChunkColumns);
-    device.check(kept_logits, "kept_logits");
-    check_dtype(kept_logits, hidden.scalar_type(), "kept_logits");
-    STD_TORCH_CHECK(kept_logits.dim() == 3 && kept_logits.size(0) <= plan.chunks,
-                    "kept_logits: expected shape [up to ", plan.chunks, ", ", R, ", ", plan.width,
-                    "], got ", shape_text(kept_logits));
-    plan.kept = kept_logits.size(0);
-    check_shape(kept_logits, {plan.kept, R, plan.width}, "kept_logits");
-    const Tensor kept = as_contiguous(kept_logits);
-
-    const Rows rows(device, problem, R, nullptr);
-    const Tensor grads = rows.gather(device, problem.compute_dtype(), 1, grad_logps);
-    const Tensor label_gradients = new_empty(hidden, {R}, problem.compute);
-    const Tensor dlogits = new_logits(device, hidden, R, plan);
-    const auto nothing = [&] { return new_empty(hidden, {0}); };  // outputs do not share memory
-    const bool needs_rows = needs_weight || plan.kept < plan.chunks;
-    const Tensor hidden_rows =
-        needs_rows ? rows.gather(device, problem.dtype, H, hidden) : nothing();
-    const Tensor dweight = needs_weight ? device.new_large_for_writing(weight, {V, H}) : nothing();
-    const Tensor dbias = needs_bias ? new_empty(hidden, {1, V}) : nothing();
-    const Tensor ones = new_ones(hidden, needs_bias ? rows.count : 0);
-    const Tensor partial = needs_hidden ? new_empty(hidden, {R, H}) : nothing();
-    const bool needs_sum = needs_hidden && plan.chunks > 1;
-    const Tensor sum = needs_sum ? new_empty(hidden, {R, H}, problem.compute) : nothing();
-
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      const Columns columns(problem, plan.width, chunk);
-      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : dlogits;
-      if (chunk >= plan.kept) {
-        problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
-      }
-      device.token_logps_backward({
-          .dtype = problem.dtype,
-          .V = columns.length,
-          .logits = logits.const_data_ptr(),
-          .logits_strides = {0, plan.width},
-          .targets = rows.targets(ignore_index),
-          .transform = {logit_scale, softcap},
-          .grad_logps = grads.const_data_ptr(),
-          .grad_strides = {0, 1},
-          .max = saved_max.const_data_ptr(),
-          .sum_exp = saved_sum_exp.template const_data_ptr<double>(),
-          .dlogits = dlogits.mutable_data_ptr(),
-          .dlogits_strides = {0, plan.width},
-          .first_label = columns.begin,
-          .num_labels = V,
-          .label_gradients = label_gradients.mutable_data_ptr(),
-      });
-      const Tensor slopes = columns.of(dlogits, rows.count);
-      if (needs_hidden) {
-        multiply_into(rows.first(partial), slopes, columns.of_labels(weight));
-        if (chunk + 1 < plan.chunks) {
-          device.add_partial({
-              .dtype = problem.dtype,
-              .count = rows.count * H,
-              .partial = partial.const_data_ptr(),
-              .sum = sum.mutable_data_ptr(),
-              .is_first = chunk == 0,
-          });
-        }
-      }
-      if (!needs_weight && !needs_bias) continue;
-      device.put_label_gradients({
-          .dtype = problem.dtype,
-          .R = R,
-          .V = columns.length,
-          .first_label = columns.begin,
-          .ignore_index = ignore_index,
-          .labels = rows.labels.template const_data_ptr<int64_t>(),
-          .label_gradients = label_gradients.const_data_ptr(),
-          .dlogits = dlogits.mutable_data_ptr(),
-          .dlogits_stride = plan.width,
-      });
-      if (needs_weight) {
-        multiply_into(columns.of_labels(dweight), transposed(slopes), rows.first(hidden_rows));
-      }
-      if (needs_bias) {
-        Tensor of_columns = dbias;
-        multiply_into(torch::stable::narrow(of_columns, 1, columns.begin, columns.length), ones,
-                      slopes);
-      }
-    }
-
-    Tensor dhidden = nothing();
+    const Gradients gradients =
+        multiply_gradients(device, problem, grad_logps, hidden, max, sum_exp, kept_logits,
+                           {logit_scale, softcap}, {needs_hidden, needs_weight, needs_bias}, false);
+    Tensor dhidden = new_empty(hidden, {0});
     if (needs_hidden) {
-      dhidden = device.new_large_for_writing(hidden, {B, T, H});
+      const Rows& rows = gradients.rows;
+      dhidden = device.new_large_for_writing(hidden, {problem.B, problem.T, problem.H});
       torch::stable::zero_(dhidden);
-      if (plan.chunks > 0) {
+      if (problem.V > 0) {
         device.hidden_gradient({
             .dtype = problem.dtype,
-            .T = T,
-            .H = H,
+            .T = problem.T,
+            .H = problem.H,
             .R = rows.count,
-            .num_labels = V,
+            .num_labels = problem.V,
             .positions = rows.positions.template const_data_ptr<int64_t>(),
             .labels = rows.labels.template const_data_ptr<int64_t>(),
-            .label_gradients = label_gradients.const_data_ptr(),
+            .label_gradients = gradients.of_labels.const_data_ptr(),
             .weight = weight.const_data_ptr(),
             .weight_stride_v = weight.stride(0),
             .weight_stride_h = weight.stride(1),
-            .partial = partial.const_data_ptr(),
-            .sum = needs_sum ? sum.const_data_ptr() : nullptr,
+            .partial = gradients.partial.const_data_ptr(),
+            .sum = gradients.has_sum ? gradients.sum.const_data_ptr() : nullptr,
             .dhidden = dhidden.mutable_data_ptr(),
         });
       }
     }
-    return {dhidden, dweight, needs_bias ? torch::stable::select(dbias, 0, 0) : dbias};
+    return {dhidden, gradients.dweight, gradients.dbias};
   }
 
- private:
+ protected:
   // Part of the vocabulary: labels [begin, begin + length).
   struct Columns;
 
@@ -266,11 +150,12 @@ class LinearOps {
     int64_t B, T, V, H;
     const Tensor& weight;
     const std::optional<Tensor>& bias;
+    VocabPart part;  // of the vocabulary, what weight has
     Targets targets;
 
     Problem(const Device& device, const Tensor& hidden, const Tensor& weight_,
             const std::optional<Tensor>& bias_, const Tensor& labels, int64_t ignore_index,
-            bool shift)
+            bool shift, std::optional<VocabPart> part_ = std::nullopt)
         : weight(weight_), bias(bias_) {
       dtype = dtype_of(hidden, "hidden");
       compute = compute_scalar_type(dtype);
@@ -279,6 +164,8 @@ class LinearOps {
       STD_TORCH_CHECK(weight.dim() == 2, "weight: expected shape [V, H], got ", shape_text(weight));
       B = hidden.size(0), T = hidden.size(1), V = weight.size(0), H = weight.size(1);
       check_shape(hidden, {B, T, H}, "hidden");
+      part = part_.value_or(VocabPart{0, V});
+      part.check(V);
       device.check(weight, "weight");
       check_dtype(weight, hidden.scalar_type(), "weight");
       if (bias.has_value()) {
@@ -292,6 +179,15 @@ class LinearOps {
 
     DType compute_dtype() const {
       return compute == ScalarType::Double ? DType::kFloat64 : DType::kFloat32;
+    }
+
+    // R: as many as there may be valid tokens, of which -1 says nothing.
+    int64_t rows_for(int64_t num_valid_tokens, int64_t logits_budget_bytes) const {
+      STD_TORCH_CHECK(num_valid_tokens >= -1, "num_valid_tokens: expected -1 or more, got ",
+                      num_valid_tokens);
+      STD_TORCH_CHECK(logits_budget_bytes >= 0, "logits_budget_bytes: expected 0 or more, got ",
+                      logits_budget_bytes);
+      return num_valid_tokens >= 0 ? num_valid_tokens : B * T;
     }
 
     // logits = hidden_rows weight[columns]^T + bias[columns]
@@ -327,28 +223,35 @@ class LinearOps {
   // The rows of the products. Those from count on are without a token, and are left out of products
   // where the device's count is known.
   struct Rows {
-    int64_t R, T;
+    int64_t R, T, ignore_index;
     Tensor positions, labels;
     int64_t count;
 
-    Rows(const Device& device, const Problem& problem, int64_t R_, void* logps)
+    Rows(const Device& device, const Problem& problem, int64_t R, void* logps)
+        : Rows(device, problem.weight, problem.targets, problem.dtype, R, logps,
+               problem.part.num_labels) {}
+
+    // Without num_labels, of labels that have been found to be among them.
+    Rows(const Device& device, const Tensor& like, const Targets& targets, DType dtype, int64_t R_,
+         void* logps, int64_t num_labels = std::numeric_limits<int64_t>::max())
         : R(R_),
-          T(problem.T),
-          positions(new_empty(problem.weight, {R}, ScalarType::Long)),
-          labels(new_empty(problem.weight, {R}, ScalarType::Long)) {
+          T(targets.T),
+          ignore_index(targets.ignore_index),
+          positions(new_empty(like, {R}, ScalarType::Long)),
+          labels(new_empty(like, {R}, ScalarType::Long)) {
       count = device.select_tokens({
-          .targets = problem.targets,
-          .num_labels = problem.V,
+          .targets = targets,
+          .num_labels = num_labels,
           .R = R,
           .positions = positions.mutable_data_ptr<int64_t>(),
           .labels = labels.mutable_data_ptr<int64_t>(),
-          .dtype = problem.dtype,
+          .dtype = dtype,
           .logps = logps,
       });
     }
 
     // As those of one sequence of R tokens.
-    Targets targets(int64_t ignore_index) const {
+    Targets targets() const {
       return {labels.const_data_ptr<int64_t>(), {0, 1}, 1, R, ignore_index, false};
     }
 
@@ -372,6 +275,167 @@ class LinearOps {
       return rows;
     }
   };
+
+  // Each chunk's logits, folded into the [R] of max, sum_exp and label_z; those of the first
+  // plan.kept chunks stay in kept.
+  static void fold_logits(const Device& device, const Problem& problem, const LogitsPlan& plan,
+                          const Rows& rows, const Tensor& hidden, const Tensor& kept,
+                          LogitTransform transform, void* max, double* sum_exp, void* label_z) {
+    zero_what_no_product_writes(kept, plan, problem.V, rows.count);
+    const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
+    const bool keeps_all = plan.kept == plan.chunks;
+    const Tensor scratch =
+        keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, rows.R, plan);
+    // Of a shard without a label, one chunk without a column.
+    for (int64_t chunk = 0; chunk < std::max<int64_t>(plan.chunks, 1); ++chunk) {
+      const Columns columns(problem, plan.width, chunk);
+      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : scratch;
+      if (columns.length > 0) {
+        problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
+      }
+      device.token_logps({
+          .dtype = problem.dtype,
+          .V = columns.length,
+          .logits = logits.const_data_ptr(),
+          .logits_strides = {0, plan.width},
+          .targets = rows.targets(),
+          .transform = transform,
+          .logps = nullptr,
+          .max = max,
+          .sum_exp = sum_exp,
+          .first_label = problem.part.first_label + columns.begin,
+          .num_labels = problem.part.num_labels,
+          .continues = chunk > 0,
+          .label_z = label_z,
+      });
+    }
+  }
+
+  struct Needs {
+    bool hidden, weight, bias;
+  };
+
+  // What comes of the products of dlogits; [0] where nothing was asked for.
+  struct Gradients {
+    Rows rows;
+    Tensor of_labels;  // [R] compute: the labels' elements of dlogits
+    Tensor partial;    // [R, H]: the last chunk's share of dhidden, without the labels' elements
+    Tensor sum;        // [R, H] compute: that of the chunks before or, with sums_all, of all
+    bool has_sum;
+    Tensor dweight, dbias;  // [V, H], [V]
+  };
+
+  static Gradients multiply_gradients(const Device& device, const Problem& problem,
+                                      const Tensor& grad_logps, const Tensor& hidden,
+                                      const Tensor& max, const Tensor& sum_exp,
+                                      const Tensor& kept_logits, LogitTransform transform,
+                                      const Needs& needs, bool sums_all) {
+    const int64_t B = problem.B, T = problem.T, V = problem.V, H = problem.H;
+    const Tensor& weight = problem.weight;
+    STD_TORCH_CHECK(problem.bias.has_value() || !needs.bias,
+                    "needs_bias: expected false without a bias");
+    device.check(grad_logps, "grad_logps");
+    check_shape(grad_logps, {B, T}, "grad_logps");
+    check_dtype(grad_logps, problem.compute, "grad_logps");
+    STD_TORCH_CHECK(max.dim() == 1, "max: expected shape [R], got ", shape_text(max));
+    const int64_t R = max.size(0);
+    device.check(max, "max");
+    check_dtype(max, problem.compute, "max");
+    device.check(sum_exp, "sum_exp");
+    check_shape(sum_exp, {R}, "sum_exp");
+    check_dtype(sum_exp, ScalarType::Double, "sum_exp");
+    const Tensor saved_max = as_contiguous(max), saved_sum_exp = as_contiguous(sum_exp);
+    LogitsPlan plan(R, V, hidden.element_size(), 0, Device::kChunkColumns);
+    device.check(kept_logits, "kept_logits");
+    check_dtype(kept_logits, hidden.scalar_type(), "kept_logits");
+    STD_TORCH_CHECK(kept_logits.dim() == 3 && kept_logits.size(0) <= plan.chunks,
+                    "kept_logits: expected shape [up to ", plan.chunks, ", ", R, ", ", plan.width,
+                    "], got ", shape_text(kept_logits));
+    plan.kept = kept_logits.size(0);
+    check_shape(kept_logits, {plan.kept, R, plan.width}, "kept_logits");
+    const Tensor kept = as_contiguous(kept_logits);
+
+    const Rows rows(device, problem, R, nullptr);
+    const Tensor grads = rows.gather(device, problem.compute_dtype(), 1, grad_logps);
+    const Tensor label_gradients = new_empty(hidden, {R}, problem.compute);
+    const Tensor dlogits = new_logits(device, hidden, R, plan);
+    const auto nothing = [&] { return new_empty(hidden, {0}); };  // outputs do not share memory
+    const bool needs_rows = needs.weight || plan.kept < plan.chunks;
+    const Tensor hidden_rows =
+        needs_rows ? rows.gather(device, problem.dtype, H, hidden) : nothing();
+    const Tensor dweight = needs.weight ? device.new_large_for_writing(weight, {V, H}) : nothing();
+    const Tensor dbias = needs.bias ? new_empty(hidden, {1, V}) : nothing();
+    const Tensor ones = new_ones(hidden, needs.bias ? rows.count : 0);
+    const Tensor partial = needs.hidden ? new_empty(hidden, {R, H}) : nothing();
+    const bool needs_sum = needs.hidden && (sums_all || plan.chunks > 1);
+    const Tensor sum = needs_sum ? new_empty(hidden, {R, H}, problem.compute) : nothing();
+
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const Columns columns(problem, plan.width, chunk);
+      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : dlogits;
+      if (chunk >= plan.kept) {
+        problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
+      }
+      device.token_logps_backward({
+          .dtype = problem.dtype,
+          .V = columns.length,
+          .logits = logits.const_data_ptr(),
+          .logits_strides = {0, plan.width},
+          .targets = rows.targets(),
+          .transform = transform,
+          .grad_logps = grads.const_data_ptr(),
+          .grad_strides = {0, 1},
+          .max = saved_max.const_data_ptr(),
+          .sum_exp = saved_sum_exp.template const_data_ptr<double>(),
+          .dlogits = dlogits.mutable_data_ptr(),
+          .dlogits_strides = {0, plan.width},
+          .first_label = problem.part.first_label + columns.begin,
+          .num_labels = problem.part.num_labels,
+          .label_gradients = label_gradients.mutable_data_ptr(),
+      });
+      const Tensor slopes = columns.of(dlogits, rows.count);
+      if (needs.hidden) {
+        multiply_into(rows.first(partial), slopes, columns.of_labels(weight));
+        if (sums_all || chunk + 1 < plan.chunks) {
+          device.add_partial({
+              .dtype = problem.dtype,
+              .count = rows.count * H,
+              .partial = partial.const_data_ptr(),
+              .sum = sum.mutable_data_ptr(),
+              .is_first = chunk == 0,
+          });
+        }
+      }
+      if (!needs.weight && !needs.bias) continue;
+      device.put_label_gradients({
+          .dtype = problem.dtype,
+          .R = R,
+          .V = columns.length,
+          .first_label = problem.part.first_label + columns.begin,
+          .ignore_index = rows.ignore_index,
+          .labels = rows.labels.template const_data_ptr<int64_t>(),
+          .label_gradients = label_gradients.const_data_ptr(),
+          .dlogits = dlogits.mutable_data_ptr(),
+          .dlogits_stride = plan.width,
+      });
+      if (needs.weight) {
+        multiply_into(columns.of_labels(dweight), transposed(slopes), rows.first(hidden_rows));
+      }
+      if (needs.bias) {
+        Tensor of_columns = dbias;
+        multiply_into(torch::stable::narrow(of_columns, 1, columns.begin, columns.length), ones,
+                      slopes);
+      }
+    }
+
+    return {rows,
+            label_gradients,
+            partial,
+            sum,
+            needs_sum,
+            dweight,
+            needs.bias ? torch::stable::select(dbias, 0, 0) : dbias};
+  }
 
   static Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 

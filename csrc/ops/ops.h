@@ -174,6 +174,20 @@ class Layout {
   Pairs pairs_{};
 };
 
+// Which labels of all of them the columns of logits are.
+struct VocabPart {
+  int64_t first_label;
+  int64_t num_labels;
+
+  // Of V columns.
+  void check(int64_t V) const {
+    STD_TORCH_CHECK(first_label >= 0 && V <= num_labels - first_label,
+                    "first_label, num_labels: expected ", V,
+                    " labels from first_label on within [0, num_labels), got ", first_label,
+                    " and ", num_labels);
+  }
+};
+
 template <class Device>
 class Ops {
  public:
@@ -213,8 +227,8 @@ class Ops {
     const Tensor rows = with_unit_stride(logits);
     const LargeTensor dlogits =
         device.new_large(logits, {logits.size(0), logits.size(1), logits.size(2)});
-    token_logps_backward_into(device, dlogits, grad_logps, rows, labels, max, sum_exp, ignore_index,
-                              shift, logit_scale, softcap);
+    token_logps_backward_into(device, dlogits, grad_logps, rows, labels, max, sum_exp,
+                              all_labels_of(logits), ignore_index, shift, logit_scale, softcap);
     return dlogits.tensor;
   }
 
@@ -223,14 +237,9 @@ class Ops {
                                            const Tensor& sum_exp, int64_t ignore_index, bool shift,
                                            double logit_scale, double softcap) {
     const Device device(logits, "logits");
-    check_logits(logits, labels);
-    STD_TORCH_CHECK(
-        has_unit_stride_in_vocabulary(logits) && has_distinct_rows(logits),
-        "logits: expected stride 1 in the vocabulary and rows apart in memory, got strides [",
-        logits.stride(0), ", ", logits.stride(1), ", ", logits.stride(2), "] for shape ",
-        shape_text(logits));
+    check_overwritable(logits, labels);
     token_logps_backward_into(device, {logits, false}, grad_logps, logits, labels, max, sum_exp,
-                              ignore_index, shift, logit_scale, softcap);
+                              all_labels_of(logits), ignore_index, shift, logit_scale, softcap);
   }
 
   // ---- sequence_logps -----------------------------------------------------------------------
@@ -403,7 +412,7 @@ class Ops {
     return grad_token_logps;
   }
 
- private:
+ protected:
   struct Logits {
     DType dtype;
     int64_t B, T, V;
@@ -422,12 +431,24 @@ class Ops {
     return has_unit_stride_in_vocabulary(logits) ? logits : as_contiguous(logits);
   }
 
+  static void check_overwritable(const Tensor& logits, const Tensor& labels) {
+    check_logits(logits, labels);
+    STD_TORCH_CHECK(
+        has_unit_stride_in_vocabulary(logits) && has_distinct_rows(logits),
+        "logits: expected stride 1 in the vocabulary and rows apart in memory, got strides [",
+        logits.stride(0), ", ", logits.stride(1), ", ", logits.stride(2), "] for shape ",
+        shape_text(logits));
+  }
+
+  static VocabPart all_labels_of(const Tensor& logits) { return {0, logits.size(2)}; }
+
   // dlogits may be logits itself.
   static void token_logps_backward_into(const Device& device, const LargeTensor& dlogits,
                                         const Tensor& grad_logps, const Tensor& logits,
                                         const Tensor& labels, const Tensor& max,
-                                        const Tensor& sum_exp, int64_t ignore_index, bool shift,
-                                        double logit_scale, double softcap) {
+                                        const Tensor& sum_exp, const VocabPart& part,
+                                        int64_t ignore_index, bool shift, double logit_scale,
+                                        double softcap) {
     const Logits checked = check_logits(logits, labels);
     const Targets targets = make_targets(device, labels, ignore_index, shift);
     const auto check_row_values = [&](const Tensor& tensor, ScalarType dtype, const char* name) {
@@ -455,6 +476,8 @@ class Ops {
         .dlogits = dlogits.tensor.mutable_data_ptr(),
         .dlogits_strides = token_strides(dlogits.tensor),
         .dlogits_holds_zeros = dlogits.holds_zeros,
+        .first_label = part.first_label,
+        .num_labels = part.num_labels,
     });
   }
 

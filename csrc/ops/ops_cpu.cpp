@@ -7,6 +7,7 @@
 #include "ops/checks.h"
 #include "ops/linear_ops.h"
 #include "ops/ops.h"
+#include "ops/vocab_ops.h"
 
 namespace simpo_ext::ops {
 namespace {
@@ -122,11 +123,12 @@ class Cpu {
   }
 
   void token_logps(const TokenLogpsArgs& args) const {
-    check_labels_in_range(cpu::token_logps(args, kTorchThreads), args.targets.ignore_index, args.V);
+    check_labels_in_range(cpu::token_logps(args, kTorchThreads), args.targets.ignore_index,
+                          args.num_labels);
   }
   void token_logps_backward(const TokenLogpsBackwardArgs& args) const {
     check_labels_in_range(cpu::token_logps_backward(args, kTorchThreads), args.targets.ignore_index,
-                          args.V);
+                          args.num_labels);
   }
   int64_t select_tokens(const SelectTokensArgs& args) const {
     const cpu::Selection selection = cpu::select_tokens(args);
@@ -147,6 +149,11 @@ class Cpu {
   void hidden_gradient(const HiddenGradientArgs& args) const {
     cpu::hidden_gradient(args, kTorchThreads);
   }
+  void merge_shards(const MergeShardsArgs& args) const { cpu::merge_shards(args); }
+  void add_label_shares(const AddLabelSharesArgs& args) const {
+    cpu::add_label_shares(args, kTorchThreads);
+  }
+  void scatter_rows(const ScatterRowsArgs& args) const { cpu::scatter_rows(args, kTorchThreads); }
   void sequence_targets(const SequenceTargetsArgs& args) const {
     const cpu::TargetError error = cpu::sequence_targets(args);
     check_layout(error.layout);
@@ -172,4 +179,5 @@ class Cpu {
 STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CPU, m) {
   simpo_ext::ops::register_ops<simpo_ext::ops::Cpu>(m);
   simpo_ext::ops::register_linear_ops<simpo_ext::ops::Cpu>(m);
+  simpo_ext::ops::register_vocab_ops<simpo_ext::ops::Cpu>(m);
 }

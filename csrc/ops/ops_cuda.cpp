@@ -4,6 +4,7 @@
 #include "ops/checks.h"
 #include "ops/linear_ops.h"
 #include "ops/ops.h"
+#include "ops/vocab_ops.h"
 
 #ifdef SIMPO_WITH_CUDA
 
@@ -129,6 +130,15 @@ class Cuda {
   void hidden_gradient(const HiddenGradientArgs& args) const {
     check_launch(cuda::hidden_gradient(args, stream_));
   }
+  void merge_shards(const MergeShardsArgs& args) const {
+    check_launch(cuda::merge_shards(args, stream_));
+  }
+  void add_label_shares(const AddLabelSharesArgs& args) const {
+    check_launch(cuda::add_label_shares(args, stream_));
+  }
+  void scatter_rows(const ScatterRowsArgs& args) const {
+    check_launch(cuda::scatter_rows(args, stream_));
+  }
   void sequence_targets(const SequenceTargetsArgs& args) const {
     check_launch(cuda::sequence_targets(args, stream_));
   }
@@ -191,6 +201,9 @@ class Cuda {
   void put_label_gradients(const PutLabelGradientsArgs&) const {}
   void add_partial(const AddPartialArgs&) const {}
   void hidden_gradient(const HiddenGradientArgs&) const {}
+  void merge_shards(const MergeShardsArgs&) const {}
+  void add_label_shares(const AddLabelSharesArgs&) const {}
+  void scatter_rows(const ScatterRowsArgs&) const {}
   void sequence_targets(const SequenceTargetsArgs&) const {}
   void sequence_logps(const SequenceLogpsArgs&) const {}
   void sequence_logps_backward(const SequenceLogpsBackwardArgs&) const {}
@@ -206,4 +219,5 @@ class Cuda {
 STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CUDA, m) {
   simpo_ext::ops::register_ops<simpo_ext::ops::Cuda>(m);
   simpo_ext::ops::register_linear_ops<simpo_ext::ops::Cuda>(m);
+  simpo_ext::ops::register_vocab_ops<simpo_ext::ops::Cuda>(m);
 }

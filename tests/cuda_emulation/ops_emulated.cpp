@@ -6,6 +6,7 @@
 #include "ops/checks.h"
 #include "ops/linear_ops.h"
 #include "ops/ops.h"
+#include "ops/vocab_ops.h"
 
 namespace simpo_ext::ops {
 namespace {
@@ -54,6 +55,15 @@ class EmulatedCuda {
   void hidden_gradient(const HiddenGradientArgs& args) const {
     check_launch(cuda::hidden_gradient(args, nullptr));
   }
+  void merge_shards(const MergeShardsArgs& args) const {
+    check_launch(cuda::merge_shards(args, nullptr));
+  }
+  void add_label_shares(const AddLabelSharesArgs& args) const {
+    check_launch(cuda::add_label_shares(args, nullptr));
+  }
+  void scatter_rows(const ScatterRowsArgs& args) const {
+    check_launch(cuda::scatter_rows(args, nullptr));
+  }
   void sequence_targets(const SequenceTargetsArgs& args) const {
     check_launch(cuda::sequence_targets(args, nullptr));
   }
@@ -82,4 +92,5 @@ class EmulatedCuda {
 STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CPU, m) {
   simpo_ext::ops::register_ops<simpo_ext::ops::EmulatedCuda>(m);
   simpo_ext::ops::register_linear_ops<simpo_ext::ops::EmulatedCuda>(m);
+  simpo_ext::ops::register_vocab_ops<simpo_ext::ops::EmulatedCuda>(m);
 }

@@ -36,10 +36,18 @@ inline at::Tensor autocast(const at::Tensor& tensor) {
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
+// What goes into the products, and how they are worked on.
+struct LinearInputs {
+  at::Tensor hidden, weight;
+  std::optional<at::Tensor> bias;
+  int64_t logits_budget_bytes;
+  int64_t rows;  // an upper bound of the number of valid tokens
+};
+
 // Of arguments whose shapes have been checked; labels are int64.
-inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor& weight,
-                                     const at::Tensor& labels, const TokenLogpsOptions& options,
-                                     const LinearOptions& linear) {
+inline LinearInputs linear_inputs(const at::Tensor& hidden, const at::Tensor& weight,
+                                  const at::Tensor& labels, const TokenLogpsOptions& options,
+                                  const LinearOptions& linear) {
   const at::Tensor x = autocast(hidden), w = autocast(weight);
   const auto b =
       linear.bias.has_value() ? std::optional<at::Tensor>(autocast(*linear.bias)) : std::nullopt;
@@ -54,8 +62,15 @@ inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor&
   const int64_t rows = linear.num_valid_tokens.has_value()
                            ? std::min(*linear.num_valid_tokens, scored.numel())
                            : scored.ne(options.ignore_index).sum().item<int64_t>();
-  return LinearTokenLogps::apply(x, w, b, labels, options,
-                                 needs_gradient ? linear.logits_budget_bytes : int64_t{0}, rows);
+  return {x, w, b, needs_gradient ? linear.logits_budget_bytes : int64_t{0}, rows};
+}
+
+inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor& weight,
+                                     const at::Tensor& labels, const TokenLogpsOptions& options,
+                                     const LinearOptions& linear) {
+  const LinearInputs in = linear_inputs(hidden, weight, labels, options, linear);
+  return LinearTokenLogps::apply(in.hidden, in.weight, in.bias, labels, options,
+                                 in.logits_budget_bytes, in.rows);
 }
 
 // token_logps [B, T], targets [B, T] int64.

@@ -77,5 +77,6 @@ void check_row_gradients();
 void check_row_sums();
 void check_token_logps();
 void check_token_rows();
+void check_vocab_shards();
 
 }  // namespace simpo_ext::test

@@ -155,6 +155,7 @@ int main() {
   }
   check_token_logps();
   check_token_rows();
+  check_vocab_shards();
   check_preference_loss(0, 4);
   check_preference_loss(5, 1);
   check_preference_loss(3, 40);

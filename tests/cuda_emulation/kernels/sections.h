@@ -13,6 +13,7 @@ void check_preference(bool reduced);
 void check_bytes(bool reduced);
 void check_schedules(bool reduced);
 void check_offsets(bool reduced);
+void check_vocab_shards(bool reduced);
 
 // What is being checked from now on, for the message of a failure. As printf.
 [[gnu::format(printf, 1, 2)]] void describe(const char* format, ...);

@@ -1,0 +1,129 @@
+// Where the vocabulary is in shards: what they say of a row put together, and hidden states'
+// gradients on their way through a sum over shards.
+//
+// Memory contract, with e the size of a hidden state's element and c that of compute:
+//
+//   merge_shards: a row's label is read and, where it is not masked, 24 bytes a shard, and 8 more
+//   of its position if there are positions; 8 + 2 c are written, c less where a row is masked and
+//   there are positions. add_label_shares: 8 bytes a row are read and, where the shard has its
+//   label, c and H (e + c); then H c are written. scatter_rows: 8 bytes a row are read and, where
+//   it has a token, H c; then H e are written.
+//
+// No scratch. Every element has one writer, and a row's shards one order: equal inputs give equal
+// bits.
+
+#include <cstdint>
+
+#include "core/dispatch.h"
+#include "core/kernels.h"
+#include "core/logsumexp.h"
+#include "cuda/elements.h"
+#include "cuda/platform.h"
+#include "cuda/rows.h"
+
+namespace simpo_ext::cuda {
+namespace {
+
+// ---- a row for each thread ------------------------------------------------------------------
+
+constexpr int kMergeThreads = 128;
+
+template <typename Scalar>
+__global__ void __launch_bounds__(kMergeThreads) merge_shards_kernel(MergeShardsArgs args) {
+  const Targets& targets = args.targets;
+  const int64_t N = targets.B * targets.T;
+  const int64_t row = row_of_block() * kMergeThreads + threadIdx.x;
+  if (row >= N) return;
+  const Token token = token_of_row(row, targets.T);
+  const bool is_masked =
+      !targets.has_label(token.t) ||
+      load(targets.labels + targets.label_offset(token.b, token.t)) == targets.ignore_index;
+  Scalar logp = 0;
+  LogSumExp<Scalar> logsumexp{0, 0.0};
+  if (!is_masked) {
+    ShardedRow<Scalar> sharded;
+    for (int64_t k = 0; k < args.K; ++k) {
+      const double* shard = args.shards + 3 * k * N + row;
+      sharded.add(load(shard), load(shard + N), load(shard + 2 * N));
+    }
+    logp = static_cast<Scalar>(sharded.logp());
+    logsumexp = sharded.logsumexp;
+  }
+  if (args.positions == nullptr) {
+    store(static_cast<Scalar*>(args.logps) + row, logp);
+  } else if (!is_masked) {
+    store(static_cast<Scalar*>(args.logps) + load(args.positions + row), logp);
+  }
+  store(static_cast<Scalar*>(args.max) + row, logsumexp.max);
+  store(args.sum_exp + row, logsumexp.sum);
+}
+
+// ---- a block for each row -------------------------------------------------------------------
+
+constexpr int kRowThreads = 128;
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) add_label_shares_kernel(AddLabelSharesArgs args) {
+  using Scalar = Compute<T>;
+  const int64_t i = row_of_block();
+  if (i >= args.R) return;
+  const int64_t label = load_uniform(args.labels + i);
+  if (label == args.ignore_index || !is_in_part(label, args.first_label, args.V)) return;
+  const Scalar gradient = load_uniform(static_cast<const Scalar*>(args.label_gradients) + i);
+  const T* weight =
+      static_cast<const T*>(args.weight) + (label - args.first_label) * args.weight_stride_v;
+  Scalar* sum = static_cast<Scalar*>(args.sum) + i * args.H;
+  for (int64_t h = threadIdx.x; h < args.H; h += kRowThreads) {
+    const Scalar of_label = gradient * Elements<T>::widen(load(weight + h * args.weight_stride_h));
+    store(sum + h, load(sum + h) + of_label);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) scatter_rows_kernel(ScatterRowsArgs args) {
+  const int64_t i = row_of_block();
+  if (i >= args.R) return;
+  const int64_t position = load_uniform(args.positions + i);
+  if (position < 0) return;
+  const Compute<T>* row = static_cast<const Compute<T>*>(args.rows) + i * args.H;
+  T* to = static_cast<T*>(args.to) + position * args.H;
+  for (int64_t h = threadIdx.x; h < args.H; h += kRowThreads) {
+    store(to + h, Elements<T>::narrow(load(row + h)));
+  }
+}
+
+}  // namespace
+
+int merge_shards(const MergeShardsArgs& args, Stream stream) {
+  const int64_t N = args.targets.B * args.targets.T;
+  if (N == 0) return 0;
+  int error = 0;
+  dispatch_compute_dtype(args.dtype, [&](auto tag) {
+    error = launch(merge_shards_kernel<typename decltype(tag)::type>,
+                   grid_of_rows((N + kMergeThreads - 1) / kMergeThreads), dim3(kMergeThreads),
+                   stream, args);
+  });
+  return error;
+}
+
+int add_label_shares(const AddLabelSharesArgs& args, Stream stream) {
+  if (args.R * args.H == 0 || args.V == 0) return 0;
+  int error = 0;
+  dispatch_dtype(args.dtype, [&](auto tag) {
+    error = launch(add_label_shares_kernel<typename decltype(tag)::type>, grid_of_rows(args.R),
+                   dim3(kRowThreads), stream, args);
+  });
+  return error;
+}
+
+int scatter_rows(const ScatterRowsArgs& args, Stream stream) {
+  if (args.R * args.H == 0) return 0;
+  int error = 0;
+  dispatch_dtype(args.dtype, [&](auto tag) {
+    error = launch(scatter_rows_kernel<typename decltype(tag)::type>, grid_of_rows(args.R),
+                   dim3(kRowThreads), stream, args);
+  });
+  return error;
+}
+
+}  // namespace simpo_ext::cuda

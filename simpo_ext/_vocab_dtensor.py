@@ -1,0 +1,140 @@
+"""What a DTensor says of a vocabulary that is sharded over a mesh.
+
+Which labels this rank has, which group has the others, and how what belongs to its rows has to lie.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+
+from . import _checks
+from ._vocab_shard import VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+
+def _is_plain(placement: Placement) -> bool:
+    """Not a sum that is pending, nor a shard of which the labels are not consecutive."""
+    return placement.is_replicate() or placement.is_shard()
+
+
+class VocabLayout:
+    """Of the DTensor ``name``, whose vocabulary is dimension ``dim``."""
+
+    def __init__(self, name: str, tensor: Tensor, dim: int, shard: VocabShard | None) -> None:
+        from torch.distributed.tensor import Replicate
+
+        if shard is not None:
+            raise ValueError(
+                f"shard: expected None beside {name} that are a DTensor, which says what this rank "
+                f"has, got {type(shard).__name__}"
+            )
+        self._tensor = cast("DTensor", tensor)
+        self._name = name
+        self.mesh = self._tensor.device_mesh
+        self.placements = tuple(self._tensor.placements)
+        if not all(_is_plain(placement) for placement in self.placements):
+            raise ValueError(
+                f"{name}: expected Shard and Replicate placements, got {self._layout()}"
+            )
+        over = [d for d, p in enumerate(self.placements) if p.is_shard(dim)]
+        if len(over) != 1:
+            raise ValueError(
+                f"{name}: expected the vocabulary, dimension {dim}, to be sharded over one mesh "
+                f"dimension, got {self._layout()}"
+            )
+        self._over = over[0]
+        # As torch.chunk cuts.
+        vocabulary, ranks = tensor.shape[dim], self.mesh.size(self._over)
+        width = -(-vocabulary // ranks)
+        first = min(self.mesh.get_local_rank(self._over) * width, vocabulary)
+        size = min(width, vocabulary - first)
+        self.shard = VocabShard.on_group(first, vocabulary, size, self.mesh.get_group(self._over))
+        #: How the rows of labels and hidden states lie.
+        self.rows: tuple[Placement, ...] = (Replicate(),) * self.mesh.ndim
+
+    def _layout(self, tensor: Tensor | None = None) -> str:
+        tensor = self._tensor if tensor is None else cast("DTensor", tensor)
+        return f"placements {list(tensor.placements)} of shape {list(tensor.shape)}"
+
+    def take_rows_of(self, name: str, tensor: Tensor, shift: bool) -> None:
+        """Rows lie as those of ``tensor``, [B, T, ...], other than over the vocabulary's ranks."""
+        from torch.distributed.tensor import Replicate
+
+        dtensor = cast("DTensor", tensor)
+        if dtensor.device_mesh != self.mesh:
+            raise ValueError(
+                f"{name}: expected the mesh of {self._name}, {self.mesh}, got {dtensor.device_mesh}"
+            )
+        rows = list(dtensor.placements)
+        if dtensor is self._tensor:
+            rows[self._over] = Replicate()
+        for d, placement in enumerate(rows):
+            allowed = placement.is_replicate() or (
+                d != self._over and (placement.is_shard(0) or (placement.is_shard(1) and not shift))
+            )
+            if not allowed:
+                raise ValueError(
+                    f"{name}: expected to be replicated over the mesh dimension that shards the "
+                    "vocabulary, and over others replicated or sharded by sequences (by positions "
+                    f"only with shift=False), got {self._layout(tensor)}"
+                )
+        self.rows = tuple(rows)
+
+    def check_replicated(self) -> None:
+        """Of lm_head: not sharded over anything else."""
+        others = [p for d, p in enumerate(self.placements) if d != self._over]
+        if not all(placement.is_replicate() for placement in others):
+            raise ValueError(
+                f"{self._name}: expected Shard(0) over one mesh dimension and Replicate over "
+                f"others, got {self._layout()}"
+            )
+
+    def local(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's part of the vocabulary, of a tensor that lies as the layout's own."""
+        from torch.distributed.tensor import Partial
+
+        if not _checks.is_dtensor(tensor):
+            return tensor
+        dtensor: Any = tensor
+        if dtensor.device_mesh != self.mesh or tuple(dtensor.placements) != self.placements:
+            raise ValueError(
+                f"{name}: expected the layout of {self._name}, {self._layout()}, got "
+                f"{self._layout(tensor)}"
+            )
+        if tensor is self._tensor and tensor.dim() == 3:  # logits, rows and all
+            return cast(Tensor, dtensor.to_local())
+        gradient = [
+            placement if row.is_replicate() else Partial()
+            for placement, row in zip(self.placements, self.rows, strict=True)
+        ]
+        return cast(Tensor, dtensor.to_local(grad_placements=gradient))
+
+    def local_rows(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's rows."""
+        if not _checks.is_dtensor(tensor):
+            return tensor
+        dtensor: Any = tensor
+        if dtensor.device_mesh != self.mesh or tuple(dtensor.placements) != self.rows:
+            raise ValueError(
+                f"{name}: expected placements {list(self.rows)} over the mesh of {self._name}, got "
+                f"{self._layout(tensor)}"
+            )
+        return cast(Tensor, dtensor.to_local())
+
+
+def replicated(name: str, tensor: Tensor) -> Tensor:
+    """A plain tensor, or what every rank has of a DTensor, beside a plain shard."""
+    if not _checks.is_dtensor(tensor):
+        return tensor
+    dtensor: Any = tensor
+    if not all(placement.is_replicate() for placement in dtensor.placements):
+        raise ValueError(
+            f"{name}: expected a plain tensor or a replicated DTensor, got placements "
+            f"{list(dtensor.placements)}"
+        )
+    return cast(Tensor, dtensor.to_local())
