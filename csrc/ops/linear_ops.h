@@ -71,60 +71,21 @@ class LinearOps {
       const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& labels,
       int64_t ignore_index, bool shift, double logit_scale, double softcap,
       int64_t logits_budget_bytes, int64_t num_valid_tokens) {
-    const Device device(hidden, "hidden");
-    const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
-    STD_TORCH_CHECK(num_valid_tokens >= -1, "num_valid_tokens: expected -1 or more, got ",
-                    num_valid_tokens);
-    STD_TORCH_CHECK(logits_budget_bytes >= 0, "logits_budget_bytes: expected 0 or more, got ",
-                    logits_budget_bytes);
-    const int64_t R = num_valid_tokens >= 0 ? num_valid_tokens : problem.B * problem.T;
-    const LogitsPlan plan(R, problem.V, hidden.element_size(), logits_budget_bytes,
-                          Device::kChunkColumns);
-    Tensor logps = new_empty(hidden, {problem.B, problem.T}, problem.compute);
-    Tensor max = new_empty(hidden, {R}, problem.compute);
-    Tensor sum_exp = new_empty(hidden, {R}, ScalarType::Double);
-    const Tensor label_z = new_empty(hidden, {R}, problem.compute);
-    const Tensor kept = device.new_large_for_writing(hidden, {plan.kept, R, plan.width});
-
-    const Rows rows(device, problem, R, logps.mutable_data_ptr());
-    zero_what_no_product_writes(kept, plan, problem.V, rows.count);
-    const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
-    const bool keeps_all = plan.kept == plan.chunks;
-    const Tensor scratch = keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, R, plan);
-    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-      const Columns columns(problem, plan.width, chunk);
-      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : scratch;
-      problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
-      device.token_logps({
-          .dtype = problem.dtype,
-          .V = columns.length,
-          .logits = logits.const_data_ptr(),
-          .logits_strides = {0, plan.width},
-          .targets = rows.targets(ignore_index),
-          .transform = {logit_scale, softcap},
-          .logps = nullptr,
-          .max = max.mutable_data_ptr(),
-          .sum_exp = sum_exp.mutable_data_ptr<double>(),
-          .first_label = columns.begin,
-          .num_labels = problem.V,
-          .continues = chunk > 0,
-          .label_z = label_z.mutable_data_ptr(),
-      });
-    }
-    if (plan.chunks > 0) {
-      device.write_logps({
-          .dtype = problem.dtype,
-          .R = R,
-          .positions = rows.positions.template const_data_ptr<int64_t>(),
-          .max = max.const_data_ptr(),
-          .sum_exp = sum_exp.template const_data_ptr<double>(),
-          .label_z = label_z.const_data_ptr(),
-          .logps = logps.mutable_data_ptr(),
-      });
-    }
-    return {logps, max, sum_exp, kept};
+    return forward(hidden, weight, bias, labels, ignore_index, shift, logit_scale, softcap,
+                   logits_budget_bytes, num_valid_tokens, nullptr);
   }
 
+  // And what is reported of each token: mean_logit and entropy.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_logps_report(
+      const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& labels,
+      int64_t ignore_index, bool shift, double logit_scale, double softcap,
+      int64_t logits_budget_bytes, int64_t num_valid_tokens) {
+    std::optional<Report> report;
+    const auto [logps, max, sum_exp, kept] =
+        forward(hidden, weight, bias, labels, ignore_index, shift, logit_scale, softcap,
+                logits_budget_bytes, num_valid_tokens, &report);
+    return {logps, max, sum_exp, kept, report->mean_logit, report->entropy};
+  }
   // Of hidden, weight and bias, in that order; [0] where it was not asked for.
   static std::tuple<Tensor, Tensor, Tensor> linear_token_logps_backward(
       const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight,
@@ -259,6 +220,34 @@ class LinearOps {
   // Part of the vocabulary: labels [begin, begin + length).
   struct Columns;
 
+  // What is reported of each token, and the sums of the parts so far that it comes from.
+  struct Report {
+    Tensor mean_logit, entropy;  // [B, T]
+    Tensor sum_z, sum_exp_z;     // [R]
+
+    // logps are as select_tokens left them, which these take over: 0 where masked, and NaN where a
+    // row has to come to something.
+    Report(const Tensor& hidden, const Tensor& logps, int64_t R)
+        : mean_logit(new_empty(hidden, {logps.size(0), logps.size(1)}, ScalarType::Double)),
+          entropy(new_empty(hidden, {logps.size(0), logps.size(1)}, ScalarType::Double)),
+          sum_z(new_empty(hidden, {R}, ScalarType::Double)),
+          sum_exp_z(new_empty(hidden, {R}, ScalarType::Double)) {
+      torch::stable::copy_(mean_logit, logps);
+      torch::stable::copy_(entropy, logps);
+    }
+
+    double* sums() const { return sum_z.mutable_data_ptr<double>(); }
+    double* weighted_sums() const { return sum_exp_z.mutable_data_ptr<double>(); }
+
+    void put_into(WriteLogpsArgs& args, int64_t V) const {
+      args.num_labels = V;
+      args.sum_z = sum_z.const_data_ptr<double>();
+      args.sum_exp_z = sum_exp_z.const_data_ptr<double>();
+      args.mean_logit = mean_logit.mutable_data_ptr<double>();
+      args.entropy = entropy.mutable_data_ptr<double>();
+    }
+  };
+
   // The arguments, found to belong together.
   struct Problem {
     DType dtype;
@@ -373,6 +362,70 @@ class LinearOps {
     }
   };
 
+  // report: null, or what is to hold the tensors of one.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+      const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+      const Tensor& labels, int64_t ignore_index, bool shift, double logit_scale, double softcap,
+      int64_t logits_budget_bytes, int64_t num_valid_tokens, std::optional<Report>* report) {
+    const Device device(hidden, "hidden");
+    const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
+    STD_TORCH_CHECK(num_valid_tokens >= -1, "num_valid_tokens: expected -1 or more, got ",
+                    num_valid_tokens);
+    STD_TORCH_CHECK(logits_budget_bytes >= 0, "logits_budget_bytes: expected 0 or more, got ",
+                    logits_budget_bytes);
+    const int64_t R = num_valid_tokens >= 0 ? num_valid_tokens : problem.B * problem.T;
+    const LogitsPlan plan(R, problem.V, hidden.element_size(), logits_budget_bytes,
+                          Device::kChunkColumns);
+    Tensor logps = new_empty(hidden, {problem.B, problem.T}, problem.compute);
+    Tensor max = new_empty(hidden, {R}, problem.compute);
+    Tensor sum_exp = new_empty(hidden, {R}, ScalarType::Double);
+    const Tensor label_z = new_empty(hidden, {R}, problem.compute);
+    const Tensor kept = device.new_large_for_writing(hidden, {plan.kept, R, plan.width});
+
+    const Rows rows(device, problem, R, logps.mutable_data_ptr());
+    if (report != nullptr) report->emplace(hidden, logps, R);
+    zero_what_no_product_writes(kept, plan, problem.V, rows.count);
+    const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
+    const bool keeps_all = plan.kept == plan.chunks;
+    const Tensor scratch = keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, R, plan);
+    for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+      const Columns columns(problem, plan.width, chunk);
+      const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : scratch;
+      problem.multiply_logits(columns.of(logits, rows.count), rows.first(hidden_rows), columns);
+      device.token_logps({
+          .dtype = problem.dtype,
+          .V = columns.length,
+          .logits = logits.const_data_ptr(),
+          .logits_strides = {0, plan.width},
+          .targets = rows.targets(ignore_index),
+          .transform = {logit_scale, softcap},
+          .logps = nullptr,
+          .max = max.mutable_data_ptr(),
+          .sum_exp = sum_exp.mutable_data_ptr<double>(),
+          .first_label = columns.begin,
+          .num_labels = problem.V,
+          .continues = chunk > 0,
+          .label_z = label_z.mutable_data_ptr(),
+          .mean_logit = report != nullptr ? (*report)->sums() : nullptr,
+          .entropy = report != nullptr ? (*report)->weighted_sums() : nullptr,
+      });
+    }
+    if (plan.chunks > 0) {
+      WriteLogpsArgs args{
+          .dtype = problem.dtype,
+          .R = R,
+          .positions = rows.positions.template const_data_ptr<int64_t>(),
+          .max = max.const_data_ptr(),
+          .sum_exp = sum_exp.template const_data_ptr<double>(),
+          .label_z = label_z.const_data_ptr(),
+          .logps = logps.mutable_data_ptr(),
+      };
+      if (report != nullptr) (*report)->put_into(args, problem.V);
+      device.write_logps(args);
+    }
+    return {logps, max, sum_exp, kept};
+  }
+
   static Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
   static Tensor new_logits(const Device& device, const Tensor& like, int64_t R,
@@ -406,6 +459,7 @@ class LinearOps {
 template <class Device>
 void register_linear_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("linear_token_logps", TORCH_BOX(&LinearOps<Device>::linear_token_logps));
+  m.impl("linear_token_logps_report", TORCH_BOX(&LinearOps<Device>::linear_token_logps_report));
   m.impl("linear_token_logps_backward", TORCH_BOX(&LinearOps<Device>::linear_token_logps_backward));
 }
 
