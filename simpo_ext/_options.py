@@ -16,6 +16,7 @@ LossType = Literal["sigmoid", "hinge"]
 Reduction = Literal["none", "mean", "sum"]
 SftReduction = Literal["sequence", "token"]
 EmptyPolicy = Literal["drop", "nan"]
+ReportName = Literal["logits", "logits_all", "entropy"]
 
 Parameters = ParamSpec("Parameters")
 Options = TypeVar("Options")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,12 +14,14 @@ from ._options import (
     LossType,
     Normalizer,
     Reduction,
+    ReportName,
     SftReduction,
     resolve_linear_options,
     resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
 )
+from ._report import check_linear_report, check_report
 
 __all__ = ["LinearSimPOLoss", "SimPOLoss"]
 
@@ -45,6 +48,7 @@ class _Options(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
+        report: Collection[ReportName] = (),
     ) -> None:
         super().__init__()
         options = resolve_preference_options(
@@ -80,6 +84,7 @@ class _Options(nn.Module):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.inplace_backward = check_bool("inplace_backward", inplace_backward)
+        self.report = check_report(report)
         # Not those that a subclass or a caller may set besides.
         self._options = tuple(
             name for name in vars(self) if not name.startswith("_") and name != "training"
@@ -151,6 +156,7 @@ class LinearSimPOLoss(_Options):
         softcap: float | None = None,
         inplace_backward: bool = False,
         logits_budget_bytes: int | None = None,
+        report: Collection[ReportName] = (),
     ) -> None:
         super().__init__(
             beta=beta,
@@ -169,8 +175,10 @@ class LinearSimPOLoss(_Options):
             logit_scale=logit_scale,
             softcap=softcap,
             inplace_backward=inplace_backward,
+            report=report,
         )
         resolve_linear_options(logits_budget_bytes, None)
+        check_linear_report(report, softcap)
         self.logits_budget_bytes = logits_budget_bytes
         self._options += ("logits_budget_bytes",)
 
