@@ -17,7 +17,7 @@ Builds = Callable[[str], EmulatedKernels]
 
 
 @pytest.mark.parametrize(
-    "section", ["values", "parts", "token_rows", "preference", "bytes", "schedules", "offsets"]
+    "section", ["values", "parts", "report", "token_rows", "preference", "bytes", "schedules", "offsets"]
 )
 def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Builds) -> None:
     done = emulated("plain").run(section)
@@ -30,9 +30,9 @@ def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Bu
     ("build", "arguments"),
     [
         ("asan", ("values", "token_rows")),
-        ("asan", ("--reduced", "parts", "preference", "schedules")),
+        ("asan", ("--reduced", "parts", "preference", "report", "schedules")),
         ("tsan", ("--reduced", "values")),
-        ("tsan", ("--reduced", "parts", "token_rows")),
+        ("tsan", ("--reduced", "parts", "report", "token_rows")),
         ("tsan", ("--reduced", "preference", "schedules")),
     ],
 )

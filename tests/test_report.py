@@ -275,7 +275,7 @@ def test_every_instruction_set_reports_the_same(level: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("all_positions", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype, all_positions: bool) -> None:
     logits, labels = make_batch(dtype=dtype)
     for strided in (logits, logits.transpose(0, 1).contiguous().transpose(0, 1)):

@@ -178,8 +178,9 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   if (tid == 0) {
     if (has_label) label_x = load(x + column);
     if (args.continues) sum = {load(max), load(sum_exp)};
-    if (kReports && args.continues)
+    if (kReports && args.continues) {
       report = {load(args.mean_logit + row), load(args.entropy + row)};
+    }
   }
 
   const RowCut<T> cut(x, args.V);

@@ -21,9 +21,9 @@ struct Section {
   void (*check)(bool reduced);
 };
 constexpr Section kSections[] = {{"values", check_values},         {"parts", check_parts},
-                                 {"token_rows", check_token_rows}, {"preference", check_preference},
-                                 {"bytes", check_bytes},           {"schedules", check_schedules},
-                                 {"offsets", check_offsets}};
+                                 {"report", check_report},         {"token_rows", check_token_rows},
+                                 {"preference", check_preference}, {"bytes", check_bytes},
+                                 {"schedules", check_schedules},   {"offsets", check_offsets}};
 
 char description[512] = "";
 
