@@ -5,6 +5,8 @@ Public as part of :mod:`simpo_ext.functional`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -13,15 +15,18 @@ from ._layout import as_batch, resolve_layout
 from ._options import (
     EmptyPolicy,
     Normalizer,
+    PreferenceOptions,
     Reduction,
+    ReportName,
     SftReduction,
     resolve_linear_options,
     resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
 )
-from ._output import SimPOOutput, compose_output
+from ._output import Report, SimPOOutput, compose_output
 from ._presets import Preset, TrainerLossType
+from ._report import check_linear_report, mean_logits
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -146,6 +151,7 @@ def linear_simpo_loss(
     inplace_backward: bool = False,
     logits_budget_bytes: int | None = None,
     num_valid_tokens: int | None = None,
+    report: Collection[ReportName] = (),
 ) -> SimPOOutput:
     """SimPO's loss from hidden states and lm_head, without their logits in memory.
 
@@ -182,6 +188,9 @@ def linear_simpo_loss(
             so that options of :func:`simpo_loss` can be passed on.
         logits_budget_bytes: See :func:`linear_token_logps`.
         num_valid_tokens: See :func:`linear_token_logps`.
+        report: See :func:`simpo_loss`. No logits of masked positions are formed for
+            ``"logits_all"``, which follows from the means of ``hidden`` and ``weight``: these are
+            read once more. Not with a softcap.
 
     Returns:
         A :class:`SimPOOutput`.
@@ -216,14 +225,26 @@ def linear_simpo_loss(
     )
     _checks.check_bool("inplace_backward", inplace_backward)
     budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
+    names = check_linear_report(report, softcap)
     targets, token_options = _ops.sequence_targets(
         labels, cu_seqlens, weight.shape[0], token_options
     )
-    logps = _linear_ops.linear_token_logps(
-        hidden, weight, bias, targets, token_options, budget, count
-    )
+    arguments = hidden, weight, bias, targets, token_options, budget, count
+    mean_logit = entropy = all_mean_logits = None
+    if "logits" in names or "entropy" in names:
+        logps, mean_logit, entropy = _linear_ops.linear_token_logps_report(*arguments)
+    else:
+        logps = _linear_ops.linear_token_logps(*arguments)
+    if "logits_all" in names:
+        all_mean_logits = mean_logits(hidden, weight, bias, token_options.logit_scale)
+
+    def loss(op_options: PreferenceOptions) -> _ops.PreferenceOutputs:
+        out = _ops.preference_loss(logps, targets, layout, op_options)
+        return out._replace(mean_logit=mean_logit, entropy=entropy) if names else out
+
     return compose_output(
         options._replace(shift=token_options.shift),
         denominators,
-        lambda op_options: _ops.preference_loss(logps, targets, layout, op_options),
+        loss,
+        Report(names, targets, layout, all_mean_logits) if names else None,
     )

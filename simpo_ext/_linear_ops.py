@@ -57,6 +57,19 @@ def _(
     logits_budget_bytes: int,
     num_valid_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_linear_token_logps(
+        hidden, weight, bias, labels, logits_budget_bytes, num_valid_tokens
+    )
+
+
+def _fake_linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    logits_budget_bytes: int,
+    num_valid_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_same_device(hidden, weight, bias, labels)
     batch, time, _ = hidden.shape
     rows = batch * time if num_valid_tokens == -1 else num_valid_tokens
@@ -69,6 +82,28 @@ def _(
         hidden.new_empty((rows,), dtype=dtype),
         hidden.new_empty((rows,), dtype=torch.float64),
         hidden.new_empty(kept),
+    )
+
+
+@_register_fake("linear_token_logps_report")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+    softcap: float,
+    logits_budget_bytes: int,
+    num_valid_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        *_fake_linear_token_logps(
+            hidden, weight, bias, labels, logits_budget_bytes, num_valid_tokens
+        ),
+        hidden.new_empty(labels.shape, dtype=torch.float64),
+        hidden.new_empty(labels.shape, dtype=torch.float64),
     )
 
 
@@ -100,10 +135,10 @@ def _(
 
 def _linear_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *options, _, _ = inputs
-    _, row_max, sum_exp, kept_logits = output
+    _, row_max, sum_exp, kept_logits, *report = output
     ctx.options = options
     ctx.set_materialize_grads(False)  # which would make zeros of the size of kept_logits
-    ctx.mark_non_differentiable(row_max, sum_exp, kept_logits)
+    ctx.mark_non_differentiable(row_max, sum_exp, kept_logits, *report)
     ctx.save_for_backward(hidden, weight, bias, labels, row_max, sum_exp, kept_logits)
 
 
@@ -119,9 +154,10 @@ def _linear_backward(ctx: Ctx, grad_logps: Tensor | None, *_: None) -> tuple[Any
     return *asked_for, *([None] * 7)
 
 
-torch.library.register_autograd(
-    "simpo_ext::linear_token_logps", _linear_backward, setup_context=_linear_setup
-)
+for name in ("linear_token_logps", "linear_token_logps_report"):
+    torch.library.register_autograd(
+        f"simpo_ext::{name}", _linear_backward, setup_context=_linear_setup
+    )
 torch.library.register_autograd("simpo_ext::linear_token_logps_backward", _no_double_backward)
 
 
@@ -135,15 +171,60 @@ def linear_token_logps(
     num_valid_tokens: int | None,
 ) -> Tensor:  # [B, T]
     """token_logps of the logits hidden @ weight.T + bias."""
+    logps, *_ = _call_linear_token_logps(
+        _ops.linear_token_logps.default,
+        hidden,
+        weight,
+        bias,
+        labels,
+        options,
+        logits_budget_bytes,
+        num_valid_tokens,
+    )
+    return logps
+
+
+def linear_token_logps_report(
+    hidden: Tensor,  # [B, T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [B, T]
+    options: TokenOptions,
+    logits_budget_bytes: int,
+    num_valid_tokens: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, T] each
+    """linear_token_logps, mean_logit and entropy; the latter float64, detached, 0 where masked."""
+    logps, _, _, _, mean_logit, entropy = _call_linear_token_logps(
+        _ops.linear_token_logps_report.default,
+        hidden,
+        weight,
+        bias,
+        labels,
+        options,
+        logits_budget_bytes,
+        num_valid_tokens,
+    )
+    return logps, mean_logit, entropy
+
+
+def _call_linear_token_logps(
+    op: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    options: TokenOptions,
+    logits_budget_bytes: int,
+    num_valid_tokens: int | None,
+) -> tuple[Tensor, ...]:
     for tensor in (hidden, weight, bias):
         if tensor is not None:
             _check_no_tangent(tensor)
     needs_gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     )
-    logps: Tensor
-    logps, *_ = _call(
-        _ops.linear_token_logps.default,
+    outputs: tuple[Tensor, ...] = _call(
+        op,
         hidden,
         weight,
         bias,
@@ -152,7 +233,7 @@ def linear_token_logps(
         logits_budget_bytes if needs_gradient else 0,
         _bound_of_valid_tokens(labels, options, num_valid_tokens),
     )
-    return logps
+    return outputs
 
 
 def _bound_of_valid_tokens(labels: Tensor, options: TokenOptions, given: int | None) -> int:

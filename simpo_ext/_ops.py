@@ -30,7 +30,7 @@ def _register_fake(name: str) -> Callable[[Function], Function]:
 
 
 # The order of enum Metric in csrc/core/kernels.h.
-METRIC_NAMES = (
+METRIC_NAMES: tuple[str, ...] = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -102,6 +102,28 @@ def _(
     )
 
 
+@_register_fake("token_logps_report")
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+    softcap: float,
+    all_positions: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_same_device(logits, labels)
+    shape = logits.shape[:2]
+    dtype = compute_dtype(logits.dtype)
+    return (
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape, dtype=torch.float64),
+        logits.new_empty(shape, dtype=torch.float64),
+        logits.new_empty(shape, dtype=torch.float64),
+    )
+
+
 @_register_fake("token_logps_backward")
 def _(
     grad_logps: Tensor,
@@ -140,6 +162,15 @@ def _token_logps_setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(logits, labels, row_max, sum_exp)
 
 
+def _token_logps_report_setup(
+    ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    logits, labels, *ctx.options, _ = inputs
+    _, *constants = output
+    ctx.mark_non_differentiable(*constants)
+    ctx.save_for_backward(logits, labels, *constants[:2])  # max and sum_exp
+
+
 def _logits_gradient(
     grad_logps: Tensor,
     saved: Sequence[Tensor],  # logits, labels, max, sum_exp
@@ -166,8 +197,17 @@ def _token_logps_backward(ctx: Ctx, grad_logps: Tensor, *_: Tensor) -> tuple[Any
     return dlogits, None, None, None, None, None
 
 
+def _token_logps_report_backward(ctx: Ctx, *grads: Tensor) -> tuple[Any, ...]:
+    return *_token_logps_backward(ctx, *grads), None
+
+
 torch.library.register_autograd(
     "simpo_ext::token_logps", _token_logps_backward, setup_context=_token_logps_setup
+)
+torch.library.register_autograd(
+    "simpo_ext::token_logps_report",
+    _token_logps_report_backward,
+    setup_context=_token_logps_report_setup,
 )
 torch.library.register_autograd("simpo_ext::token_logps_backward", _no_double_backward)
 
@@ -176,17 +216,24 @@ class _TokenLogpsInplace(torch.autograd.Function):
     """token_logps whose backward overwrites the logits with their gradient."""
 
     @staticmethod
-    def forward(ctx: Ctx, logits: Tensor, labels: Tensor, options: TokenOptions) -> Tensor:
-        logps: Tensor
-        logps, row_max, sum_exp = _call(_ops.token_logps.default, logits, labels, *options)
+    def forward(
+        ctx: Ctx,
+        logits: Tensor,
+        labels: Tensor,
+        options: TokenOptions,
+        all_positions: bool | None,
+    ) -> tuple[Tensor, ...]:
+        logps, row_max, sum_exp, *report = _call_token_logps(logits, labels, options, all_positions)
         ctx.options = options
+        ctx.mark_non_differentiable(*report)
         ctx.save_for_backward(logits, labels, row_max, sum_exp)
-        return logps
+        return logps, *report
 
     @staticmethod
-    def backward(ctx: Ctx, grad_logps: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Ctx, grad_logps: Tensor, *_: Tensor) -> tuple[Any, ...]:
         _refuse_create_graph()
-        return _logits_gradient_in_place(grad_logps, ctx.saved_tensors, ctx.options), None, None
+        dlogits = _logits_gradient_in_place(grad_logps, ctx.saved_tensors, ctx.options)
+        return dlogits, None, None, None
 
 
 def token_logps(
@@ -196,15 +243,43 @@ def token_logps(
     inplace_backward: bool,
 ) -> Tensor:  # [B, T]
     """Log-probability of each position's label; 0 where it is masked."""
+    logps, *_ = token_logps_report(logits, labels, options, inplace_backward, None)
+    return logps
+
+
+def token_logps_report(
+    logits: Tensor,  # [B, T, V]
+    labels: Tensor,  # [B, T]
+    options: TokenOptions,
+    inplace_backward: bool,
+    all_positions: bool | None,
+) -> tuple[Tensor, ...]:  # [B, T] each
+    """token_logps and what is reported beside them: mean_logit and entropy, float64, detached.
+
+    Both are 0 at masked positions, but for the mean_logit with ``all_positions``. None: no report.
+    """
     _check_no_tangent(logits)
     # A compiled backward plans its own memory, and may not mutate what the forward saved.
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    logps: Tensor
     if inplace_backward and needs_gradient and not torch.compiler.is_compiling():
-        logps = _TokenLogpsInplace.apply(logits, labels, options)  # type: ignore[no-untyped-call]
-        return logps
-    logps, _, _ = _call(_ops.token_logps.default, logits, labels, *options)
-    return logps
+        outputs: tuple[Tensor, ...] = _TokenLogpsInplace.apply(  # type: ignore[no-untyped-call]
+            logits, labels, options, all_positions
+        )
+        return outputs
+    logps, _, _, *report = _call_token_logps(logits, labels, options, all_positions)
+    return logps, *report
+
+
+def _call_token_logps(
+    logits: Tensor, labels: Tensor, options: TokenOptions, all_positions: bool | None
+) -> tuple[Tensor, ...]:
+    """logps, max, sum_exp; and mean_logit, entropy with a report."""
+    outputs: tuple[Tensor, ...]
+    if all_positions is None:
+        outputs = _call(_ops.token_logps.default, logits, labels, *options)
+    else:
+        outputs = _call(_ops.token_logps_report.default, logits, labels, *options, all_positions)
+    return outputs
 
 
 def _call(op: Any, *args: Any) -> Any:
@@ -335,6 +410,9 @@ class PreferenceOutputs(NamedTuple):
     rewards: Tensor  # [2P]
     sft_loss: Tensor  # as loss
     metrics: Tensor  # [len(METRIC_NAMES)] float64
+    # Of the token_logps before, with a report:
+    mean_logit: Tensor | None = None  # [2P, T] float64
+    entropy: Tensor | None = None  # [2P, T] float64
 
 
 @_register_fake("preference_loss")
@@ -459,13 +537,15 @@ def _simpo_loss_kernels(
     layout: Layout,
     token_options: TokenOptions,
     options: PreferenceOptions,
-) -> tuple[PreferenceOutputs, tuple[Tensor | None, ...]]:
-    """The outputs, and what the nodes of token_logps and preference_loss save, in their order."""
+    all_positions: bool | None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """PreferenceOutputs, and what the nodes of token_logps and preference_loss save, in order."""
     with _below_autograd():
-        logps, row_max, sum_exp = _call(_ops.token_logps.default, logits, labels, *token_options)
+        logps, row_max, sum_exp, *report = _call_token_logps(
+            logits, labels, token_options, all_positions
+        )
         *out, slopes, counts = _call(_ops.preference_loss.default, logps, labels, *layout, *options)
-    saved = (logits, labels, row_max, sum_exp, labels, *layout, slopes, counts)
-    return PreferenceOutputs(*out), saved
+    return (*out, *report), (logits, labels, row_max, sum_exp, labels, *layout, slopes, counts)
 
 
 class _SimPOLoss(torch.autograd.Function):
@@ -480,11 +560,15 @@ class _SimPOLoss(torch.autograd.Function):
         token_options: TokenOptions,
         options: PreferenceOptions,
         inplace_backward: bool,
+        all_positions: bool | None,
     ) -> tuple[Tensor, ...]:
-        out, saved = _simpo_loss_kernels(logits, labels, layout, token_options, options)
+        out, saved = _simpo_loss_kernels(
+            logits, labels, layout, token_options, options, all_positions
+        )
         ctx.options = token_options, options, inplace_backward
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(out.rewards, out.metrics)
+        _, _, _, rewards, _, metrics, *report = out
+        ctx.mark_non_differentiable(rewards, metrics, *report)
         # All that the two ops save, labels twice: a checkpoint matches saved tensors by position,
         # and may recompute with the ops what was computed here, or the other way round.
         ctx.save_for_backward(*saved)
@@ -498,7 +582,7 @@ class _SimPOLoss(torch.autograd.Function):
         with _below_autograd():
             grad_token_logps = _token_logps_gradient(grads, saved[4:], options)
             dlogits = logits_gradient(grad_token_logps, saved[:4], token_options)
-        return dlogits, None, None, None, None, None
+        return dlogits, *([None] * 6)
 
 
 def is_plain_call(*tensors: Tensor) -> bool:
@@ -524,14 +608,19 @@ def simpo_loss(
     token_options: TokenOptions,
     options: PreferenceOptions,
     inplace_backward: bool,
+    all_positions: bool | None = None,
 ) -> PreferenceOutputs:
-    """preference_loss of token_logps."""
+    """preference_loss of token_logps; with its report unless ``all_positions`` is None."""
     tensors = (tensor for tensor in (logits, labels, *layout) if tensor is not None)
     if not is_plain_call(*tensors):
-        logps = token_logps(logits, labels, token_options, inplace_backward)
-        return preference_loss(logps, labels, layout, options)
+        logps, *report = token_logps_report(
+            logits, labels, token_options, inplace_backward, all_positions
+        )
+        out = preference_loss(logps, labels, layout, options)
+        return out._replace(**dict(zip(("mean_logit", "entropy"), report, strict=False)))
+    arguments = logits, labels, layout, token_options, options
     if torch.is_grad_enabled() and logits.requires_grad:
-        arguments = logits, labels, layout, token_options, options, inplace_backward
-        return PreferenceOutputs(*_SimPOLoss.apply(*arguments))  # type: ignore[no-untyped-call]
-    out, _ = _simpo_loss_kernels(logits, labels, layout, token_options, options)
-    return out
+        outputs = _SimPOLoss.apply(*arguments, inplace_backward, all_positions)  # type: ignore[no-untyped-call]
+        return PreferenceOutputs(*outputs)
+    outputs, _ = _simpo_loss_kernels(*arguments, all_positions)
+    return PreferenceOutputs(*outputs)

@@ -17,6 +17,7 @@ LossType = Literal["sigmoid", "hinge", "ipo"]
 Reduction = Literal["none", "mean", "sum"]
 SftReduction = Literal["sequence", "token"]
 EmptyPolicy = Literal["drop", "nan"]
+ReportName = Literal["logits", "logits_all", "entropy"]
 
 Parameters = ParamSpec("Parameters")
 Options = TypeVar("Options")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import _ops
+from ._layout import Layout
 from ._options import REDUCTIONS, Number, PreferenceOptions
+from ._report import metric_names, report_values
 
 
 class SimPOOutput(NamedTuple):
@@ -33,7 +36,9 @@ class SimPOOutput(NamedTuple):
     sft_loss: Tensor
     """The SFT term before its weight: a scalar, or [P] with ``reduction="none"``."""
     metrics_values: Tensor
-    """[9] float64, detached: what :meth:`metrics` reads."""
+    """[9] or more, float64, detached: what :meth:`metrics` reads."""
+    metric_names: tuple[str, ...] = _ops.METRIC_NAMES
+    """The names of ``metrics_values``."""
 
     def metrics(self) -> dict[str, float]:
         """The training metrics as floats, for one device-to-host copy.
@@ -42,15 +47,41 @@ class SimPOOutput(NamedTuple):
         beta * logps), ``rewards/accuracies`` (share with chosen > rejected, strictly),
         ``rewards/margins`` (mean difference, gamma left out), ``logps/chosen``, ``logps/rejected``
         (means), ``num_pairs``, ``dropped_pairs`` and ``num_tokens`` (scored tokens of both sides).
-        The means are NaN where no pair was counted.
+        The means are NaN where no pair was counted. Then those that ``report`` asked for.
         """
-        return dict(zip(_ops.METRIC_NAMES, self.metrics_values.tolist(), strict=True))
+        return dict(zip(self.metric_names, self.metrics_values.tolist(), strict=True))
+
+
+class Report(NamedTuple):
+    """What was asked for besides the loss, and of which tokens."""
+
+    names: tuple[str, ...]
+    labels: Tensor  # [B, T]
+    layout: Layout
+    # [B, T]: the mean logit of every position, where that is not the forward's mean_logit.
+    all_mean_logits: Tensor | None = None
+
+    def values(self, out: _ops.PreferenceOutputs, options: PreferenceOptions) -> Tensor:
+        """What ``names`` add to the metrics."""
+        of_all = out.mean_logit if self.all_mean_logits is None else self.all_mean_logits
+        values = {"logits": out.mean_logit, "logits_all": of_all, "entropy": out.entropy}
+        return report_values(
+            self.names,
+            {name: value for name, value in values.items() if value is not None},
+            self.labels,
+            ignore_index=options.ignore_index,
+            shift=options.shift,
+            empty=options.empty,
+            cu_seqlens=self.layout.cu_seqlens,
+            pairs=self.layout.pairs,
+        )
 
 
 def compose_output(
     options: PreferenceOptions,
     denominators: tuple[Number, Number] | None,
     loss: Callable[[PreferenceOptions], _ops.PreferenceOutputs],
+    report: Report | None = None,
 ) -> SimPOOutput:
     """SimPOOutput of a loss; ``denominators``, if given, take the place of those it would count."""
     if denominators is None:
@@ -62,6 +93,10 @@ def compose_output(
         if options.sft_weight > 0.0:
             total = total + options.sft_weight * sft_loss
         out = out._replace(loss=total, sft_loss=sft_loss)
+    names, metrics = _ops.METRIC_NAMES, out.metrics
+    if report is not None:
+        names = metric_names(report.names)
+        metrics = torch.cat((metrics, report.values(out, options)))
     pairs = out.losses.shape[0]
     return SimPOOutput(
         loss=out.loss,
@@ -71,5 +106,6 @@ def compose_output(
         chosen_rewards=out.rewards[:pairs],
         rejected_rewards=out.rewards[pairs:],
         sft_loss=out.sft_loss,
-        metrics_values=out.metrics,
+        metrics_values=metrics,
+        metric_names=names,
     )

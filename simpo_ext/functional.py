@@ -7,6 +7,8 @@ sequences one after the other in N positions. Formulas: SimPO, arXiv 2405.14734.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -19,13 +21,15 @@ from ._options import (
     LossType,
     Normalizer,
     Reduction,
+    ReportName,
     SftReduction,
     resolve_normalizer,
     resolve_preference_options,
     resolve_token_options,
 )
-from ._output import SimPOOutput, compose_output
+from ._output import Report, SimPOOutput, compose_output
 from ._presets import Preset, Semantics, TrainerLossType, with_preset
+from ._report import check_report
 
 __all__ = [
     "PairCounts",
@@ -248,6 +252,7 @@ def simpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     inplace_backward: bool = False,
+    report: Collection[ReportName] = (),
 ) -> SimPOOutput:
     r"""SimPO's loss from the logits of chosen and rejected completions.
 
@@ -305,6 +310,13 @@ def simpo_loss(
         logit_scale: See :func:`token_logps`.
         softcap: See :func:`token_logps`.
         inplace_backward: See :func:`token_logps`.
+        report: Metrics to add, out of ``"logits"``, ``"logits_all"`` and ``"entropy"``, each for
+            ``/chosen`` and ``/rejected``; NaN where nothing was counted. ``logits``: the mean over
+            the vocabulary of z (the logits after scale and softcap), averaged over the completion
+            tokens of the counted pairs' sequences. ``logits_all``: the same over all positions of
+            all pairs' sequences, prompt and padding included, as trainers log it; masked positions
+            are read for it. ``entropy``: that of softmax(z) in nats, averaged as ``logits``. They
+            come from the forward's own pass over the logits; loss and gradients are the same bits.
 
     Returns:
         A :class:`SimPOOutput`.
@@ -342,6 +354,7 @@ def simpo_loss(
         ignore_index=ignore_index, shift=options.shift, logit_scale=logit_scale, softcap=softcap
     )
     _checks.check_inplace_backward(inplace_backward, logits)
+    names = check_report(report)
     targets, token_options = _ops.sequence_targets(
         labels, layout.cu_seqlens, logits.shape[2], token_options
     )
@@ -349,8 +362,15 @@ def simpo_loss(
         options._replace(shift=token_options.shift),
         denominators,
         lambda op_options: _ops.simpo_loss(
-            logits, targets, layout, token_options, op_options, inplace_backward
+            logits,
+            targets,
+            layout,
+            token_options,
+            op_options,
+            inplace_backward,
+            "logits_all" in names if names else None,
         ),
+        Report(names, targets, layout) if names else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ._options import (
     EmptyPolicy,
     Normalizer,
     Reduction,
+    ReportName,
     SftReduction,
     name_of,
     resolve_linear_options,
@@ -23,6 +25,7 @@ from ._options import (
     resolve_token_options,
 )
 from ._presets import Preset, TrainerLossType
+from ._report import check_linear_report, check_report
 
 __all__ = ["LinearSimPOLoss", "SimPOLoss"]
 
@@ -51,6 +54,7 @@ class _Options(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
+        report: Collection[ReportName] = (),
     ) -> None:
         super().__init__()
         options = resolve_preference_options(
@@ -89,6 +93,7 @@ class _Options(nn.Module):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.inplace_backward = check_bool("inplace_backward", inplace_backward)
+        self.report = check_report(report)
         # Not those that a subclass or a caller may set besides.
         self._options = tuple(
             name for name in vars(self) if not name.startswith("_") and name != "training"
@@ -175,6 +180,7 @@ class LinearSimPOLoss(_Options):
         softcap: float | None = None,
         inplace_backward: bool = False,
         logits_budget_bytes: int | None = None,
+        report: Collection[ReportName] = (),
     ) -> None:
         super().__init__(
             preset=preset,
@@ -195,8 +201,10 @@ class LinearSimPOLoss(_Options):
             logit_scale=logit_scale,
             softcap=softcap,
             inplace_backward=inplace_backward,
+            report=report,
         )
         resolve_linear_options(logits_budget_bytes, None)
+        check_linear_report(report, softcap)
         self.logits_budget_bytes = logits_budget_bytes
         self._options += ("logits_budget_bytes",)
 

@@ -24,6 +24,7 @@ WARP = "cuda/warp.h"
 SUMS = "cuda/sequence_sums.cuh"
 LOSS = "cuda/preference_loss.cu"
 HIDDEN = "cuda/token_rows.cu"
+REPORT = "cuda/row_report.cuh"
 SHARDS = "cuda/vocab_shards.cu"
 LOGSUMEXP = "core/logsumexp.h"
 
@@ -83,6 +84,14 @@ MUTANTS = (
         "    counts = counts == of_warps ? of_warps + kWarps : of_warps;\n",
         "",
         "token_rows",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before the reports of the warps are read",
+        REPORT,
+        "    report_sums[3 * warp + 2] = report.sum_exp_z;\n  }\n  __syncthreads();\n",
+        "    report_sums[3 * warp + 2] = report.sum_exp_z;\n  }\n",
+        "report",
         "tsan",
     ),
     # ---- barriers and shuffles that not all threads reach
@@ -315,6 +324,63 @@ MUTANTS = (
         ": minus_infinities<T>();",
         ": Vector16{{0, 0, 0, 0}};",
         "values",
+    ),
+    # ---- what is reported of a row
+    Mutant(
+        "the report not moved when the maximum rises",
+        TOKENS,
+        "    if (largest > sum.max) move_report(report, sum, largest);\n",
+        "",
+        "report",
+    ),
+    Mutant(
+        "the report of an edge not moved when the maximum rises",
+        TOKENS,
+        "      if (z > sum.max) move_report(report, sum, z);\n",
+        "",
+        "report",
+    ),
+    Mutant(
+        "an entropy of NaN where a logit is -inf",
+        REPORT,
+        "term * larger(std::numeric_limits<Scalar>::lowest(), distance);",
+        "term * distance;",
+        "report",
+    ),
+    Mutant(
+        "an empty sum moved to NaN",
+        REPORT,
+        "      scale == 0.0 ? 0.0 : scale * (",
+        "      scale * (",
+        "report",
+    ),
+    Mutant(
+        "the mean without what was subtracted",
+        REPORT,
+        "static_cast<double>(count) * static_cast<double>(reference) +",
+        "0.0 * static_cast<double>(reference) +",
+        "report",
+    ),
+    Mutant(
+        "masked rows read without being asked for",
+        REPORT,
+        "  if (!is_masked || !args.all_positions) {",
+        "  if (!is_masked) {",
+        "report",
+    ),
+    Mutant(
+        "the report of the parts before forgotten",
+        TOKENS,
+        "    if (kReports && args.continues) {",
+        "    if (false) {",
+        "report",
+    ),
+    Mutant(
+        "the mean of a masked row without the parts before",
+        REPORT,
+        "  if (args.continues) report.sum_z += load(args.mean_logit + row);\n",
+        "",
+        "report",
     ),
     # ---- parts of the vocabulary
     Mutant(

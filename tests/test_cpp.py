@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import simpo_ext
-from batches import make_batch
+from batches import make_batch, tensors
 from builds import build, run, skip_unless_sanitizer_works
 from simpo_ext import _C
 from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES
@@ -105,14 +105,14 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
         leaf = batch.logits.clone().requires_grad_()
         out = simpo_ext.simpo_loss(leaf, batch.labels, **options)
         out.loss.sum().backward()
-        expected += [*out, leaf.grad]
+        expected += [*tensors(out), leaf.grad]
     for options in OPTION_TABLE:
         hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in linear)
         out = simpo_ext.linear_simpo_loss(
             hidden, weight, batch.labels, bias=bias, logits_budget_bytes=0, **options
         )
         out.loss.sum().backward()
-        expected += [*out, hidden.grad, weight.grad, bias.grad]
+        expected += [*tensors(out), hidden.grad, weight.grad, bias.grad]
     leaf = batch.logits.clone().requires_grad_()
     sequences = simpo_ext.sequence_logps(leaf, batch.labels, average_log_prob=False)
     sequences.sum().backward()

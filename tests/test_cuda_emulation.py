@@ -21,6 +21,7 @@ Builds = Callable[[str], EmulatedKernels]
     [
         "values",
         "parts",
+        "report",
         "token_rows",
         "preference",
         "bytes",
@@ -40,9 +41,9 @@ def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Bu
     ("build", "arguments"),
     [
         ("asan", ("values", "token_rows", "vocab_shards")),
-        ("asan", ("--reduced", "parts", "preference", "schedules")),
+        ("asan", ("--reduced", "parts", "preference", "report", "schedules")),
         ("tsan", ("--reduced", "values")),
-        ("tsan", ("--reduced", "parts", "token_rows", "vocab_shards")),
+        ("tsan", ("--reduced", "parts", "report", "token_rows", "vocab_shards")),
         ("tsan", ("--reduced", "preference", "schedules")),
     ],
 )

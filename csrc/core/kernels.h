@@ -38,6 +38,14 @@ struct TokenLogpsArgs {
   int64_t num_labels = V;
   bool continues = false;   // max, sum_exp and label_z hold what the parts before came to
   void* label_z = nullptr;  // [B, T] contiguous, compute: the label's z, NaN before its part
+
+  // What is reported of a row beside, from the same pass: null, or both are given. Of a part of the
+  // vocabulary, and of the parts before, mean_logit gets the sum of z instead, and entropy
+  // sum(exp(z - max) (z - max)), as RowReport has them.
+  double* mean_logit = nullptr;  // [B, T] contiguous: mean of z over the vocabulary
+  double* entropy = nullptr;     // [B, T] contiguous: of softmax(z), in nats
+  // Masked rows are read, too, for their mean_logit; otherwise that is 0, as is their entropy.
+  bool all_positions = false;
 };
 
 // Backward: dlogits[b, t, :] = grad_logps[b, t] * (onehot(label) - softmax) * d transform.
@@ -133,6 +141,13 @@ struct WriteLogpsArgs {
   const double* sum_exp;     // [R]
   const void* label_z;       // [R], compute
   void* logps;               // [B, T] contiguous, compute
+
+  // Null, or all are given: what TokenLogpsArgs has of a vocabulary in parts, and where it goes.
+  int64_t num_labels = 0;             // V
+  const double* sum_z = nullptr;      // [R]
+  const double* sum_exp_z = nullptr;  // [R]
+  double* mean_logit = nullptr;       // [B, T] contiguous
+  double* entropy = nullptr;          // [B, T] contiguous
 };
 
 // dlogits[i, label i] = label_gradients[i], in the part of the vocabulary that has the label.
@@ -238,13 +253,13 @@ struct PreferenceLossArgs {
   bool average;
   PairLoss pair_loss;
   LossReduction reduction;
-  double* sums;  // [S] scratch
-  void* loss;    // [] or, with Reduction::kNone, [P]; compute
-  void* losses;  // [P], compute: weight times preference loss of each pair, without the SFT term;
-                 // 0: dropped
-  void* logps;      // [2P], compute; NaN for an empty sequence
-  void* rewards;    // [2P], compute: beta * shaped_logp
-  void* sft_loss;   // [] or [P], as loss; compute
+  double* sums;    // [S] scratch
+  void* loss;      // [] or, with Reduction::kNone, [P]; compute
+  void* losses;    // [P], compute: weight times preference loss of each pair, without the SFT term;
+                   // 0: dropped
+  void* logps;     // [2P], compute; NaN for an empty sequence
+  void* rewards;   // [2P], compute: beta * shaped_logp
+  void* sft_loss;  // [] or [P], as loss; compute
   double* metrics;  // [kNumMetrics]
   void* slopes;     // [2P], compute: d losses / d logps; 0: dropped
   int64_t* counts;  // [S]: valid tokens

@@ -7,6 +7,7 @@
 
 #include "core/dtypes.h"
 #include "core/loss_math.h"
+#include "core/row_report.h"
 
 namespace simpo_ext::cpu {
 
@@ -14,6 +15,11 @@ namespace simpo_ext::cpu {
 struct RunSum {
   double max;
   double sum;
+};
+
+struct RunReport {
+  RunSum sum;
+  RowReport report;
 };
 
 struct RowKernels {
@@ -28,6 +34,13 @@ struct RowKernels {
   // All of them -inf, and hint too: max -inf, sum 0. NaN or +inf among them: sum NaN.
   // Reads x once, but for blocks of 8192 whose z are far above all before them: those twice.
   RunSum (*sum_exp)(DType dtype, LogitTransform transform, const void* x, int64_t n, double hint);
+
+  // sum_exp to the bit, and the RowReport beside it.
+  RunReport (*sum_exp_report)(DType dtype, LogitTransform transform, const void* x, int64_t n,
+                              double hint);
+
+  // Of the transformed logits of x[0, n).
+  double (*sum_z)(DType dtype, LogitTransform transform, const void* x, int64_t n);
 
   // dx[i] = factor * exp(z_i - max) * dz_i/dx_i without the slope that all logits share, for x[0,
   // n) and a max that no z exceeds. dx may be x. Streaming writes past the caches.

@@ -9,10 +9,12 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/compensated_sum.h"
 #include "core/dispatch.h"
 #include "core/logsumexp.h"
+#include "core/row_report.h"
 #include "cpu/row_kernels.h"
 #include "cpu/vector_math.h"
 
@@ -50,6 +52,7 @@ template <>
 class LaneSums<float> {
  public:
   void add(Vec<float> x) { sum_ = sum_ + x; }
+  void add_product(Vec<float> x, Vec<float> y) { sum_ = fma(x, y, sum_); }
   // Once every kTermsPerLane terms.
   void empty() {
     add_widened(sum_, low_, high_);
@@ -76,6 +79,7 @@ class LaneSums<double> {
     lost_ = lost_ + ((sum_ - (sum - added)) + (x - added));
     sum_ = sum;
   }
+  void add_product(Vec<double> x, Vec<double> y) { add(x * y); }
   void empty() {}
   template <int kVectors>
   static double total(const LaneSums (&sums)[kVectors]) {
@@ -94,14 +98,71 @@ class LaneSums<double> {
   Vec<double> sum_{0.0}, lost_{0.0};
 };
 
+// As LaneSums<double>, for terms that may be -inf: compensation would make NaN of their sum.
+class DoubleLaneSums {
+ public:
+  void add(Vec<double> x) { sum_ = sum_ + x; }
+  void empty() {}
+  template <int kVectors>
+  static double total(const DoubleLaneSums (&sums)[kVectors]) {
+    Vec<double> total = sums[0].sum_;
+    for (int k = 1; k < kVectors; ++k) total = total + sums[k].sum_;
+    return sum_of_lanes(total);
+  }
+
+ private:
+  Vec<double> sum_{0.0};
+};
+template <typename Scalar>
+using PlainLaneSums =
+    std::conditional_t<std::is_same_v<Scalar, double>, DoubleLaneSums, LaneSums<float>>;
+
 template <typename Scalar>
 struct BlockSum {
   double sum;      // of exp(z - reference)
   Scalar largest;  // z; NaN is left out
 };
 
-template <typename T, class Logits>
-BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Compute<T> reference) {
+// The sums of RowReport of a block, of which a vector has the distances z - reference.
+template <typename Scalar>
+class BlockReport {
+ public:
+  static constexpr int kVectors = 2 * kPairsPerStep;
+
+  // An exp of -inf is 0, which a finite distance leaves at that.
+  static Vec<Scalar> finite(Vec<Scalar> distance) {
+    return larger(Vec<Scalar>(std::numeric_limits<Scalar>::lowest()), distance);
+  }
+
+  void add(const Vec<Scalar> (&exps)[kVectors], const Vec<Scalar> (&distances)[kVectors]) {
+    SIMPO_EACH distances_[k].add(distances[k]);
+    SIMPO_EACH products_[k].add_product(exps[k], finite(distances[k]));
+  }
+  // Lanes that are not there are 0.
+  void add(Vec<Scalar> exps, Vec<Scalar> distances) {
+    distances_[0].add(distances);
+    products_[0].add_product(exps, finite(distances));
+  }
+  void empty() {
+    SIMPO_EACH distances_[k].empty();
+    SIMPO_EACH products_[k].empty();
+  }
+  // Of emptied sums of n logits.
+  RowReport report(int64_t n, Scalar reference) const {
+    const double references = static_cast<double>(n) * static_cast<double>(reference);
+    return {references + PlainLaneSums<Scalar>::total(distances_),
+            LaneSums<Scalar>::total(products_)};
+  }
+
+ private:
+  PlainLaneSums<Scalar> distances_[kVectors];
+  LaneSums<Scalar> products_[kVectors];
+};
+
+// With kReports, report is written; otherwise it is null.
+template <bool kReports, typename T, class Logits>
+BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Compute<T> reference,
+                               RowReport* report) {
   using V = Vec<Compute<T>>;
   constexpr int kVectors = 2 * kPairsPerStep;
   const ScaledExp<Compute<T>> exp(Compute<T>(1));
@@ -109,6 +170,7 @@ BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Comp
   LaneSums<Compute<T>> sums[kVectors];
   V largest[kVectors];
   for (V& lanes : largest) lanes = V(-std::numeric_limits<Compute<T>>::infinity());
+  [[maybe_unused]] BlockReport<Compute<T>> of_report;
 
   int64_t i = 0;
   while (i + kStep<T> <= n) {
@@ -122,10 +184,16 @@ BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Comp
       SIMPO_EACH z[k] = logits.z(z[k]);
       SIMPO_EACH largest[k] = larger(z[k], largest[k]);
       SIMPO_EACH z[k] = z[k] - shift;
+      [[maybe_unused]] V distances[kVectors];
+      if constexpr (kReports) {
+        SIMPO_EACH distances[k] = z[k];
+      }
       exp.apply(z);
       SIMPO_EACH sums[k].add(z[k]);
+      if constexpr (kReports) of_report.add(z, distances);
     }
     SIMPO_EACH sums[k].empty();
+    if constexpr (kReports) of_report.empty();
   }
   for (; i < n; i += V::kSize) {
     const int64_t count = std::min(V::kSize, n - i);
@@ -134,10 +202,18 @@ BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Comp
     V z[1] = {logits.z(load(padded))};
     largest[0] = larger(z[0], largest[0]);
     z[0] = z[0] - shift;
+    [[maybe_unused]] const V distances = z[0];
     exp.apply(z);
     sums[0].add(first_lanes(z[0], count));
+    if constexpr (kReports) {
+      of_report.add(first_lanes(z[0], count), first_lanes(distances, count));
+    }
   }
   sums[0].empty();
+  if constexpr (kReports) {
+    of_report.empty();
+    *report = of_report.report(n, reference);
+  }
   V all = largest[0];
   for (int k = 1; k < kVectors; ++k) all = larger(all, largest[k]);
   return {LaneSums<Compute<T>>::total(sums), largest_lane(all)};
@@ -168,8 +244,9 @@ typename Logits::ScalarType first_z(const Logits& logits, typename Logits::Scala
   return largest_lane(logits.z(V(x)));
 }
 
-template <typename T, class Logits>
-RunSum sum_exp(const T* x, int64_t n, const Logits& logits, Compute<T> hint) {
+// With kReports, report is added to; otherwise it is null.
+template <bool kReports, typename T, class Logits>
+RunSum sum_exp(const T* x, int64_t n, const Logits& logits, Compute<T> hint, RowReport* report) {
   using Scalar = Compute<T>;
   using Limits = std::numeric_limits<Scalar>;
   // Not -inf, from which nothing could be subtracted. Whatever is finite and far above it, which is
@@ -177,20 +254,65 @@ RunSum sum_exp(const T* x, int64_t n, const Logits& logits, Compute<T> hint) {
   LogSumExp<Scalar> total{Limits::lowest(), 0.0};
   total.raise_max(hint);
   total.raise_max(first_z(logits, largest_of(x, std::min(n, kFirstLook))));
+  const auto raise_max = [&](Scalar new_max) {
+    if constexpr (kReports) report->raise_max(total, new_max);
+    total.raise_max(new_max);
+  };
   Scalar largest = hint;
   for (int64_t i = 0; i < n; i += kBlock) {
     const int64_t length = std::min(kBlock, n - i);
-    BlockSum<Scalar> block = sum_block(x + i, length, logits, total.max);
+    [[maybe_unused]] RowReport of_block;
+    RowReport* const block_report = kReports ? &of_block : nullptr;
+    BlockSum<Scalar> block = sum_block<kReports>(x + i, length, logits, total.max, block_report);
     if (static_cast<double>(block.largest) > static_cast<double>(total.max) + kSlack) {
-      total.raise_max(block.largest);
-      block = sum_block(x + i, length, logits, total.max);
+      raise_max(block.largest);
+      block = sum_block<kReports>(x + i, length, logits, total.max, block_report);
     }
     total.add_terms(block.sum);
+    if constexpr (kReports) {
+      report->sum_z += of_block.sum_z;
+      report->sum_exp_z += of_block.sum_exp_z;
+    }
     largest = block.largest > largest ? block.largest : largest;
   }
-  total.raise_max(largest);
+  raise_max(largest);
   const bool is_empty = total.sum == 0.0 && largest == -Limits::infinity();
   return {static_cast<double>(is_empty ? largest : total.max), total.sum};
+}
+
+template <typename T, class Logits>
+double sum_z(const T* x, int64_t n, const Logits& logits) {
+  using Scalar = Compute<T>;
+  using V = Vec<Scalar>;
+  constexpr int kVectors = 2 * kPairsPerStep;
+  // Some z is subtracted from all, so that an offset in common costs no digits.
+  const Scalar first = n == 0 ? Scalar(0) : first_z(logits, widen(x[0]));
+  const Scalar reference = std::isfinite(first) ? first : Scalar(0);
+  const V shift(reference);
+  PlainLaneSums<Scalar> sums[kVectors];
+  int64_t i = 0;
+  while (i + kStep<T> <= n) {
+    const int64_t end = std::min(i + kTermsPerLane * kStep<T>, n - n % kStep<T>);
+    for (; i < end; i += kStep<T>) {
+      prefetch_step(x + i);
+      V z[kVectors];
+      for (int k = 0; k < kVectors; k += 2) {
+        load_pair_in_any_order(x + i + k * V::kSize, z[k], z[k + 1]);
+      }
+      SIMPO_EACH z[k] = logits.z(z[k]);
+      SIMPO_EACH sums[k].add(z[k] - shift);
+    }
+    SIMPO_EACH sums[k].empty();
+  }
+  for (; i < n; i += V::kSize) {
+    const int64_t count = std::min(V::kSize, n - i);
+    T padded[V::kSize];
+    for (int64_t lane = 0; lane < V::kSize; ++lane) padded[lane] = x[lane < count ? i + lane : i];
+    sums[0].add(first_lanes(logits.z(load(padded)) - shift, count));
+  }
+  sums[0].empty();
+  return static_cast<double>(n) * static_cast<double>(reference) +
+         PlainLaneSums<Scalar>::total(sums);
 }
 
 template <bool kStreaming, typename T, class Logits>
@@ -277,8 +399,23 @@ constexpr RowKernels make_row_kernels(const char* capability) {
           [](DType dtype, LogitTransform transform, const void* x, int64_t n, double hint) {
             RunSum sum{};
             dispatch(dtype, transform, x, [&]<typename T>(const T* row, const auto& logits) {
-              sum = sum_exp(row, n, logits, static_cast<Compute<T>>(hint));
+              sum = sum_exp<false>(row, n, logits, static_cast<Compute<T>>(hint), nullptr);
             });
+            return sum;
+          },
+      .sum_exp_report =
+          [](DType dtype, LogitTransform transform, const void* x, int64_t n, double hint) {
+            RunReport run{};
+            dispatch(dtype, transform, x, [&]<typename T>(const T* row, const auto& logits) {
+              run.sum = sum_exp<true>(row, n, logits, static_cast<Compute<T>>(hint), &run.report);
+            });
+            return run;
+          },
+      .sum_z =
+          [](DType dtype, LogitTransform transform, const void* x, int64_t n) {
+            double sum = 0.0;
+            dispatch(dtype, transform, x,
+                     [&](const auto* row, const auto& logits) { sum = sum_z(row, n, logits); });
             return sum;
           },
       .scaled_exp =

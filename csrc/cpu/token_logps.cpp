@@ -3,11 +3,11 @@
 //
 // Memory contract, per row of V logits:
 //   forward   reads a valid row once, writes 16 bytes (24 for float64); a masked row costs its
-//             label.
+//             label. A report adds 16 bytes written and, of all positions, masked rows read once.
 //   backward  reads a valid row once and writes it once, also in place; a masked row, or one whose
 //             incoming gradient is 0, is written (zeros) and not read; and not even written where
 //             the gradient is known to hold zeros.
-// Scratch: 8 bytes a row, and 16 a piece of a row longer than kPieceLength. Nothing of size
+// Scratch: 8 bytes a row, and 32 a piece of a row longer than kPieceLength. Nothing of size
 // [B, T, V] is allocated.
 //
 // A row is reduced in an order that depends on V alone, so its result has the same bits whatever
@@ -64,9 +64,17 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
     std::fill_n(max, targets.B * targets.T, Scalar(0));
     std::fill_n(args.sum_exp, targets.B * targets.T, 0.0);
   }
+  const bool is_reporting = args.mean_logit != nullptr;
+  if (is_reporting && !args.continues) {
+    std::fill_n(args.mean_logit, targets.B * targets.T, 0.0);
+    std::fill_n(args.entropy, targets.B * targets.T, 0.0);
+  }
 
-  const std::vector<int64_t> rows =
-      select_rows(targets, [&](int64_t b, int64_t t) { return targets.is_valid(b, t); });
+  const std::vector<int64_t> rows = select_rows(
+      targets, [&](int64_t b, int64_t t) { return args.all_positions || targets.is_valid(b, t); });
+  const auto is_masked = [&](int64_t row) {
+    return args.all_positions && !targets.is_valid(row / targets.T, row % targets.T);
+  };
   const int64_t num_rows = static_cast<int64_t>(rows.size()), pieces = pieces_of_row(args.V);
   const auto row_at = [&](int64_t row) {
     return args.logits_strides.offset(row / targets.T, row % targets.T);
@@ -87,10 +95,36 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   };
   const auto sum_piece = [&](int64_t row, int64_t piece) {
     const int64_t begin = piece * kPieceLength;
-    return kernels.sum_exp(args.dtype, args.transform, logits.at(row_at(row) + begin),
-                           std::min(kPieceLength, args.V - begin), hint(row));
+    const char* x = logits.at(row_at(row) + begin);
+    const int64_t length = std::min(kPieceLength, args.V - begin);
+    RunReport run{};
+    if (is_masked(row)) {
+      run.report.sum_z = kernels.sum_z(args.dtype, args.transform, x, length);
+    } else if (is_reporting) {
+      run = kernels.sum_exp_report(args.dtype, args.transform, x, length, hint(row));
+    } else {
+      run.sum = kernels.sum_exp(args.dtype, args.transform, x, length, hint(row));
+    }
+    return run;
   };
-  const auto write_row = [&](int64_t row, LogSumExp<Scalar> logsumexp) {
+  // Before what the parts before came to is overwritten in max and sum_exp.
+  const auto write_report = [&](int64_t row, const LogSumExp<Scalar>& logsumexp, RowReport report) {
+    if (is_part) {
+      if (args.continues) {
+        const RowReport of_this_part = report;
+        report = {args.mean_logit[row], args.entropy[row]};
+        report.merge(LogSumExp<Scalar>{max[row], args.sum_exp[row]}, of_this_part, logsumexp);
+      }
+      args.mean_logit[row] = report.sum_z;
+      args.entropy[row] = report.sum_exp_z;
+      return;
+    }
+    args.mean_logit[row] = report.sum_z / static_cast<double>(args.V);
+    args.entropy[row] = is_masked(row) ? 0.0 : report.entropy(logsumexp.sum);
+  };
+  const auto write_row = [&](int64_t row, LogSumExp<Scalar> logsumexp, const RowReport& report) {
+    if (is_reporting) write_report(row, logsumexp, report);
+    if (is_masked(row)) return;
     if (!is_part) {
       const Scalar z = static_cast<Scalar>(z_at(row, label_column(row)));
       result[row] = static_cast<Scalar>(logsumexp.log_probability(z));
@@ -111,23 +145,26 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   if (pieces == 1) {
     for_each_in_runs(parallel_for, num_rows, args.V, [&](int64_t i) {
       const int64_t row = rows[static_cast<size_t>(i)];
-      const RunSum sum = sum_piece(row, 0);
-      write_row(row, {static_cast<Scalar>(sum.max), sum.sum});
+      const RunReport run = sum_piece(row, 0);
+      write_row(row, {static_cast<Scalar>(run.sum.max), run.sum.sum}, run.report);
     });
     return;
   }
-  std::vector<RunSum> sums(static_cast<size_t>(num_rows * pieces));
+  std::vector<RunReport> sums(static_cast<size_t>(num_rows * pieces));
   for_each_in_runs(parallel_for, num_rows * pieces, kPieceLength, [&](int64_t i) {
     const int64_t row = rows[static_cast<size_t>(i / pieces)];
     sums[static_cast<size_t>(i)] = sum_piece(row, i % pieces);
   });
   for_each_in_runs(parallel_for, num_rows, 1024 * pieces, [&](int64_t i) {
     LogSumExp<Scalar> logsumexp;
+    RowReport report;
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      const RunSum& sum = sums[static_cast<size_t>(i * pieces + piece)];
-      logsumexp.merge({static_cast<Scalar>(sum.max), sum.sum});
+      const RunReport& run = sums[static_cast<size_t>(i * pieces + piece)];
+      const LogSumExp<Scalar> of_piece{static_cast<Scalar>(run.sum.max), run.sum.sum};
+      if (is_reporting) report.merge(logsumexp, run.report, of_piece);
+      logsumexp.merge(of_piece);
     }
-    write_row(rows[static_cast<size_t>(i)], logsumexp);
+    write_row(rows[static_cast<size_t>(i)], logsumexp, report);
   });
 }
 

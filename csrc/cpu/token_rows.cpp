@@ -13,6 +13,7 @@
 #include "core/dispatch.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
+#include "core/row_report.h"
 #include "cpu/labels.h"
 
 namespace simpo_ext::cpu {
@@ -85,6 +86,10 @@ void write_logps(const WriteLogpsArgs& args) {
       const LogSumExp<Scalar> logsumexp{max[i], args.sum_exp[i]};
       static_cast<Scalar*>(args.logps)[args.positions[i]] =
           static_cast<Scalar>(logsumexp.log_probability(label_z[i]));
+      if (args.mean_logit == nullptr) continue;
+      const RowReport report{args.sum_z[i], args.sum_exp_z[i]};
+      args.mean_logit[args.positions[i]] = report.sum_z / static_cast<double>(args.num_labels);
+      args.entropy[args.positions[i]] = report.entropy(logsumexp.sum);
     }
   });
 }

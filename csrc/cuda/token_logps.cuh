@@ -3,7 +3,8 @@
 // Memory contract, per row of V logits of e bytes:
 //
 //   forward: a valid row is read once, and its label's logit again, (V + 1) e bytes; 16 bytes are
-//   written, 24 for float64. A masked row costs one label load.
+//   written, 24 for float64. A masked row costs one label load. A report adds 16 bytes written and,
+//   of all positions, masked rows read once.
 //
 //   backward, also in place: a valid row is read and written once, and its label's logit again. A
 //   masked row, or one whose incoming gradient is 0, is written (zeros), and its logits not read.
@@ -26,8 +27,10 @@
 #include "core/dtypes.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
+#include "core/row_report.h"
 #include "cuda/elements.h"
 #include "cuda/platform.h"
+#include "cuda/row_report.cuh"
 #include "cuda/rows.h"
 #include "cuda/warp.h"
 
@@ -39,6 +42,8 @@ template <class Logits>
 constexpr int kForwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512
                                      : Logits::kIsCapped                      ? 1024
                                                                               : 1536;
+template <class Logits>
+constexpr int kReportThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512 : 1024;
 template <class Logits>
 constexpr int kBackwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512 : 1024;
 
@@ -93,9 +98,9 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine) {
 // there are. All loads stand before the first use, so that they are in flight together. Their terms
 // are added up in Scalar, and batches in double: next to the one term of a sure label, all others
 // are small and would each lose the same digits.
-template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded, bool kReports>
 SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t num_vectors,
-                              const Logits& logits, LogSumExp<Compute<T>>& sum) {
+                              const Logits& logits, LogSumExp<Compute<T>>& sum, RowReport& report) {
   using Scalar = Compute<T>;
   constexpr int kWidth = Elements<T>::kWidth;
   Vector16 v[kUnroll];
@@ -107,23 +112,34 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int64_t first, int64_t nu
   Vector16 maxima = v[0];
   SIMPO_UNROLL
   for (int u = 1; u < kUnroll; ++u) maxima = Elements<T>::larger(maxima, v[u]);
-  raise_max(sum, logits.z(Elements<T>::largest(maxima)));
+  const Scalar largest = logits.z(Elements<T>::largest(maxima));
+  if constexpr (kReports) {
+    if (largest > sum.max) move_report(report, sum, largest);
+  }
+  raise_max(sum, largest);
 
   const Scalar reference = sum.reference();
   Scalar terms[2] = {0, 0};  // two chains of additions, which overlap
+  [[maybe_unused]] ReportTerms<Scalar> of_report;
   SIMPO_UNROLL
   for (int u = 0; u < kUnroll; ++u) {
     if (kGuarded && first + u * kThreads >= num_vectors) break;
     SIMPO_UNROLL
     for (int k = 0; k < kWidth; ++k) {
-      terms[k % 2] += fast_exp(logits.z(Elements<T>::get(v[u], k)) - reference);
+      const Scalar distance = logits.z(Elements<T>::get(v[u], k)) - reference;
+      const Scalar term = fast_exp(distance);
+      terms[k % 2] += term;
+      if constexpr (kReports) of_report.add(k, distance, term);
     }
   }
   sum.add_terms(static_cast<double>(terms[0] + terms[1]));
+  if constexpr (kReports) of_report.add_to(report, reference);
 }
 
-template <typename T, class Logits, int kThreads, int kUnroll>
-__global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThreads)
+template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
+__global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logits>
+                                                      : kForwardThreadsPerSM<Logits>) /
+                                                kThreads)
     token_logps_kernel(TokenLogpsArgs args, Logits logits) {
   using Scalar = Compute<T>;
   const Targets& targets = args.targets;
@@ -145,6 +161,10 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
       store(max, nothing);
       store(sum_exp, static_cast<double>(nothing));
     }
+    if constexpr (kReports) {
+      report_unscored_row<T, Logits, kThreads, kUnroll>(args, logits, row, token,
+                                                        label == targets.ignore_index);
+    }
     return;
   }
 
@@ -154,9 +174,13 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
   // Asked for first, so that they have come when the row is done.
   T label_x{};
   LogSumExp<Scalar> sum;
+  [[maybe_unused]] RowReport report;
   if (tid == 0) {
     if (has_label) label_x = load(x + column);
     if (args.continues) sum = {load(max), load(sum_exp)};
+    if (kReports && args.continues) {
+      report = {load(args.mean_logit + row), load(args.entropy + row)};
+    }
   }
 
   const RowCut<T> cut(x, args.V);
@@ -164,19 +188,31 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
   const int64_t num_vectors = cut.num_vectors();
   int64_t i = tid;
   for (; i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {
-    add_vectors<T, Logits, kThreads, kUnroll, false>(vectors, i, num_vectors, logits, sum);
+    add_vectors<T, Logits, kThreads, kUnroll, false, kReports>(vectors, i, num_vectors, logits, sum,
+                                                               report);
   }
   if (i < num_vectors) {
-    add_vectors<T, Logits, kThreads, kUnroll, true>(vectors, i, num_vectors, logits, sum);
+    add_vectors<T, Logits, kThreads, kUnroll, true, kReports>(vectors, i, num_vectors, logits, sum,
+                                                              report);
   }
   static_assert(2 * (Elements<T>::kWidth - 1) <= kThreads);
   if (tid < cut.num_edges()) {
     const Scalar z = logits.z(Elements<T>::widen(load(x + cut.element_of_edge(tid))));
+    if constexpr (kReports) {
+      if (z > sum.max) move_report(report, sum, z);
+    }
     raise_max(sum, z);
-    sum.add_terms(static_cast<double>(fast_exp(z - sum.reference())));
+    const Scalar distance = z - sum.reference(), term = fast_exp(distance);
+    sum.add_terms(static_cast<double>(term));
+    if constexpr (kReports) {
+      ReportTerms<Scalar> of_report;
+      of_report.add(0, distance, term);
+      of_report.add_to(report, sum.reference());
+    }
   }
 
   const LogSumExp<Scalar> logsumexp = reduce_block<Scalar, kThreads>(sum);
+  if constexpr (kReports) report = reduce_block_of_reports<Scalar, kThreads>(sum, report);
   if (tid == 0) {
     const Scalar label_z = has_label ? logits.z(Elements<T>::widen(label_x))
                                      : std::numeric_limits<Scalar>::quiet_NaN();
@@ -187,6 +223,11 @@ __global__ void __launch_bounds__(kThreads, kForwardThreadsPerSM<Logits> / kThre
     }
     store(max, logsumexp.max);
     store(sum_exp, logsumexp.sum);
+    if constexpr (kReports) {
+      store(args.mean_logit + row,
+            is_part ? report.sum_z : report.sum_z / static_cast<double>(args.V));
+      store(args.entropy + row, is_part ? report.sum_exp_z : report.entropy(logsumexp.sum));
+    }
   }
 }
 
@@ -321,9 +362,9 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
 
 // ---- launches: 0 or an error code -----------------------------------------------------------
 
-template <typename T, class Logits, int kThreads, int kUnroll>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
 int launch_token_logps(const TokenLogpsArgs& args, Stream stream) {
-  return launch(token_logps_kernel<T, Logits, kThreads, kUnroll>,
+  return launch(token_logps_kernel<T, Logits, kThreads, kUnroll, kReports>,
                 grid_of_rows(args.targets.B * args.targets.T), dim3(kThreads), stream, args,
                 Logits(args.transform));
 }
@@ -339,6 +380,10 @@ int launch_token_logps_backward(const TokenLogpsBackwardArgs& args, Stream strea
 // four, and take longer than memory does.
 template <typename T, class Logits>
 constexpr int kVectorsInFlight = sizeof(T) == 8 || Logits::kIsCapped ? 2 : 4;
+
+// token_logps of a batch that is not empty, with a report; in a file of its own, as these kernels
+// are many.
+int token_logps_report(const TokenLogpsArgs& args, Stream stream);
 
 // From this many bytes on, a row keeps a large block busy.
 constexpr int64_t kLargeRowBytes = 16384;

@@ -5,7 +5,8 @@
 //
 //   select_tokens: each label is read once; 16 R bytes are written, and N c to logps if asked for.
 //   gather_rows: 8 bytes a row are read, and H e where it has a token; R H e bytes are written.
-//   write_logps: 8 bytes a row are read and, where it has a token, 8 + 2 c; then c are written.
+//   write_logps: 8 bytes a row are read and, where it has a token, 8 + 2 c; then c are written. A
+//   report adds 16 bytes read and 16 written.
 //   put_label_gradients: 8 bytes a row are read; where the part has its label, c are read and e
 //   written.
 //   add_partial: count e bytes are read, and count c unless it is the first; count c are written.
@@ -23,6 +24,7 @@
 #include "core/dispatch.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
+#include "core/row_report.h"
 #include "cuda/elements.h"
 #include "cuda/platform.h"
 #include "cuda/rows.h"
@@ -119,6 +121,10 @@ __global__ void __launch_bounds__(kRowsPerBlock) write_logps_kernel(WriteLogpsAr
   const Scalar label_z = load(static_cast<const Scalar*>(args.label_z) + row);
   store(static_cast<Scalar*>(args.logps) + position,
         static_cast<Scalar>(logsumexp.log_probability(label_z)));
+  if (args.mean_logit == nullptr) return;
+  const RowReport report{load(args.sum_z + row), load(args.sum_exp_z + row)};
+  store(args.mean_logit + position, report.sum_z / static_cast<double>(args.num_labels));
+  store(args.entropy + position, report.entropy(logsumexp.sum));
 }
 
 template <typename T>

@@ -11,6 +11,10 @@ STABLE_TORCH_LIBRARY(simpo_ext, m) {
       "token_logps(Tensor logits, Tensor labels, int ignore_index, bool shift, float "
       "logit_scale, float softcap) -> (Tensor logps, Tensor max, Tensor sum_exp)");
   m.def(
+      "token_logps_report(Tensor logits, Tensor labels, int ignore_index, bool shift, float "
+      "logit_scale, float softcap, bool all_positions) -> (Tensor logps, Tensor max, Tensor "
+      "sum_exp, Tensor mean_logit, Tensor entropy)");
+  m.def(
       "token_logps_backward(Tensor grad_logps, Tensor logits, Tensor labels, Tensor max, "
       "Tensor sum_exp, int ignore_index, bool shift, float logit_scale, float softcap) -> "
       "Tensor");
@@ -23,6 +27,11 @@ STABLE_TORCH_LIBRARY(simpo_ext, m) {
       "ignore_index, bool shift, float logit_scale, float softcap, int logits_budget_bytes, "
       "SymInt num_valid_tokens) -> (Tensor logps, Tensor max, Tensor sum_exp, Tensor "
       "kept_logits)");
+  m.def(
+      "linear_token_logps_report(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int "
+      "ignore_index, bool shift, float logit_scale, float softcap, int logits_budget_bytes, "
+      "SymInt num_valid_tokens) -> (Tensor logps, Tensor max, Tensor sum_exp, Tensor "
+      "kept_logits, Tensor mean_logit, Tensor entropy)");
   m.def(
       "linear_token_logps_backward(Tensor grad_logps, Tensor hidden, Tensor weight, Tensor? "
       "bias, Tensor labels, Tensor max, Tensor sum_exp, Tensor kept_logits, int ignore_index, "

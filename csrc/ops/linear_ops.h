@@ -72,33 +72,20 @@ class LinearOps {
       const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& labels,
       int64_t ignore_index, bool shift, double logit_scale, double softcap,
       int64_t logits_budget_bytes, int64_t num_valid_tokens) {
-    const Device device(hidden, "hidden");
-    const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
-    const int64_t R = problem.rows_for(num_valid_tokens, logits_budget_bytes);
-    const LogitsPlan plan(R, problem.V, hidden.element_size(), logits_budget_bytes,
-                          Device::kChunkColumns);
-    Tensor logps = new_empty(hidden, {problem.B, problem.T}, problem.compute);
-    Tensor max = new_empty(hidden, {R}, problem.compute);
-    Tensor sum_exp = new_empty(hidden, {R}, ScalarType::Double);
-    const Tensor label_z = new_empty(hidden, {R}, problem.compute);
-    const Tensor kept = device.new_large_for_writing(hidden, {plan.kept, R, plan.width});
+    return forward(hidden, weight, bias, labels, ignore_index, shift, logit_scale, softcap,
+                   logits_budget_bytes, num_valid_tokens, nullptr);
+  }
 
-    const Rows rows(device, problem, R, logps.mutable_data_ptr());
-    fold_logits(device, problem, plan, rows, hidden, kept, {logit_scale, softcap},
-                max.mutable_data_ptr(), sum_exp.mutable_data_ptr<double>(),
-                label_z.mutable_data_ptr());
-    if (plan.chunks > 0) {
-      device.write_logps({
-          .dtype = problem.dtype,
-          .R = R,
-          .positions = rows.positions.template const_data_ptr<int64_t>(),
-          .max = max.const_data_ptr(),
-          .sum_exp = sum_exp.template const_data_ptr<double>(),
-          .label_z = label_z.const_data_ptr(),
-          .logps = logps.mutable_data_ptr(),
-      });
-    }
-    return {logps, max, sum_exp, kept};
+  // And what is reported of each token: mean_logit and entropy.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_token_logps_report(
+      const Tensor& hidden, const Tensor& weight, std::optional<Tensor> bias, const Tensor& labels,
+      int64_t ignore_index, bool shift, double logit_scale, double softcap,
+      int64_t logits_budget_bytes, int64_t num_valid_tokens) {
+    std::optional<Report> report;
+    const auto [logps, max, sum_exp, kept] =
+        forward(hidden, weight, bias, labels, ignore_index, shift, logit_scale, softcap,
+                logits_budget_bytes, num_valid_tokens, &report);
+    return {logps, max, sum_exp, kept, report->mean_logit, report->entropy};
   }
 
   // Of hidden, weight and bias, in that order; [0] where it was not asked for.
@@ -142,6 +129,34 @@ class LinearOps {
  protected:
   // Part of the vocabulary: labels [begin, begin + length).
   struct Columns;
+
+  // What is reported of each token, and the sums of the parts so far that it comes from.
+  struct Report {
+    Tensor mean_logit, entropy;  // [B, T]
+    Tensor sum_z, sum_exp_z;     // [R]
+
+    // logps are as select_tokens left them, which these take over: 0 where masked, and NaN where a
+    // row has to come to something.
+    Report(const Tensor& hidden, const Tensor& logps, int64_t R)
+        : mean_logit(new_empty(hidden, {logps.size(0), logps.size(1)}, ScalarType::Double)),
+          entropy(new_empty(hidden, {logps.size(0), logps.size(1)}, ScalarType::Double)),
+          sum_z(new_empty(hidden, {R}, ScalarType::Double)),
+          sum_exp_z(new_empty(hidden, {R}, ScalarType::Double)) {
+      torch::stable::copy_(mean_logit, logps);
+      torch::stable::copy_(entropy, logps);
+    }
+
+    double* sums() const { return sum_z.mutable_data_ptr<double>(); }
+    double* weighted_sums() const { return sum_exp_z.mutable_data_ptr<double>(); }
+
+    void put_into(WriteLogpsArgs& args, int64_t V) const {
+      args.num_labels = V;
+      args.sum_z = sum_z.const_data_ptr<double>();
+      args.sum_exp_z = sum_exp_z.const_data_ptr<double>();
+      args.mean_logit = mean_logit.mutable_data_ptr<double>();
+      args.entropy = entropy.mutable_data_ptr<double>();
+    }
+  };
 
   // The arguments, found to belong together.
   struct Problem {
@@ -276,11 +291,49 @@ class LinearOps {
     }
   };
 
+  // report: null, or what is to hold the tensors of one.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+      const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+      const Tensor& labels, int64_t ignore_index, bool shift, double logit_scale, double softcap,
+      int64_t logits_budget_bytes, int64_t num_valid_tokens, std::optional<Report>* report) {
+    const Device device(hidden, "hidden");
+    const Problem problem(device, hidden, weight, bias, labels, ignore_index, shift);
+    const int64_t R = problem.rows_for(num_valid_tokens, logits_budget_bytes);
+    const LogitsPlan plan(R, problem.V, hidden.element_size(), logits_budget_bytes,
+                          Device::kChunkColumns);
+    Tensor logps = new_empty(hidden, {problem.B, problem.T}, problem.compute);
+    Tensor max = new_empty(hidden, {R}, problem.compute);
+    Tensor sum_exp = new_empty(hidden, {R}, ScalarType::Double);
+    const Tensor label_z = new_empty(hidden, {R}, problem.compute);
+    const Tensor kept = device.new_large_for_writing(hidden, {plan.kept, R, plan.width});
+
+    const Rows rows(device, problem, R, logps.mutable_data_ptr());
+    if (report != nullptr) report->emplace(hidden, logps, R);
+    fold_logits(device, problem, plan, rows, hidden, kept, {logit_scale, softcap},
+                max.mutable_data_ptr(), sum_exp.mutable_data_ptr<double>(),
+                label_z.mutable_data_ptr(), report);
+    if (plan.chunks > 0) {
+      WriteLogpsArgs args{
+          .dtype = problem.dtype,
+          .R = R,
+          .positions = rows.positions.template const_data_ptr<int64_t>(),
+          .max = max.const_data_ptr(),
+          .sum_exp = sum_exp.template const_data_ptr<double>(),
+          .label_z = label_z.const_data_ptr(),
+          .logps = logps.mutable_data_ptr(),
+      };
+      if (report != nullptr) (*report)->put_into(args, problem.V);
+      device.write_logps(args);
+    }
+    return {logps, max, sum_exp, kept};
+  }
+
   // Each chunk's logits, folded into the [R] of max, sum_exp and label_z; those of the first
   // plan.kept chunks stay in kept.
   static void fold_logits(const Device& device, const Problem& problem, const LogitsPlan& plan,
                           const Rows& rows, const Tensor& hidden, const Tensor& kept,
-                          LogitTransform transform, void* max, double* sum_exp, void* label_z) {
+                          LogitTransform transform, void* max, double* sum_exp, void* label_z,
+                          const std::optional<Report>* report = nullptr) {
     zero_what_no_product_writes(kept, plan, problem.V, rows.count);
     const Tensor hidden_rows = rows.gather(device, problem.dtype, problem.H, hidden);
     const bool keeps_all = plan.kept == plan.chunks;
@@ -307,6 +360,8 @@ class LinearOps {
           .num_labels = problem.part.num_labels,
           .continues = chunk > 0,
           .label_z = label_z,
+          .mean_logit = report != nullptr ? (*report)->sums() : nullptr,
+          .entropy = report != nullptr ? (*report)->weighted_sums() : nullptr,
       });
     }
   }
@@ -470,6 +525,7 @@ class LinearOps {
 template <class Device>
 void register_linear_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("linear_token_logps", TORCH_BOX(&LinearOps<Device>::linear_token_logps));
+  m.impl("linear_token_logps_report", TORCH_BOX(&LinearOps<Device>::linear_token_logps_report));
   m.impl("linear_token_logps_backward", TORCH_BOX(&LinearOps<Device>::linear_token_logps_backward));
 }
 

@@ -197,25 +197,22 @@ class Ops {
                                                         int64_t ignore_index, bool shift,
                                                         double logit_scale, double softcap) {
     const Device device(logits, "logits");
+    return token_logps_forward(device, logits, labels, ignore_index, shift, logit_scale, softcap,
+                               nullptr, nullptr, false);
+  }
+
+  // And what is reported of each row.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> token_logps_report(
+      const Tensor& logits, const Tensor& labels, int64_t ignore_index, bool shift,
+      double logit_scale, double softcap, bool all_positions) {
+    const Device device(logits, "logits");
     const Logits checked = check_logits(logits, labels);
-    const Targets targets = make_targets(device, labels, ignore_index, shift);
-    const Tensor rows = with_unit_stride(logits);
-    const ScalarType compute = compute_scalar_type(checked.dtype);
-    Tensor logps = new_empty(logits, {checked.B, checked.T}, compute);
-    Tensor max = new_empty(logits, {checked.B, checked.T}, compute);
-    Tensor sum_exp = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
-    device.token_logps({
-        .dtype = checked.dtype,
-        .V = checked.V,
-        .logits = rows.const_data_ptr(),
-        .logits_strides = token_strides(rows),
-        .targets = targets,
-        .transform = {logit_scale, softcap},
-        .logps = logps.mutable_data_ptr(),
-        .max = max.mutable_data_ptr(),
-        .sum_exp = sum_exp.mutable_data_ptr<double>(),
-    });
-    return {logps, max, sum_exp};
+    Tensor mean_logit = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
+    Tensor entropy = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
+    const auto [logps, max, sum_exp] = token_logps_forward(
+        device, logits, labels, ignore_index, shift, logit_scale, softcap,
+        mean_logit.mutable_data_ptr<double>(), entropy.mutable_data_ptr<double>(), all_positions);
+    return {logps, max, sum_exp, mean_logit, entropy};
   }
 
   static Tensor token_logps_backward(const Tensor& grad_logps, const Tensor& logits,
@@ -431,6 +428,35 @@ class Ops {
     return has_unit_stride_in_vocabulary(logits) ? logits : as_contiguous(logits);
   }
 
+  // mean_logit and entropy are null, or both are given.
+  static std::tuple<Tensor, Tensor, Tensor> token_logps_forward(
+      const Device& device, const Tensor& logits, const Tensor& labels, int64_t ignore_index,
+      bool shift, double logit_scale, double softcap, double* mean_logit, double* entropy,
+      bool all_positions) {
+    const Logits checked = check_logits(logits, labels);
+    const Targets targets = make_targets(device, labels, ignore_index, shift);
+    const Tensor rows = with_unit_stride(logits);
+    const ScalarType compute = compute_scalar_type(checked.dtype);
+    Tensor logps = new_empty(logits, {checked.B, checked.T}, compute);
+    Tensor max = new_empty(logits, {checked.B, checked.T}, compute);
+    Tensor sum_exp = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
+    device.token_logps({
+        .dtype = checked.dtype,
+        .V = checked.V,
+        .logits = rows.const_data_ptr(),
+        .logits_strides = token_strides(rows),
+        .targets = targets,
+        .transform = {logit_scale, softcap},
+        .logps = logps.mutable_data_ptr(),
+        .max = max.mutable_data_ptr(),
+        .sum_exp = sum_exp.mutable_data_ptr<double>(),
+        .mean_logit = mean_logit,
+        .entropy = entropy,
+        .all_positions = all_positions,
+    });
+    return {logps, max, sum_exp};
+  }
+
   static void check_overwritable(const Tensor& logits, const Tensor& labels) {
     check_logits(logits, labels);
     STD_TORCH_CHECK(
@@ -533,6 +559,7 @@ class Ops {
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("token_logps", TORCH_BOX(&Ops<Device>::token_logps));
+  m.impl("token_logps_report", TORCH_BOX(&Ops<Device>::token_logps_report));
   m.impl("token_logps_backward", TORCH_BOX(&Ops<Device>::token_logps_backward));
   m.impl("token_logps_backward_", TORCH_BOX(&Ops<Device>::token_logps_backward_inplace));
   m.impl("sequence_targets", TORCH_BOX(&Ops<Device>::sequence_targets));

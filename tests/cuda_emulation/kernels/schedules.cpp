@@ -51,6 +51,12 @@ template <typename Logit>
 Bytes token_outputs(Shape shape, Layout in, Layout out, LogitTransform transform, uint64_t seed) {
   const TokenBatch<Logit> batch(shape, in, transform, seed % 2 == 0, seed);
   const Rows<Logit> dlogits(shape.B, shape.T, shape.V, out);
+  const Buffer<double> mean_logit(shape.B * shape.T), entropy(shape.B * shape.T);
+  TokenLogpsArgs args = batch.forward_args();
+  args.mean_logit = mean_logit.data();
+  args.entropy = entropy.data();
+  args.all_positions = true;
+  require_equal(cuda::token_logps(args, nullptr), 0, "error of the report");
   require_equal(cuda::token_logps(batch.forward_args(), nullptr), 0, "error of the forward");
   require_equal(cuda::token_logps_backward(batch.backward_args(dlogits), nullptr), 0,
                 "error of the backward");
@@ -60,6 +66,8 @@ Bytes token_outputs(Shape shape, Layout in, Layout out, LogitTransform transform
   append(bytes, batch.logps);
   append(bytes, batch.max);
   append(bytes, batch.sum_exp);
+  append(bytes, mean_logit);
+  append(bytes, entropy);
   append(bytes, dlogits.buffer());
   append(bytes, batch.logits.buffer());
   return bytes;

@@ -8,6 +8,7 @@ namespace simpo_ext::kernel_tests {
 // reduced: fewer of the same cases, for builds that run ten times as slow.
 void check_values(bool reduced);
 void check_parts(bool reduced);
+void check_report(bool reduced);
 void check_token_rows(bool reduced);
 void check_preference(bool reduced);
 void check_bytes(bool reduced);

@@ -151,10 +151,19 @@ void check_write_logps(uint64_t seed) {
     if (i % 7 == 4) label_z[i] = static_cast<Scalar>(-kInfinity);
     if (i % 7 == 5) label_z[i] = static_cast<Scalar>(kNan);
   }
-  require_equal(cuda::write_logps({DTypeOf<Scalar>::value, rows.R, rows.positions.data(),
-                                   max.data(), sum_exp.data(), label_z.data(), logps.data()},
-                                  nullptr),
-                0, "error of write_logps");
+  const Buffer<double> sum_z(rows.R), sum_exp_z(rows.R);
+  const Buffer<double> mean_logit(logps.size()), entropy(logps.size());
+  batch.fill(sum_z.data(), rows.R);
+  batch.fill(sum_exp_z.data(), rows.R);
+  WriteLogpsArgs args{DTypeOf<Scalar>::value, rows.R,         rows.positions.data(), max.data(),
+                      sum_exp.data(),         label_z.data(), logps.data()};
+  require_equal(cuda::write_logps(args, nullptr), 0, "error of write_logps");
+  args.num_labels = 50;
+  args.sum_z = sum_z.data();
+  args.sum_exp_z = sum_exp_z.data();
+  args.mean_logit = mean_logit.data();
+  args.entropy = entropy.data();
+  require_equal(cuda::write_logps(args, nullptr), 0, "error of write_logps with a report");
   std::vector<int64_t> row_of(static_cast<size_t>(batch.B * batch.T), -1);
   for (int64_t i = 0; i < rows.num_tokens; ++i) {
     row_of[static_cast<size_t>(rows.positions[i])] = i;
@@ -163,8 +172,13 @@ void check_write_logps(uint64_t seed) {
     const int64_t i = row_of[static_cast<size_t>(position)];
     if (i < 0) {
       require(is_unwritten(logps[position]), "logps of rows alone are written");
+      require(is_unwritten(mean_logit[position]) && is_unwritten(entropy[position]),
+              "what is reported of rows alone is written");
       continue;
     }
+    require_close(mean_logit[position], sum_z[i] / 50, 1e-15 * std::fabs(sum_z[i]), "mean_logit");
+    const double nats = std::log(sum_exp[i]) - sum_exp_z[i] / sum_exp[i];
+    require_close(entropy[position], nats < 0.0 ? 0.0 : nats, 1e-14, "entropy");
     const double expected = (number(label_z[i]) - number(max[i])) - std::log(sum_exp[i]);
     require_close(number(logps[position]), expected, 4 * kUnit<Scalar> * std::fabs(expected),
                   "logp");

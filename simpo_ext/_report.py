@@ -1,0 +1,222 @@
+"""Metrics on request: from values of tokens to means over the chosen and the rejected side.
+
+The values are mean logits and entropies as the forward reports them, [B, T], or [N] where sequences
+are packed. First they are added up by sequence, then sequences by side. Nothing here waits for a
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._ops import METRIC_NAMES
+from ._options import EMPTY_POLICIES
+
+REPORTS = ("logits", "logits_all", "entropy")
+SIDES = ("chosen", "rejected")
+
+# Elements that a reduction in another dtype may copy at once: 16 MiB of float32.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+def check_report(report: object) -> tuple[str, ...]:
+    """The names asked for, each once, in the order of :data:`REPORTS`."""
+    expected = ", ".join(repr(name) for name in REPORTS)
+    # A string is a collection, too: of its letters.
+    if isinstance(report, str) or not isinstance(report, Collection):
+        raise TypeError(
+            f"report: expected a sequence of names out of {expected}, got {type(report).__name__}"
+            + (f" {report!r}" if isinstance(report, str) else "")
+        )
+    for name in report:
+        if not isinstance(name, str):
+            raise TypeError(f"report: expected names out of {expected}, got {type(name).__name__}")
+        if name not in REPORTS:
+            raise ValueError(f"report: expected names out of {expected}, got {name!r}")
+    return tuple(name for name in REPORTS if name in report)
+
+
+def check_linear_report(report: object, softcap: float | None) -> tuple[str, ...]:
+    """check_report for hidden states, the logits of most of which are never formed."""
+    names = check_report(report)
+    if softcap is not None and "logits_all" in names:
+        raise ValueError(
+            "report: expected no 'logits_all' with a softcap, under which the mean of logits does "
+            f"not follow from that of hidden states, got softcap={softcap}"
+        )
+    return names
+
+
+def metric_names(report: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of all metrics, in the order of their values."""
+    return METRIC_NAMES + tuple(f"{name}/{side}" for name in report for side in SIDES)
+
+
+# ---- values of tokens ----------------------------------------------------------------------------
+
+
+def mean_logits(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    logit_scale: float,
+) -> Tensor:  # [...]
+    """Mean over the vocabulary of ``logit_scale * (hidden @ weight.T + bias)``, without logits.
+
+    It is linear, so that the weight's mean is all that is needed of it. float32, or float64 for
+    float64 arguments.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    hidden, weight = hidden.detach(), weight.detach()
+    mean_row = _sum_of_rows(weight, dtype) / weight.shape[0]
+    means = _dot_products(hidden.reshape(-1, hidden.shape[-1]), mean_row).view(hidden.shape[:-1])
+    if bias is not None:
+        means = means + bias.detach().mean(dtype=dtype)
+    return logit_scale * means
+
+
+def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the first dimension in ``dtype``, without a copy of it all in that dtype."""
+    if matrix.dtype == dtype or torch.compiler.is_compiling():  # a compiler fuses the conversion
+        return matrix.sum(0, dtype=dtype)
+    total = matrix.new_zeros(matrix.shape[1:], dtype=dtype)
+    for rows in _chunks(matrix):
+        total += rows.sum(0, dtype=dtype)
+    return total
+
+
+def _dot_products(rows: Tensor, vector: Tensor) -> Tensor:
+    """``rows @ vector`` in the vector's dtype; not as a product, which autocast would round."""
+    if torch.compiler.is_compiling():
+        return (rows.to(vector.dtype) * vector).sum(-1)
+    products = [(chunk * vector).sum(-1) for chunk in _chunks(rows)]
+    return torch.cat(products)
+
+
+def _chunks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Of so many rows that a copy of a chunk is small."""
+    rows = max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1]))
+    chunks: tuple[Tensor, ...] = torch.split(matrix, rows)
+    return chunks
+
+
+# ---- tokens to sequences -------------------------------------------------------------------------
+
+
+def _sequence_of_position(positions: int, cu_seqlens: Tensor) -> Tensor:
+    """[N]: 1 + the sequence that each position is in; 0 before the first, S + 1 past the last."""
+    steps = torch.arange(positions, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens, steps, right=True)
+
+
+def valid_tokens(
+    labels: Tensor,  # [B, T] or [N]
+    ignore_index: int,
+    shift: bool,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+) -> Tensor:  # as labels, bool
+    """Which positions are scored."""
+    is_label = labels != ignore_index
+    if shift:
+        is_label = F.pad(is_label[..., 1:], (0, 1), value=False)
+    if cu_seqlens is None:
+        return is_label
+    sequence = _sequence_of_position(labels.shape[-1], cu_seqlens).view(labels.shape)
+    is_inside = (sequence > 0) & (sequence < cu_seqlens.shape[0])
+    if shift:  # the last position of a sequence predicts nothing
+        is_inside = is_inside & (sequence == F.pad(sequence[..., 1:], (0, 1), value=0))
+    return is_label & is_inside
+
+
+def sequence_sums(
+    values: Tensor,  # [B, T] or [N]
+    is_counted: Tensor | None = None,  # as values, bool; None: all of them
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+) -> tuple[Tensor, Tensor]:  # [S], [S]
+    """Sum and number of each sequence's counted values, in float64."""
+    values = values.to(torch.float64)
+    if is_counted is None:
+        counted = torch.ones_like(values)
+    else:
+        counted = is_counted.to(torch.float64)
+        values = torch.where(is_counted, values, 0.0)  # of what is not counted NaN must not count
+    if cu_seqlens is None:
+        return values.sum(-1), counted.sum(-1)
+    # One entry more at both ends, for positions outside.
+    sequence = _sequence_of_position(values.numel(), cu_seqlens)
+    nothing = values.new_zeros(cu_seqlens.shape[0] + 1)
+    sums = nothing.index_add(0, sequence, values.flatten())
+    counts = nothing.index_add(0, sequence, counted.flatten())
+    return sums[1:-1], counts[1:-1]
+
+
+# ---- sequences to sides --------------------------------------------------------------------------
+
+
+def _sides(of_sequences: Tensor, pairs: Tensor | None) -> Tensor:
+    """[S] -> [2, P]: that of each pair's chosen sequence, and of its rejected one."""
+    if pairs is None:
+        return of_sequences.view(2, -1)
+    last = of_sequences.shape[0] - 1
+    if last < 0:
+        return of_sequences.new_zeros((2, pairs.shape[0]))
+    # On a GPU, an index that is out of range has made the loss NaN, and must not stop the device.
+    return of_sequences[pairs.clamp(0, last).t()]
+
+
+def counted_pairs(
+    num_valid: Tensor,  # [S]
+    empty: int,
+    pairs: Tensor | None = None,  # [P, 2]
+) -> Tensor | None:  # [P], bool; None: all of them
+    """Those of which neither completion is empty, where such are dropped."""
+    if empty != EMPTY_POLICIES["drop"]:
+        return None
+    return (_sides(num_valid, pairs) > 0).all(0)
+
+
+def side_means(
+    sums: Tensor,  # [S]
+    counts: Tensor,  # [S]
+    pairs: Tensor | None = None,  # [P, 2]; None: (p, P + p)
+    is_counted: Tensor | None = None,  # [P], bool; None: all of them
+) -> Tensor:  # [2]
+    """Mean over all values of the chosen sequences, and of the rejected; NaN without any.
+
+    A sequence counts once for each of its pairs.
+    """
+    of_sides = [_sides(sums, pairs), _sides(counts, pairs)]
+    if is_counted is not None:
+        of_sides = [torch.where(is_counted, side, 0.0) for side in of_sides]
+    total, number = (side.sum(1) for side in of_sides)
+    return total / number
+
+
+def report_values(
+    report: tuple[str, ...],
+    values: Mapping[str, Tensor],  # of each name, as labels
+    labels: Tensor,  # [B, T] or [N]
+    *,
+    ignore_index: int,
+    shift: bool,
+    empty: int,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
+    pairs: Tensor | None = None,  # [P, 2]
+) -> Tensor:  # [2 * len(report)]
+    """The values of the metrics that ``report`` adds."""
+    is_valid = valid_tokens(labels, ignore_index, shift, cu_seqlens)
+    num_valid, _ = sequence_sums(is_valid, cu_seqlens=cu_seqlens)
+    is_counted = counted_pairs(num_valid, empty, pairs)
+    means = []
+    for name in report:
+        if name == "logits_all":
+            of_sequences = sequence_sums(values[name], None, cu_seqlens)
+            means.append(side_means(*of_sequences, pairs))
+        else:
+            of_sequences = sequence_sums(values[name], is_valid, cu_seqlens)
+            means.append(side_means(*of_sequences, pairs, is_counted))
+    return torch.cat(means)
