@@ -4,7 +4,8 @@
 the logits is carried through the layer by hand: ``dhidden = dlogits @ weight``,
 ``dweight = dlogits.T @ hidden``, ``dbias = sum of dlogits over the positions``.
 
-Shapes as in `oracle`, and H the size of a hidden state.
+Shapes as in `oracle`, and H the size of a hidden state: [B,T,H], or [N,H] or [1,N,H] with
+cu_seqlens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ SCORING = ("ignore_index", "shift", "logit_scale", "softcap")
 class Gradients(NamedTuple):
     """Gradients with respect to the three inputs, float64."""
 
-    hidden: Floats  # [B,T,H]; exactly 0 where the position is masked or has no gradient.
+    # As the hidden states; exactly 0 where the position is masked or has no gradient.
+    hidden: Floats
     weight: Floats  # [V,H]
     bias: Floats  # [V], also for an output layer without a bias, whose bias is 0.
 
@@ -32,15 +34,15 @@ class Gradients(NamedTuple):
 def linear(
     hidden: npt.ArrayLike, weight: npt.ArrayLike, bias: npt.ArrayLike | None = None
 ) -> Floats:
-    """Logits [B,T,V] of hidden states [B,T,H], weight [V,H] and bias [V]."""
+    """Logits [...,V] of hidden states [...,H], weight [V,H] and bias [V]."""
     x, w = np.asarray(hidden, dtype=np.float64), np.asarray(weight, dtype=np.float64)
-    logits: Floats = np.einsum("bth,vh->btv", x, w)
+    logits: Floats = np.einsum("...h,vh->...v", x, w)
     return logits if bias is None else logits + np.asarray(bias, dtype=np.float64)
 
 
 @np.errstate(all="ignore")
 def linear_grad(dlogits: Floats, hidden: npt.ArrayLike, weight: npt.ArrayLike) -> Gradients:
-    """Gradients of the three inputs of `linear` from that of its result, [B,T,V].
+    """Gradients of the three inputs of `linear` from that of its result, [...,V].
 
     A position whose dlogits are all 0 has no part in any of them, whatever its hidden state is.
     """

@@ -3,13 +3,16 @@
 Everything is NumPy in float64, each gradient is a formula derived by hand, and sums are rounded
 once (`math.fsum`). Nothing here is fast or differentiable; it is there to be compared with.
 
-Shapes: B sequences, T positions, V vocabulary entries, P pairs. Preference functions take B = 2P
-rows: the chosen sequences are rows 0..P-1 and the rejected ones rows P..2P-1.
+Shapes: S sequences, T positions, V vocabulary entries, P pairs. Sequences are the B rows of [B,T],
+or, with cu_seqlens [S+1], the positions cu_seqlens[s]..cu_seqlens[s+1]-1 of [N] (or [1,N]), where
+positions before the first and from the last entry on belong to none. Preference functions take
+pairs [P,2] of (chosen, rejected) sequences; without, S = 2P and the pairs are (p, P + p).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, TypeAlias
 
@@ -25,11 +28,14 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 class PreferenceOptions:
     """The keywords of `preference_loss`, `preference_grad` and `simpo_loss`."""
 
-    # Reward scale, and the target margin gamma / beta, subtracted from chosen - rejected.
+    # Reward scale, and the target margin gamma / beta, subtracted from chosen - rejected; None: 0
+    # for "ipo" and 0.5 for the others.
     beta: float = 2.0
-    gamma_beta_ratio: float = 0.5
-    # "sigmoid" or "hinge".
+    gamma_beta_ratio: float | None = None
+    # "sigmoid", "hinge" or "ipo".
     loss_type: str = "sigmoid"
+    # Exponent of AlphaPO's reward r(l) = (1 - exp(l)^-alpha) / alpha; 0: r(l) = l.
+    alpha: float = 0.0
     # Probability in [0, 0.5] that a preference is flipped; sigmoid only.
     label_smoothing: float = 0.0
     # Weight of the chosen sequences' cross entropy; "sequence" (-chosen_logps of each pair) or
@@ -45,11 +51,14 @@ class PreferenceOptions:
     normalizer: float | tuple[float, float] | None = None
     # A pair with an empty sequence is left out ("drop") or is NaN ("nan").
     empty: str = "drop"
+    # [P] factors of the pairs' losses and sft terms, or None; a factor of 0 leaves the pair out of
+    # them, but not out of a denominator or a metric.
+    pair_weight: npt.ArrayLike | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value or a combination that has no meaning."""
         for name, choices in (
-            ("loss_type", ("sigmoid", "hinge")),
+            ("loss_type", ("sigmoid", "hinge", "ipo")),
             ("sft_reduction", ("sequence", "token")),
             ("reduction", ("mean", "sum", "none")),
             ("empty", ("drop", "nan")),
@@ -58,8 +67,8 @@ class PreferenceOptions:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not 0.0 <= self.label_smoothing <= 0.5:
             raise ValueError(f"label_smoothing must be in [0, 0.5], got {self.label_smoothing}")
-        if self.loss_type == "hinge" and self.label_smoothing > 0.0:
-            raise ValueError("label_smoothing has no meaning with the hinge loss")
+        if self.loss_type != "sigmoid" and self.label_smoothing > 0.0:
+            raise ValueError(f"label_smoothing has no meaning with the {self.loss_type} loss")
         if not self.sft_weight >= 0.0:
             raise ValueError(f"sft_weight must not be negative, got {self.sft_weight}")
         if self.sft_reduction == "token" and self.reduction == "none":
@@ -70,17 +79,24 @@ class PreferenceOptions:
         if plain and self.sft_reduction == "token" and self.sft_weight > 0.0:
             raise ValueError("sft_reduction 'token' needs normalizer=(pairs, tokens)")
 
+    @property
+    def margin(self) -> float:
+        """gamma_beta_ratio, or the default of the loss type."""
+        if self.gamma_beta_ratio is None:
+            return 0.0 if self.loss_type == "ipo" else 0.5
+        return self.gamma_beta_ratio
+
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
     """Result of `preference_loss`; every array is float64."""
 
     loss: Floats  # 0-d, or [P] for reduction "none"; with the sft term when sft_weight > 0.
-    losses: Floats  # [P], without the sft term; 0 at dropped pairs.
+    losses: Floats  # [P], weighted, without the sft term; 0 at dropped pairs.
     chosen_logps: Floats  # [P], NaN for an empty sequence; so are the next three.
     rejected_logps: Floats
-    chosen_rewards: Floats  # beta * chosen_logps.
-    rejected_rewards: Floats  # beta * rejected_logps.
+    chosen_rewards: Floats  # beta * r(chosen_logps).
+    rejected_rewards: Floats  # beta * r(rejected_logps).
     sft_loss: Floats  # 0-d, or [P] for reduction "none"; before the factor sft_weight.
     metrics: dict[str, float]  # Scalars over the counted pairs, by name.
 
@@ -106,17 +122,40 @@ def _softplus(x: Floats) -> Floats:
     return np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x)))
 
 
+def _spans(shape: tuple[int, ...], cu_seqlens: npt.ArrayLike | None) -> list[slice]:
+    """Where each sequence stands among the positions of [B,T], or of [N] or [1,N], laid flat."""
+    if cu_seqlens is None:
+        if len(shape) != 2:
+            raise ValueError(f"need [B,T], got {shape}")
+        edges = [b * shape[1] for b in range(shape[0] + 1)]
+    else:
+        edges = [int(edge) for edge in np.asarray(cu_seqlens)]
+        if len(shape) != 1 and shape[:-1] != (1,):
+            raise ValueError(f"need [N] or [1,N], got {shape}")
+        if not edges or [0, *edges, shape[-1]] != sorted([0, *edges, shape[-1]]):
+            raise ValueError(f"cu_seqlens {edges} do not divide {shape[-1]} positions")
+    return [slice(first, end) for first, end in itertools.pairwise(edges)]
+
+
 def _targets(
-    labels: npt.ArrayLike, vocabulary: int, ignore_index: int, shift: bool
+    labels: npt.ArrayLike,
+    vocabulary: int,
+    ignore_index: int,
+    shift: bool,
+    cu_seqlens: npt.ArrayLike | None,
 ) -> tuple[Ints, Bools]:
-    """Label scored at each logits position ([B,T] int64; 0 where masked) and validity ([B,T])."""
+    """Label scored at each logits position (int64; 0 where masked) and validity, as labels."""
     given = np.asarray(labels, dtype=np.int64)
     targets = np.full_like(given, ignore_index)
-    targets[:, : given.shape[1] - shift] = given[:, int(shift) :]
+    flat, flat_targets = given.reshape(-1), targets.reshape(-1)
+    for span in _spans(given.shape, cu_seqlens):
+        sequence = flat[span]
+        flat_targets[span][: len(sequence) - shift] = sequence[int(shift) :]
     valid = targets != ignore_index
-    for b, t in np.argwhere(valid & ((targets < 0) | (targets >= vocabulary))):
+    for at in np.argwhere(valid & ((targets < 0) | (targets >= vocabulary))):
+        *row, t = at.tolist()
         raise IndexError(
-            f"label {targets[b, t]} at ({b}, {t + shift}) is outside [0, {vocabulary})"
+            f"label {targets[tuple(at)]} at {(*row, t + shift)} is outside [0, {vocabulary})"
         )
     return np.where(valid, targets, 0), valid
 
@@ -161,6 +200,7 @@ def token_logps(
     shift: bool = True,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
 ) -> tuple[Floats, Floats, Bools]:
     """Log probability of every label: log softmax(z)[label].
 
@@ -168,22 +208,25 @@ def token_logps(
     holds NaN or +inf has lse and logp NaN; one all -inf has lse -inf and logp NaN.
 
     Args:
-        logits: [B,T,V], any float dtype; the values are taken as they are.
-        labels: [B,T] integers.
+        logits: [B,T,V], or [N,V] or [1,N,V] with cu_seqlens, any float dtype; the values are taken
+            as they are.
+        labels: [B,T], or [N] or [1,N], integers.
         ignore_index: Label of a masked position. Masked rows are not evaluated.
-        shift: Score position t with labels[:, t + 1], masking the last position.
+        shift: Score position t with the label at t + 1 of the same sequence, masking the last
+            position of each.
         logit_scale: Factor on the logits.
         softcap: Bound of z; None or 0 leaves z unbounded.
+        cu_seqlens: [S+1], where the sequences begin and end, or None.
 
     Returns:
-        logps [B,T] and lse [B,T], float64, both 0 where masked; valid [B,T], bool. All stand at
-        the position of the logits.
+        logps and lse, float64, both 0 where masked; valid, bool. All are of the shape of labels and
+        stand at the position of the logits.
 
     Raises:
         IndexError: A label that is read is neither ignore_index nor in [0, V).
     """
     x = np.asarray(logits, dtype=np.float64)
-    targets, valid = _targets(labels, x.shape[-1], ignore_index, shift)
+    targets, valid = _targets(labels, x.shape[-1], ignore_index, shift, cu_seqlens)
     logps, lse = np.zeros(valid.shape), np.zeros(valid.shape)
     if valid.any():
         logps[valid], lse[valid], _ = _rows(x[valid], targets[valid], logit_scale, softcap)
@@ -200,17 +243,18 @@ def token_logps_grad(
     shift: bool = True,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
 ) -> Floats:
-    """Gradient of sum(grad_logps * logps) with respect to the logits, [B,T,V] float64.
+    """Gradient of sum(grad_logps * logps) with respect to the logits, float64, in their shape.
 
     dlogits_j = grad * (1[j = label] - softmax_j) * dz_j/dlogits_j; the label's factor is
-    -expm1(logp). Masked rows and rows whose grad_logps ([B,T]) is 0 are exactly 0, whatever they
-    hold; other rows that are no distribution (lse NaN or -inf) are NaN throughout.
+    -expm1(logp). Masked rows and rows whose grad_logps (in the shape of labels) is 0 are exactly 0,
+    whatever they hold; other rows that are no distribution (lse NaN or -inf) are NaN throughout.
     The keywords are those of `token_logps`.
     """
     x = np.asarray(logits, dtype=np.float64)
     grad = np.asarray(grad_logps, dtype=np.float64)
-    targets, valid = _targets(labels, x.shape[-1], ignore_index, shift)
+    targets, valid = _targets(labels, x.shape[-1], ignore_index, shift, cu_seqlens)
     active = valid & (grad != 0.0)
     dlogits = np.zeros_like(x)
     if active.any():
@@ -221,45 +265,108 @@ def token_logps_grad(
 
 @np.errstate(all="ignore")
 def sequence_logps(
-    token_logps: npt.ArrayLike, valid: npt.ArrayLike, *, average_log_prob: bool = True
+    token_logps: npt.ArrayLike,
+    valid: npt.ArrayLike,
+    *,
+    average_log_prob: bool = True,
+    cu_seqlens: npt.ArrayLike | None = None,
 ) -> tuple[Floats, Ints]:
     """Sums or averages log probabilities over the valid tokens of each sequence.
 
     Args:
-        token_logps: [B,T]; not read where invalid.
-        valid: [B,T] bool.
+        token_logps: [B,T], or [N] or [1,N] with cu_seqlens; not read where invalid.
+        valid: Bool, as token_logps.
         average_log_prob: Divide the sum by the count.
+        cu_seqlens: [S+1], where the sequences begin and end, or None.
 
     Returns:
-        logps [B] float64 (NaN for an empty sequence in both forms) and counts [B] int64.
+        logps [S] float64 (NaN for an empty sequence in both forms) and counts [S] int64.
     """
     values = np.asarray(token_logps, dtype=np.float64)
-    mask = np.asarray(valid, dtype=np.bool_)
-    counts = mask.sum(axis=-1, dtype=np.int64)
-    logps = np.full(len(values), np.nan)
-    for b in np.flatnonzero(counts):
-        logps[b] = _total(values[b, mask[b]]) / (counts[b] if average_log_prob else 1)
+    mask = np.asarray(valid, dtype=np.bool_).reshape(-1)
+    spans = _spans(values.shape, cu_seqlens)
+    flat = values.reshape(-1)
+    counts = np.array([mask[span].sum() for span in spans], dtype=np.int64)
+    logps = np.full(len(spans), np.nan)
+    for s in np.flatnonzero(counts):
+        total = _total(flat[spans[s]][mask[spans[s]]])
+        logps[s] = total / (counts[s] if average_log_prob else 1)
     return logps, counts
 
 
+def _pairs_or_default(pairs: npt.ArrayLike | None, sequences: int) -> Ints:
+    """Pairs [P,2] (chosen, rejected), by default of the first half with the second."""
+    if pairs is None:
+        if sequences % 2:
+            raise ValueError(f"need pairs, or an even number of sequences, got {sequences}")
+        return np.arange(sequences).reshape(2, -1).T
+    given = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    for at in np.argwhere((given < 0) | (given >= sequences)):
+        raise IndexError(f"pair {at.tolist()} is of sequence {given[tuple(at)]} of {sequences}")
+    return given
+
+
+def count_pairs(
+    labels: npt.ArrayLike,
+    *,
+    cu_seqlens: npt.ArrayLike | None = None,
+    pairs: npt.ArrayLike | None = None,
+    empty: str = "drop",
+    ignore_index: int = -100,
+    shift: bool = True,
+) -> tuple[int, int]:
+    """The counted pairs, and the scored tokens of their chosen sequences, counted once per pair."""
+    given = np.asarray(labels, dtype=np.int64)
+    num_pairs = num_tokens = 0
+    flat = given.reshape(-1).tolist()
+    scored = [
+        sum(label != ignore_index for label in flat[span][int(shift) :])
+        for span in _spans(given.shape, cu_seqlens)
+    ]
+    for chosen, rejected in _pairs_or_default(pairs, len(scored)):
+        if empty == "nan" or (scored[chosen] and scored[rejected]):
+            num_pairs += 1
+            num_tokens += scored[chosen]
+    return num_pairs, num_tokens
+
+
 class _Pairs:
-    """P pairs of sequences; `logps` and `counts` are [2,P] (chosen, rejected), `z` is [P]."""
+    """P pairs of sequences; `logps`, `rewards` and `counts` are [2,P] (chosen, rejected)."""
 
     def __init__(
-        self, token_logps: npt.ArrayLike, valid: npt.ArrayLike, options: PreferenceOptions
+        self,
+        token_logps: npt.ArrayLike,
+        valid: npt.ArrayLike,
+        pairs: npt.ArrayLike | None,
+        cu_seqlens: npt.ArrayLike | None,
+        options: PreferenceOptions,
     ) -> None:
         self.values = np.asarray(token_logps, dtype=np.float64)
         self.valid = np.asarray(valid, dtype=np.bool_)
-        if self.values.ndim != 2 or self.values.shape != self.valid.shape or len(self.valid) % 2:
-            raise ValueError(f"need two [2P,T], got {self.values.shape} and {self.valid.shape}")
+        if self.values.shape != self.valid.shape:
+            raise ValueError(f"need one shape, got {self.values.shape} and {self.valid.shape}")
+        self.spans = _spans(self.values.shape, cu_seqlens)
+        self.sequences = _pairs_or_default(pairs, len(self.spans)).T  # [2,P]
         logps, counts = sequence_logps(
-            self.values, self.valid, average_log_prob=options.average_log_prob
+            self.values,
+            self.valid,
+            average_log_prob=options.average_log_prob,
+            cu_seqlens=cu_seqlens,
         )
-        self.logps, self.counts = logps.reshape(2, -1), counts.reshape(2, -1)
-        self.z: Floats = (self.logps[0] - self.logps[1]) - options.gamma_beta_ratio
+        self.logps, self.counts = logps[self.sequences], counts[self.sequences]
+        alpha = options.alpha
+        # r(l), before its factor beta, and dr/dl.
+        self.rewards = -np.expm1(-alpha * self.logps) / alpha if alpha else self.logps
+        self.reward_slopes = np.exp(-alpha * self.logps) if alpha else np.ones_like(self.logps)
+        self.z: Floats = (self.rewards[0] - self.rewards[1]) - options.margin
         self.counted: Bools = (self.counts[0] > 0) & (self.counts[1] > 0)
         if options.empty == "nan":
             self.counted[:] = True
+        self.weight = np.ones_like(self.z)
+        if options.pair_weight is not None:
+            self.weight = np.asarray(options.pair_weight, dtype=np.float64)
+            if self.weight.shape != self.z.shape:
+                raise ValueError(f"need pair_weight {self.z.shape}, got {self.weight.shape}")
         # Divisors of sums over the counted pairs and over their chosen tokens.
         divisors = float(self.counted.sum()), float(self.counts[0, self.counted].sum())
         given = options.normalizer
@@ -269,33 +376,51 @@ class _Pairs:
             divisors = given if isinstance(given, tuple) else (given, divisors[1])
         self.divisors: tuple[float, float] = divisors
 
+    def weighted(self, terms: Floats) -> Floats:
+        """Terms [P] times the pairs' weights; 0 for a weight of 0 and for a dropped pair."""
+        return np.where(self.counted & (self.weight != 0.0), self.weight * terms, 0.0)
+
+    def tokens(self, sequence: int) -> Floats:
+        """The log probabilities of a sequence's valid tokens."""
+        span = self.spans[sequence]
+        return self.values.reshape(-1)[span][self.valid.reshape(-1)[span]]
+
 
 @np.errstate(all="ignore")
-def preference_loss(token_logps: npt.ArrayLike, valid: npt.ArrayLike, **options: Any) -> Preference:
+def preference_loss(
+    token_logps: npt.ArrayLike,
+    valid: npt.ArrayLike,
+    *,
+    pairs: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
+    **options: Any,
+) -> Preference:
     """SimPO loss of P pairs.
 
     sigmoid: -log sigmoid(beta z) (1 - eps) - log sigmoid(-beta z) eps; hinge: max(0, 1 - beta z);
-    z = chosen_logps - rejected_logps - gamma_beta_ratio. A term of weight 0 is left out, so it
-    cannot turn an infinite z into NaN. With nothing counted a mean is 0 for empty="drop" and
-    0 / denominator (NaN for a denominator of 0) for empty="nan".
+    ipo: (z - 1 / (2 beta))^2; z = r(chosen_logps) - r(rejected_logps) - gamma_beta_ratio. A term of
+    weight 0 is left out, so it cannot turn an infinite z into NaN. With nothing counted a mean is 0
+    for empty="drop" and 0 / denominator (NaN for a denominator of 0) for empty="nan".
 
-    token_logps [2P,T] is not read where valid [2P,T] is false; the fields of `PreferenceOptions`
-    are the keywords.
+    token_logps ([2P,T], or [S,T] with pairs, or [N] or [1,N] with cu_seqlens) is not read where
+    valid, of the same shape, is false; the fields of `PreferenceOptions` are the keywords.
     """
     opts = PreferenceOptions(**options)
-    pairs = _Pairs(token_logps, valid, opts)
-    counted, (chosen, rejected) = pairs.counted, pairs.logps
+    batch = _Pairs(token_logps, valid, pairs, cu_seqlens, opts)
+    counted, (chosen, rejected) = batch.counted, batch.logps
     num_pairs, eps = int(counted.sum()), opts.label_smoothing
-    x = opts.beta * pairs.z
+    x = opts.beta * batch.z
     if opts.loss_type == "hinge":
         losses = np.maximum(1.0 - x, 0.0)
+    elif opts.loss_type == "ipo":
+        losses = (batch.z - 0.5 / opts.beta) ** 2
     else:
         losses = _softplus(-x) * (1.0 - eps)
         if eps:
             losses = losses + _softplus(x) * eps
-    losses = np.where(counted, losses, 0.0)
+    losses = batch.weighted(losses)
 
-    pair_divisor, token_divisor = pairs.divisors
+    pair_divisor, token_divisor = batch.divisors
 
     def reduce(terms: Floats, divisor: float) -> Floats:
         if not len(terms) and opts.empty == "drop":
@@ -304,16 +429,19 @@ def preference_loss(token_logps: npt.ArrayLike, valid: npt.ArrayLike, **options:
 
     loss = losses.copy() if opts.reduction == "none" else reduce(losses[counted], pair_divisor)
     if opts.sft_reduction == "token":
-        p = len(counted)
-        sft = reduce(-pairs.values[:p][pairs.valid[:p] & counted[:, None]], token_divisor)
+        terms = [
+            -batch.weight[p] * batch.tokens(batch.sequences[0, p])
+            for p in np.flatnonzero(counted & (batch.weight != 0.0))
+        ]
+        sft = reduce(np.concatenate([np.zeros(num_pairs), *terms]), token_divisor)
     elif opts.reduction == "none":
-        sft = np.where(counted, -chosen, 0.0)
+        sft = batch.weighted(-chosen)
     else:
-        sft = reduce(-chosen[counted], pair_divisor)
+        sft = reduce(batch.weighted(-chosen)[counted], pair_divisor)
     if opts.sft_weight:
         loss = np.asarray(loss + opts.sft_weight * sft)
 
-    rewards = opts.beta * pairs.logps
+    rewards = opts.beta * batch.rewards
     metrics: dict[str, float] = {
         name: float(np.float64(_total(terms[counted])) / num_pairs)
         for name, terms in (
@@ -327,7 +455,7 @@ def preference_loss(token_logps: npt.ArrayLike, valid: npt.ArrayLike, **options:
     }
     metrics["num_pairs"] = num_pairs
     metrics["dropped_pairs"] = len(counted) - num_pairs
-    metrics["num_tokens"] = int(pairs.counts[:, counted].sum())
+    metrics["num_tokens"] = int(batch.counts[:, counted].sum())
     return Preference(loss, losses, chosen, rejected, rewards[0], rewards[1], sft, metrics)
 
 
@@ -337,43 +465,70 @@ def preference_grad(
     valid: npt.ArrayLike,
     *,
     grad_loss: npt.ArrayLike = 1.0,
+    grad_losses: npt.ArrayLike = 0.0,
+    grad_chosen_logps: npt.ArrayLike = 0.0,
+    grad_rejected_logps: npt.ArrayLike = 0.0,
+    grad_sft_loss: npt.ArrayLike = 0.0,
+    pairs: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     **options: Any,
 ) -> Floats:
-    """Gradient of sum(grad_loss * loss) with respect to the token log probabilities.
+    """Gradient of the sum of grad_x * x over the results x, with respect to the token logps.
 
     dlosses/dz is -beta sigmoid(-beta z) (1 - eps) + beta sigmoid(beta z) eps for sigmoid; for hinge
-    -beta where beta z < 1, else 0 (also at the kink), and NaN where z is. dz/dchosen_logps = 1,
-    dz/drejected_logps = -1, dlogps/dtoken = 1 / count (1 for sums). The sft term adds
-    -sft_weight to that of chosen_logps ("sequence") or of every chosen token ("token").
+    -beta where beta z < 1, else 0 (also at the kink), and NaN where z is; 2 (z - 1 / (2 beta)) for
+    ipo. dz/dchosen_logps = r'(chosen_logps), dz/drejected_logps = -r'(rejected_logps), with
+    r'(l) = exp(-alpha l); a slope of 0 stays 0 where r' is infinite. dlogps/dtoken = 1 / count (1
+    for sums). The sft term adds -sft_weight to that of chosen_logps ("sequence") or of every chosen
+    token ("token"). A sequence has the sum of what its pairs give it.
 
-    grad_loss is a number, or [P] for reduction "none"; the rest is as in `preference_loss`. The
-    result is [2P,T] float64, exactly 0 at invalid positions and throughout dropped pairs.
+    grad_loss and grad_sft_loss are numbers, or [P] for reduction "none"; the other gradients are
+    numbers or [P]; the rest is as in `preference_loss`. The result is float64 in the shape of
+    token_logps, exactly 0 at invalid positions; dropped pairs have a part in it through their logps
+    only.
     """
     opts = PreferenceOptions(**options)
-    pairs = _Pairs(token_logps, valid, opts)
-    p, eps, x = len(pairs.z), opts.label_smoothing, opts.beta * pairs.z
+    batch = _Pairs(token_logps, valid, pairs, cu_seqlens, opts)
+    p, eps, x = len(batch.z), opts.label_smoothing, opts.beta * batch.z
     if opts.loss_type == "hinge":
         slope = np.where(np.isnan(x), np.nan, np.where(1.0 - x > 0.0, -opts.beta, 0.0))
+    elif opts.loss_type == "ipo":
+        slope = 2.0 * (batch.z - 0.5 / opts.beta)
     else:
         slope = -opts.beta * _sigmoid(-x) * (1.0 - eps)
         if eps:
             slope = slope + opts.beta * _sigmoid(x) * eps
-    upstream = np.asarray(grad_loss, dtype=np.float64)
-    if upstream.ndim and opts.reduction != "none":
-        raise ValueError("grad_loss must be a number for this reduction")
-    upstream = np.broadcast_to(upstream, (p,))
-    pair_divisor, token_divisor = pairs.divisors
-    per_sequence = np.stack([slope, -slope])
-    if opts.sft_reduction == "sequence":
-        per_sequence[0] -= opts.sft_weight
-    grad = np.zeros_like(pairs.values)
-    for i in np.flatnonzero(pairs.counted):
-        for side, row in ((0, i), (1, p + i)):
-            length = pairs.counts[side, i] if opts.average_log_prob else 1
-            token = upstream[i] * per_sequence[side, i] / pair_divisor / length
-            if side == 0 and opts.sft_reduction == "token" and opts.sft_weight:
-                token -= upstream[i] * opts.sft_weight / token_divisor
-            grad[row, pairs.valid[row]] = token
+    of_loss, of_losses, of_chosen, of_rejected, of_sft = (
+        np.asarray(grad, dtype=np.float64)
+        for grad in (grad_loss, grad_losses, grad_chosen_logps, grad_rejected_logps, grad_sft_loss)
+    )
+    if (of_loss.ndim or of_sft.ndim) and opts.reduction != "none":
+        raise ValueError("grad_loss and grad_sft_loss must be numbers for this reduction")
+    pair_divisor, token_divisor = batch.divisors
+    sft_divisor = token_divisor if opts.sft_reduction == "token" else pair_divisor
+    # What a pair's loss, its sft term and its two logps are multiplied with in the sum.
+    to_loss = np.broadcast_to(of_loss / pair_divisor + of_losses, (p,))
+    to_sft = np.broadcast_to((opts.sft_weight * of_loss + of_sft) / sft_divisor, (p,))
+    to_logps = np.broadcast_to(of_chosen, (p,)), np.broadcast_to(of_rejected, (p,))
+
+    grad = np.zeros_like(batch.values)
+    # All tokens of a sequence have the same gradient: the sum of these.
+    terms: list[list[float]] = [[] for _ in batch.spans]
+    for i, side in itertools.product(range(p), (0, 1)):
+        sequence, sign = terms[batch.sequences[side, i]], 1.0 - 2.0 * side
+        length = batch.counts[side, i] if opts.average_log_prob else 1
+        sequence.append(to_logps[side][i] / length)
+        if not batch.counted[i] or batch.weight[i] == 0.0:
+            continue
+        if slope[i] != 0.0 and to_loss[i] != 0.0:
+            along = slope[i] * sign * batch.reward_slopes[side, i]
+            sequence.append(to_loss[i] * batch.weight[i] * along / length)
+        if side == 0 and to_sft[i] != 0.0:
+            in_sft = 1 if opts.sft_reduction == "token" else length
+            sequence.append(-to_sft[i] * batch.weight[i] / in_sft)
+    flat, mask = grad.reshape(-1), batch.valid.reshape(-1)
+    for span, parts in zip(batch.spans, terms, strict=True):
+        flat[span][mask[span]] = _total(np.array(parts, dtype=np.float64))
     return grad
 
 
@@ -385,17 +540,28 @@ def simpo_loss(
     shift: bool = True,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    pairs: npt.ArrayLike | None = None,
+    cu_seqlens: npt.ArrayLike | None = None,
     **options: Any,
 ) -> tuple[Preference, Floats]:
     """SimPO loss of logits [2P,T,V] and labels [2P,T], and its gradient.
 
-    The keywords are those of `token_logps` and, in **options, of `PreferenceOptions`. The gradient
-    is d loss / d logits (of loss.sum() for reduction "none"), [2P,T,V] float64.
+    With pairs [P,2] the rows may be any number, and with cu_seqlens the logits are [N,V] or [1,N,V]
+    and the labels [N] or [1,N]. The keywords are those of `token_logps` and, in **options, of
+    `PreferenceOptions`, and the gradients of `preference_grad`. The gradient is d loss / d logits
+    (of loss.sum() for reduction "none"), float64, in the logits' shape.
     """
     scoring: dict[str, Any] = dict(
-        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
+        ignore_index=ignore_index,
+        shift=shift,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        cu_seqlens=cu_seqlens,
     )
+    gradients = {name: value for name, value in options.items() if name.startswith("grad_")}
+    options = {name: value for name, value in options.items() if name not in gradients}
+    layout: dict[str, Any] = dict(pairs=pairs, cu_seqlens=cu_seqlens)
     logps, _, valid = token_logps(logits, labels, **scoring)
-    grad_logps = preference_grad(logps, valid, **options)
+    grad_logps = preference_grad(logps, valid, **gradients, **layout, **options)
     dlogits = token_logps_grad(grad_logps, logits, labels, **scoring)
-    return preference_loss(logps, valid, **options), dlogits
+    return preference_loss(logps, valid, **layout, **options), dlogits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import itertools
 import math
 from typing import Any
@@ -38,6 +39,7 @@ def _preference_cases() -> list[dict[str, Any]]:
         {"loss_type": "sigmoid"},
         {"loss_type": "hinge"},
         {"label_smoothing": 0.2},
+        {"loss_type": "ipo"},
     ]
     sfts: list[dict[str, Any]] = [
         {"sft_weight": 0.0},
@@ -61,6 +63,19 @@ def _preference_cases() -> list[dict[str, Any]]:
 
 
 CASES = _preference_cases()
+# Sequences in several pairs, on one side or both, and in none; 3 pairs as of the 2P rows.
+SHARED = [[0, 3], [0, 5], [4, 0]]
+WEIGHTS = np.array([0.25, -1.5, 3.0])
+NEW_CASES: list[dict[str, Any]] = [
+    {**new, **old}
+    for new in (
+        {"alpha": 0.1},
+        {"alpha": -0.1, "pair_weight": WEIGHTS},
+        {"pairs": SHARED},
+        {"pairs": SHARED, "pair_weight": WEIGHTS, "alpha": 0.05},
+    )
+    for old in CASES[::3]
+]
 
 
 def _spec_token_logps(
@@ -95,25 +110,34 @@ def _spec_loss(
     average_log_prob: bool = True,
     reduction: str = "mean",
     normalizer: Any = None,
+    alpha: float = 0.0,
+    pairs: Any = None,
+    pair_weight: Any = 1.0,
 ) -> Any:
     """The specification's loss, written as it writes it, analytic in per_token."""
     logps = per_token.sum(-1) / (mask.sum(-1) if average_log_prob else 1)
     p = len(logps) // 2
-    logits = logps[:p] - logps[p:] - 0.5
+    chosen, rejected = (range(p), range(p, 2 * p)) if pairs is None else np.transpose(pairs)
+    rewards = (1 - np.exp(logps) ** -alpha) / alpha if alpha else logps
+    logits = rewards[chosen] - rewards[rejected] - (0 if loss_type == "ipo" else 0.5)
     if loss_type == "hinge":
         losses = np.where((1 - beta * logits).real > 0, 1 - beta * logits, 0)
+    elif loss_type == "ipo":
+        losses = (logits - 1 / (2 * beta)) ** 2
     else:
         losses = np.log(1 + np.exp(-beta * logits)) * (1 - label_smoothing)
         losses = losses + np.log(1 + np.exp(beta * logits)) * label_smoothing
-    pairs, tokens = p, mask[:p].sum()
+    losses = losses * pair_weight
+    count, tokens = len(chosen), mask[chosen].sum()
     if normalizer is not None:
-        pairs, tokens = normalizer if isinstance(normalizer, tuple) else (normalizer, tokens)
+        count, tokens = normalizer if isinstance(normalizer, tuple) else (normalizer, tokens)
     if reduction != "mean":
-        pairs = tokens = 1
+        count = tokens = 1
     if sft_reduction == "token":
-        return losses.sum() / pairs - sft_weight * per_token[:p].sum() / tokens
-    total = losses - sft_weight * logps[:p]
-    return total if reduction == "none" else total.sum() / pairs
+        sft = -(per_token[chosen].sum(-1) * pair_weight).sum() / tokens
+        return losses.sum() / count + sft_weight * sft
+    total = losses - sft_weight * logps[chosen] * pair_weight
+    return total if reduction == "none" else total.sum() / count
 
 
 def _complex_step(function: Any, x: Array) -> Array:
@@ -167,7 +191,7 @@ def test_token_logps_grad(scoring: dict[str, Any]) -> None:
     np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("options", CASES + NEW_CASES)
 def test_loss_and_gradient_match_specification(options: dict[str, Any]) -> None:
     logits, labels = _batch()
 
@@ -175,7 +199,7 @@ def test_loss_and_gradient_match_specification(options: dict[str, Any]) -> None:
         return _spec_loss(*_spec_token_logps(x, labels), **options)
 
     result, dlogits = oracle.simpo_loss(logits, labels, **options)
-    np.testing.assert_allclose(result.loss, loss(logits), rtol=1e-12)
+    np.testing.assert_allclose(result.loss, loss(logits), rtol=1e-12, atol=1e-14)
     expected = _complex_step(lambda x: loss(x).sum(), logits)
     np.testing.assert_allclose(dlogits, expected, rtol=1e-11, atol=1e-15)
     assert np.abs(dlogits).max() > 1e-3
@@ -375,9 +399,11 @@ def test_metrics() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss_type": "ipo"},
+        {"loss_type": "dpo"},
         {"label_smoothing": 0.6},
         {"loss_type": "hinge", "label_smoothing": 0.1},
+        {"loss_type": "ipo", "label_smoothing": 0.1},
+        {"pair_weight": [1.0, 1.0]},
         {"sft_weight": -0.1},
         {"sft_reduction": "token", "reduction": "none"},
         {"normalizer": 2.0, "reduction": "sum"},
@@ -387,3 +413,158 @@ def test_metrics() -> None:
 def test_meaningless_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="|".join(options)):
         _two(-1.0, -2.0, **options)
+
+
+# ---- pairs, weights, variants, sequences laid end to end -----------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [1e-20, 1e-6, 0.1, 1.0, 5.0, -0.5, -3.0])
+def test_alpha_reward_and_its_slope_in_decimal_arithmetic(alpha: float) -> None:
+    logps = [-1e-200, -1e-5, -0.7, -3.0, -40.0]
+    with decimal.localcontext(prec=400):
+        a = decimal.Decimal(alpha)
+        powers = [(-a * decimal.Decimal(logp)).exp() for logp in logps]
+        rewards = [float((1 - power) / a) for power in powers]
+        slopes = [float(power) for power in powers]
+    options: dict[str, Any] = {"alpha": alpha, "beta": 2.0, "loss_type": "ipo", "reduction": "sum"}
+    result = _two(logps, logps[::-1], **options)
+    np.testing.assert_allclose(result.chosen_rewards, 2.0 * np.array(rewards), rtol=1e-14)
+    np.testing.assert_array_equal(result.rejected_rewards, result.chosen_rewards[::-1])
+    np.testing.assert_array_equal(result.chosen_logps, logps)
+    z = np.subtract(rewards, rewards[::-1])
+    np.testing.assert_allclose(result.losses, (z - 0.25) ** 2, rtol=1e-13)
+    values = np.array([*logps, *logps[::-1]])[:, None]
+    grad = oracle.preference_grad(values, np.ones((10, 1), bool), **options)[:5, 0]
+    np.testing.assert_allclose(grad, 2.0 * (z - 0.25) * np.array(slopes), rtol=1e-13)
+
+
+def test_alpha_at_infinite_rewards() -> None:
+    inf = np.inf
+    options: dict[str, Any] = {"alpha": 1.0, "reduction": "sum"}
+    # exp(1000) is past every float.
+    for chosen, rejected, loss, slopes in (
+        (-1.0, -1000.0, 0.0, [0.0, 0.0]),
+        (-1000.0, -1.0, inf, [-inf, 2.0 * math.e]),
+        (-1000.0, -1000.0, np.nan, [np.nan, np.nan]),
+    ):
+        values, valid = np.array([[chosen], [rejected]]), np.ones((2, 1), bool)
+        np.testing.assert_array_equal(_two(chosen, rejected, **options).loss, loss)
+        grad = oracle.preference_grad(values, valid, **options)[:, 0]
+        np.testing.assert_array_equal(grad, slopes)
+    for alpha, reward in ((-0.5, -2.0), (0.5, -inf)):
+        assert _two(-inf, -1.0, alpha=alpha, beta=1.0).chosen_rewards == reward
+
+
+def test_ipo_and_the_default_margin_of_each_loss() -> None:
+    assert _two(-1.0, -2.0, loss_type="ipo", beta=2.0).loss == (1.0 - 0.25) ** 2
+    explicit = _two(-1.0, -2.0, loss_type="ipo", beta=2.0, gamma_beta_ratio=0.5)
+    assert explicit.loss == (0.5 - 0.25) ** 2
+    assert _two(-1.0, -2.0, loss_type="hinge", beta=1.0).loss == 0.5
+
+
+def _pack(rows: Array, lengths: Any, fill: float) -> tuple[Array, Array]:
+    """The first lengths[s] positions of each row end to end, between two that are filled."""
+    edge = np.full((2, *rows.shape[2:]), fill, dtype=rows.dtype)
+    parts = [edge, *(row[:length] for row, length in zip(rows, lengths, strict=True)), edge[:1]]
+    return np.concatenate(parts), 2 + np.concatenate([[0], np.cumsum(lengths)])
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("shape", [(-1,), (1, -1)])
+def test_packed_sequences_are_those_of_padded_rows(scoring: dict[str, Any], shape: Any) -> None:
+    logits, labels = _batch()
+    lengths = [6, 0, 4, 6, 1, 3]
+    for s, length in enumerate(lengths):
+        labels[s, length:] = IGNORE
+    options = {**scoring, "pairs": SHARED, "sft_weight": 0.3, "sft_reduction": "token"}
+    want, want_grad = oracle.simpo_loss(logits, labels, **options)
+    packed, cu = _pack(logits, lengths, np.nan)
+    packed_labels, _ = _pack(labels, lengths, V + 7)
+    options["cu_seqlens"] = cu
+    result, grad = oracle.simpo_loss(
+        packed.reshape(*shape, V), packed_labels.reshape(shape), **options
+    )
+    assert result.metrics == want.metrics
+    np.testing.assert_array_equal(result.loss, want.loss)
+    np.testing.assert_array_equal(result.losses, want.losses)
+    assert grad.shape == (*packed_labels.reshape(shape).shape, V)
+    np.testing.assert_array_equal(grad.reshape(-1, V), _pack(want_grad, lengths, 0.0)[0])
+
+
+@pytest.mark.parametrize("cu_seqlens", [[], [0, 7], [-1, 3], [0, 4, 3]])
+def test_boundaries_that_divide_nothing_are_refused(cu_seqlens: Any) -> None:
+    with pytest.raises(ValueError, match="do not divide 6"):
+        oracle.token_logps(np.zeros((6, V)), [0] * 6, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("sequence", [-1, 6])
+def test_pairs_of_sequences_that_there_are_not_are_refused(sequence: int) -> None:
+    with pytest.raises(IndexError, match=r"pair \[1, 0\] is of sequence"):
+        oracle.simpo_loss(*_batch(), pairs=[[0, 1], [sequence, 2]])
+
+
+@pytest.mark.parametrize("name", ["losses", "chosen_logps", "rejected_logps", "sft_loss"])
+@pytest.mark.parametrize("options", [
+    {}, {"sft_reduction": "token"}, {"reduction": "none"}, {"average_log_prob": False, "alpha": 0.3}
+])  # fmt: skip
+def test_gradients_of_the_other_results_by_central_differences(
+    options: dict[str, Any], name: str
+) -> None:
+    logits, labels = _batch()
+    labels[5] = IGNORE  # Drops a pair, whose chosen_logps have a gradient all the same.
+    logps, _, valid = oracle.token_logps(logits, labels)
+    options = {"sft_weight": 0.4, "pairs": SHARED, "pair_weight": WEIGHTS, **options}
+    of_pairs = name != "sft_loss" or options.get("reduction") == "none"
+    weights: Any = np.array([0.5, -2.0, 1.5]) if of_pairs else -0.7
+
+    def weighted(x: Array) -> float:
+        return float(
+            np.nansum(weights * getattr(oracle.preference_loss(x, valid, **options), name))
+        )
+
+    grads = {"grad_loss": 0.0, f"grad_{name}": weights}
+    actual = oracle.preference_grad(logps, valid, **grads, **options)
+    np.testing.assert_allclose(actual, _central(weighted, logps), rtol=1e-7, atol=1e-9)
+    # With the loss's own they add up.
+    both = oracle.preference_grad(logps, valid, **{**grads, "grad_loss": 1.0}, **options)
+    alone = oracle.preference_grad(logps, valid, **options)
+    np.testing.assert_allclose(both, actual + alone, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("empty", ["drop", "nan"])
+@pytest.mark.parametrize("options", [
+    {}, {"sft_weight": 0.3}, {"sft_weight": 0.3, "sft_reduction": "token"}, {"reduction": "none"},
+])  # fmt: skip
+def test_weight_zero_leaves_a_pair_out_and_keeps_the_denominators(
+    options: dict[str, Any], empty: str
+) -> None:
+    logits, labels = _batch()
+    logits[[1, P + 1]] = np.nan
+    weight = np.array([2.0, 0.0, -1.0])
+    keep = [0, 2, P, P + 2]
+    result, grad = oracle.simpo_loss(logits, labels, pair_weight=weight, empty=empty, **options)
+    if "reduction" not in options:
+        tokens = int((labels[:P, 1:] != IGNORE).sum())
+        options = {**options, "normalizer": (float(P), float(tokens))}
+    want, want_grad = oracle.simpo_loss(
+        logits[keep], labels[keep], pair_weight=weight[[0, 2]], empty=empty, **options
+    )
+    total = result.loss[[0, 2]] if result.loss.ndim else result.loss
+    np.testing.assert_allclose(total, want.loss, rtol=1e-14)
+    np.testing.assert_allclose(grad[keep], want_grad, rtol=1e-14, atol=1e-300)
+    assert not grad[[1, P + 1]].any()
+    assert result.losses[1] == 0.0
+    assert result.metrics["num_pairs"] == P and math.isnan(result.metrics["logps/chosen"])
+
+
+def test_count_pairs() -> None:
+    _, labels = _batch()
+    labels[3] = labels[1, 1:] = IGNORE
+    labels[1, 0] = 2  # Which the shift leaves unscored.
+    assert oracle.count_pairs(labels) == (1, 3)
+    assert oracle.count_pairs(labels, empty="nan") == (3, 8)
+    assert oracle.count_pairs(labels, shift=False) == (2, 1 + 3)
+    assert oracle.count_pairs(labels, pairs=[[0, 2], [0, 5], [0, 1], [3, 2], [4, 0]]) == (3, 13)
+    flat, cu = _pack(labels, [6, 6, 2, 0, 6, 6], 5)
+    assert oracle.count_pairs(flat, cu_seqlens=cu, pairs=[[2, 0], [3, 5]]) == (1, 1)
+    assert oracle.count_pairs(labels[:0]) == (0, 0)

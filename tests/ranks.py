@@ -1,0 +1,298 @@
+"""Runs a test's function in several processes at once, as ranks of a gloo process group.
+
+The processes are started when first asked for and kept until the interpreter ends; every call has
+a process group of its own. They are forked from one that has imported torch and done nothing else,
+which the tests' process itself has.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import importlib.util
+import inspect
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from multiprocessing.connection import Connection, wait
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+START_SECONDS = 120.0
+# What takes seconds to import, and starts no thread.
+PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel"]
+# Ranks whose peer failed or died find its connection closed; this is for those that do not.
+GRACE_SECONDS = 5.0
+
+
+class RankError(RuntimeError):
+    """A rank's process ended, or its exception cannot be sent; the traceback is in the text."""
+
+
+class _RemoteTracebacks(Exception):
+    """The ``__cause__`` of an exception that comes from ranks: what happened on each of them."""
+
+
+class _Call(NamedTuple):
+    """What a rank is sent: a function of a module and its arguments, and the group to be in."""
+
+    module: str
+    file: str
+    function: str
+    arguments: bytes
+    number: int
+    rank: int
+    world_size: int
+    timeout: float
+
+
+class _Answer(NamedTuple):
+    """What a rank sends back: a pickled result, or a pickled exception and its traceback."""
+
+    content: bytes
+    error: str = ""
+
+
+class _Worker(NamedTuple):
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+
+
+_workers: list[_Worker] = []
+_calls = itertools.count()
+
+
+def run_on_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0
+) -> list[Any]:
+    """``function(*args)`` on each of ``world_size`` processes at once; its results by rank.
+
+    In each process a gloo group of exactly these ranks is the default group, torch has one thread,
+    and warnings are errors as in the tests. ``function`` is a module-level function; its module
+    is imported there under the name it has here. Arguments and results are pickled.
+
+    Args:
+        world_size: The number of processes, of which up to the most ever asked for are kept.
+        function: What to run.
+        *args: Its arguments, the same on every rank.
+        timeout: Seconds after which ranks that have not answered are ended.
+
+    Raises:
+        Exception: The first that was raised on a rank; its ``__cause__`` has every rank's
+            traceback. All other ranks have failed as well by then, or were ended.
+        RankError: A rank's process ended, or its exception does not survive pickling.
+        TimeoutError: Ranks did not answer. Their stacks are in the captured stderr.
+    """
+    __tracebackhide__ = True  # Of pytest's report, which has those of the ranks.
+    if not isinstance(function, FunctionType) or "." in function.__qualname__:
+        raise TypeError(f"function: expected a module-level function, got {function!r}")
+    arguments = pickle.dumps(args)
+    workers = _start(world_size)
+    number = next(_calls)
+    try:
+        for rank, worker in enumerate(workers):
+            call = _Call(
+                module=function.__module__,
+                file=inspect.getfile(function),
+                function=function.__name__,
+                arguments=arguments,
+                number=number,
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
+            worker.connection.send(call)
+        answers = _collect(workers, timeout)
+        for worker in workers:  # None waits for another any more: the groups can go.
+            worker.connection.send(None)
+        _collect(workers, timeout)
+    except BaseException:
+        _kill()
+        raise
+    errors = {rank: answer for rank, answer in answers.items() if answer.error}
+    if not errors:
+        return [pickle.loads(answers[rank].content) for rank in range(world_size)]
+    reports = _RemoteTracebacks(
+        "".join(f"\n\non rank {rank} of {world_size}:\n{e.error}" for rank, e in errors.items())
+    )
+    first = next(iter(errors.values()))
+    raise pickle.loads(first.content) from reports
+
+
+@cache
+def _store() -> dist.TCPStore:
+    """Where the ranks of all calls find each other, each call under a prefix of its own.
+
+    Not in their own memory or in a file, which would have to outlast whatever holds on to a group.
+    """
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _start(world_size: int) -> list[_Worker]:
+    """The first ``world_size`` processes, started where there are not so many yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    environment = mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    new: list[_Worker] = []
+    for _ in range(world_size - len(_workers)):
+        connection, theirs = context.Pipe()
+        # A daemon is ended with the interpreter.
+        process = context.Process(target=_serve, args=(theirs, _store().port), daemon=True)
+        with environment:
+            process.start()
+        theirs.close()
+        new.append(_Worker(process, connection))
+    _workers.extend(new)
+    try:
+        _collect(new, START_SECONDS)
+    except BaseException:
+        _kill()
+        raise
+    return _workers[:world_size]
+
+
+def _collect(workers: list[_Worker], timeout: float) -> dict[int, _Answer]:
+    """An answer of each of the workers, by rank, in the order in which they came."""
+    answers: dict[int, _Answer] = {}
+    waiting = {worker.connection: rank for rank, worker in enumerate(workers)}
+    deadline = time.monotonic() + timeout
+    while waiting:
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = waiting.pop(connection)
+            try:
+                answers[rank] = connection.recv()
+            except (EOFError, OSError):
+                process = workers[rank].process
+                process.join(GRACE_SECONDS)
+                message = f"rank {rank}'s process ended with exit code {process.exitcode}"
+                answers[rank] = _Answer(pickle.dumps(RankError(message)), f"{message}\n")
+            if answers[rank].error:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    errors = [
+        f"\n\non rank {rank}:\n{answer.error}" for rank, answer in answers.items() if answer.error
+    ]
+    if waiting:
+        silent = sorted(waiting.values())
+        for rank in silent:
+            _print_stacks(workers[rank])
+        reason = "".join(errors) or f" within {timeout:g} s"
+        raise TimeoutError(f"ranks {silent} of {len(workers)} did not answer{reason}")
+    if any(worker.process.exitcode is not None for worker in workers):
+        raise RankError("".join(errors))
+    return answers
+
+
+def _print_stacks(worker: _Worker) -> None:
+    if worker.process.pid is not None and worker.process.is_alive():
+        os.kill(worker.process.pid, signal.SIGUSR1)
+        time.sleep(0.1)
+
+
+def _kill() -> None:
+    """Ends all processes; the next call starts new ones."""
+    for worker in _workers:
+        worker.process.kill()
+    for worker in _workers:
+        worker.process.join()
+        worker.process.close()
+        worker.connection.close()
+    _workers.clear()
+
+
+def _serve(connection: Connection, port: int) -> None:
+    """A rank's process: one call after the other, until the tests' process is gone."""
+    faulthandler.register(signal.SIGUSR1)
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    connection.send(_Answer(b""))
+    try:
+        while True:
+            _answer(connection, connection.recv(), store)
+    except (EOFError, BrokenPipeError):
+        return
+
+
+def _answer(connection: Connection, call: _Call, store: dist.Store) -> None:
+    """Runs one call, in a group that is there until all ranks have answered."""
+    result = None
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(str(call.number), store),
+            rank=call.rank,
+            world_size=call.world_size,
+            timeout=timedelta(seconds=call.timeout + GRACE_SECONDS),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            function = getattr(_module(call.module, call.file), call.function)
+            result = function(*pickle.loads(call.arguments))
+        answer = _Answer(pickle.dumps(result))
+    except BaseException as error:
+        answer = _failure(error)
+    result = None
+    if answer.error:
+        _leave_group()  # Closes the connections that the others may be waiting on.
+    connection.send(answer)
+    connection.recv()
+    _leave_group()
+    connection.send(_Answer(b""))
+
+
+def _module(name: str, file: str) -> ModuleType:
+    """The module under the name it has in the tests' process, which pytest may have made up."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    gc.freeze()  # Modules stay, and a collection need not go through them.
+    return module
+
+
+def _failure(error: BaseException) -> _Answer:
+    text = "".join(traceback.format_exception(error))
+    traceback.clear_frames(error.__traceback__)  # whose variables may hold on to the group
+    try:
+        content = pickle.dumps(error)
+        if type(pickle.loads(content)) is type(error):
+            return _Answer(content, text)
+    except Exception:
+        pass
+    return _Answer(pickle.dumps(RankError(text)), text)
+
+
+def _leave_group() -> None:
+    if not dist.is_initialized():
+        return
+    gc.collect()  # What still holds on to the group, DDP's reducer for one.
+    dist.destroy_process_group()
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        # To which equal meshes are one, though their groups are not.
+        debug._clear_python_sharding_prop_cache()
+        debug._clear_fast_path_sharding_prop_cache()
