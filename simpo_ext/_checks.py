@@ -43,7 +43,11 @@ def check_tensor(name: str, value: object) -> Tensor:
 def is_dtensor(value: object) -> bool:
     """Whether it is one of torch.distributed.tensor, which is not imported for the answer."""
     kind = type(value)
-    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed.")
+    return (
+        kind is not Tensor
+        and kind.__name__ == "DTensor"
+        and kind.__module__.startswith("torch.distributed.")
+    )
 
 
 def check_device(name: str, device: torch.device) -> None:
