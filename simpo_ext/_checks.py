@@ -29,9 +29,10 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if is_dtensor(value):
         raise TypeError(
-            f"{name}: expected a plain torch.Tensor, got a DTensor; pass its to_local() or its "
-            "full_tensor(), or call simpo_ext.distributed.vocab_parallel_token_logps or "
-            "vocab_parallel_linear_token_logps, if it is sharded over the vocabulary"
+            f"{name}: expected a plain torch.Tensor, got a DTensor; a weight that FSDP has sharded "
+            "is whole within the forward of the module that gathers it; one that is sharded over "
+            "the vocabulary for tensor parallelism goes to simpo_ext.distributed."
+            "vocab_parallel_linear_token_logps, and such logits to vocab_parallel_token_logps"
         )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout)

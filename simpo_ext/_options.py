@@ -225,5 +225,11 @@ def resolve_normalizer(
 
 def _check_denominator(name: str, value: Number) -> Number:
     if isinstance(value, Tensor) and value.dim() == 0:
+        if value.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"{name}: expected a dtype that holds counts, such as float32, got {value.dtype}; "
+                "FSDP2 casts what goes through forward, unless its MixedPrecisionPolicy has "
+                "cast_forward_inputs=False"
+            )
         return value  # not read: that would wait for the device
     return check_number(name, value, above=0.0)

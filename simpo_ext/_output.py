@@ -89,7 +89,8 @@ def compose_output(
     else:
         # Outside the op, whose floats are constants to torch.compile, while these vary by step.
         out = loss(options._replace(reduction=REDUCTIONS["sum"], sft_weight=0.0))
-        total, sft_loss = out.loss / denominators[0], out.sft_loss / denominators[1]
+        total = (out.loss / denominators[0]).to(out.loss.dtype)
+        sft_loss = (out.sft_loss / denominators[1]).to(out.loss.dtype)
         if options.sft_weight > 0.0:
             total = total + options.sft_weight * sft_loss
         out = out._replace(loss=total, sft_loss=sft_loss)

@@ -61,8 +61,11 @@ class VocabLayout:
         tensor = self._tensor if tensor is None else cast("DTensor", tensor)
         return f"placements {list(tensor.placements)} of shape {list(tensor.shape)}"
 
-    def take_rows_of(self, name: str, tensor: Tensor, shift: bool) -> None:
-        """Rows lie as those of ``tensor``, [B, T, ...], other than over the vocabulary's ranks."""
+    def take_rows_of(self, name: str, tensor: Tensor, shift: bool, is_packed: bool) -> None:
+        """Rows lie as those of ``tensor``, [B, T, ...], other than over the vocabulary's ranks.
+
+        Packed sequences lie in one row, of which every rank needs all.
+        """
         from torch.distributed.tensor import Replicate
 
         dtensor = cast("DTensor", tensor)
@@ -75,13 +78,16 @@ class VocabLayout:
             rows[self._over] = Replicate()
         for d, placement in enumerate(rows):
             allowed = placement.is_replicate() or (
-                d != self._over and (placement.is_shard(0) or (placement.is_shard(1) and not shift))
+                d != self._over
+                and not is_packed
+                and (placement.is_shard(0) or (placement.is_shard(1) and not shift))
             )
             if not allowed:
                 raise ValueError(
                     f"{name}: expected to be replicated over the mesh dimension that shards the "
                     "vocabulary, and over others replicated or sharded by sequences (by positions "
-                    f"only with shift=False), got {self._layout(tensor)}"
+                    "only with shift=False, and packed sequences not at all), got "
+                    f"{self._layout(tensor)}"
                 )
         self.rows = tuple(rows)
 

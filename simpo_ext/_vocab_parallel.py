@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _checks, _linear, _vocab_ops
+from . import _checks, _linear, _ops, _vocab_ops
+from ._layout import as_batch
 from ._options import resolve_linear_options, resolve_token_options
 from ._vocab_dtensor import VocabLayout, replicated
 from ._vocab_shard import VocabShard
@@ -31,6 +32,7 @@ def vocab_parallel_token_logps(
     labels: Tensor,  # [B, T]
     shard: VocabShard | None = None,
     *,
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     ignore_index: int = -100,
     shift: bool = True,
     logit_scale: float = 1.0,
@@ -51,6 +53,8 @@ def vocab_parallel_token_logps(
             replicated where the vocabulary is sharded, and else laid out as ``logits``.
         shard: Which labels this rank has, and how it reaches the others; None with a DTensor, which
             says so itself.
+        cu_seqlens: See :func:`simpo_ext.token_logps`; the same on every rank. Packed rows of
+            DTensors must not be sharded.
         ignore_index: See :func:`simpo_ext.token_logps`.
         shift: See :func:`simpo_ext.token_logps`.
         logit_scale: See :func:`simpo_ext.token_logps`.
@@ -69,19 +73,23 @@ def vocab_parallel_token_logps(
         IndexError: As :func:`simpo_ext.token_logps`, as are all errors not listed here.
     """
     if _checks.is_dtensor(logits):
-        layout = VocabLayout("logits", logits, 2, shard)
-        layout.take_rows_of("logits", logits, shift)
+        layout = VocabLayout("logits", logits, logits.dim() - 1, shard)
+        layout.take_rows_of("logits", logits, shift, is_packed=cu_seqlens is not None)
         labels = layout.local_rows("labels", labels)
         logits, shard = layout.local("logits", logits), layout.shard
     else:
         labels = replicated("labels", labels)
+    shape = labels.shape if cu_seqlens is not None else None
+    logits, labels, cu_seqlens = as_batch("logits", logits, labels, cu_seqlens)
     logits, labels = _checks.check_logits_and_labels(logits, labels)
     shard = _checked_shard(shard, "logits", logits.shape[2])
     options = resolve_token_options(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
     _checks.check_inplace_backward(inplace_backward, logits)
-    return _vocab_ops.token_logps_of_shards(logits, labels, shard, options, inplace_backward)
+    targets, options = _ops.sequence_targets(labels, cu_seqlens, shard.vocab_size, options)
+    logps = _vocab_ops.token_logps_of_shards(logits, targets, shard, options, inplace_backward)
+    return logps if shape is None else logps.view(shape)
 
 
 def vocab_parallel_linear_token_logps(
@@ -91,6 +99,7 @@ def vocab_parallel_linear_token_logps(
     shard: VocabShard | None = None,
     *,
     bias: Tensor | None = None,  # [V_k]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     ignore_index: int = -100,
     shift: bool = True,
     logit_scale: float = 1.0,
@@ -117,6 +126,7 @@ def vocab_parallel_linear_token_logps(
             ``hidden``.
         shard: See :func:`vocab_parallel_token_logps`.
         bias: [V_k], or a DTensor sharded as ``weight``, or None.
+        cu_seqlens: See :func:`vocab_parallel_token_logps`.
         ignore_index: See :func:`simpo_ext.token_logps`.
         shift: See :func:`simpo_ext.token_logps`.
         logit_scale: See :func:`simpo_ext.token_logps`.
@@ -136,19 +146,23 @@ def vocab_parallel_linear_token_logps(
         layout = VocabLayout("weight", weight, 0, shard)
         layout.check_replicated()
         if _checks.is_dtensor(hidden):
-            layout.take_rows_of("hidden", hidden, shift)
+            layout.take_rows_of("hidden", hidden, shift, is_packed=cu_seqlens is not None)
         hidden = layout.local_rows("hidden", hidden)
         labels = layout.local_rows("labels", labels)
         bias = None if bias is None else layout.local("bias", bias)
         weight, shard = layout.local("weight", weight), layout.shard
     else:
         hidden, labels = replicated("hidden", hidden), replicated("labels", labels)
+    shape = labels.shape if cu_seqlens is not None else None
+    hidden, labels, cu_seqlens = as_batch("hidden", hidden, labels, cu_seqlens)
     hidden, weight, labels, bias = _linear._checked(hidden, weight, labels, bias)
     shard = _checked_shard(shard, "weights", weight.shape[0])
     options = resolve_token_options(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
     budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
-    return _vocab_ops.linear_token_logps_of_shards(
-        hidden, weight, bias, labels, shard, options, budget, count
+    targets, options = _ops.sequence_targets(labels, cu_seqlens, shard.vocab_size, options)
+    logps = _vocab_ops.linear_token_logps_of_shards(
+        hidden, weight, bias, targets, shard, options, budget, count
     )
+    return logps if shape is None else logps.view(shape)

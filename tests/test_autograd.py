@@ -99,7 +99,8 @@ def test_opcheck_of_the_sequence_ops(dtype: torch.dtype) -> None:
         OPS.sequence_logps.default, (token_logps.requires_grad_(), labels, None, -100, True, True)
     )
     torch.library.opcheck(
-        OPS.sequence_logps_backward.default, (logps.detach(), labels, None, counts, -100, True, True)
+        OPS.sequence_logps_backward.default,
+        (logps.detach(), labels, None, counts, -100, True, True),
     )
 
 

@@ -60,7 +60,7 @@ def flat_results(
     def append(out: simpo_ext.SimPOOutput, leaf: torch.Tensor) -> None:
         out.loss.sum().backward()
         assert leaf.grad is not None
-        results.extend([*out, leaf.grad])
+        results.extend([*tensors(out), leaf.grad])
 
     cu_seqlens = layout["cu_seqlens"]
     for options in FLAT_TABLE:

@@ -21,8 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import distributed_training as training
+import simpo_ext
 from distributed_training import PAIRS, SHARES, STEPS, Pairs, make_model, make_pairs
 from ranks import run_on_ranks
+from simpo_ext import count_pairs
+from simpo_ext.distributed import global_normalizer
 
 # The ranks' processes run the package as it is.
 pytestmark = pytest.mark.cpu_only
@@ -253,3 +256,29 @@ def test_a_step_without_a_token_to_score_has_gradient_zero(wrapper: str) -> None
     for got, loss in run_on_ranks(2, gradients_with_labels_masked, wrapper, "linear", [0, 1]):
         assert loss == 0.0
         assert all((gradient == 0.0).all() for gradient in got.values())
+
+
+def refused_weight_of_fsdp() -> None:
+    model = shard(make_model(), "root")
+    batch = make_pairs(0)
+    hidden = torch.zeros(*batch.tokens.shape, training.WIDTH, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"weight: .*DTensor"):
+        simpo_ext.linear_simpo_loss(hidden, model.head.weight, batch.labels)
+
+
+def test_a_weight_that_fsdp_has_not_gathered_is_refused() -> None:
+    run_on_ranks(2, refused_weight_of_fsdp)
+
+
+# cast_forward_inputs); policy as in train_fsdp_in_bfloat16 but with cast_forward_inputs left at its default:
+def refused_cast_of_the_normalizer() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = shard(make_model("token", dtype=torch.float32), "root", mp_policy=policy)
+    batch = make_pairs(0)
+    normalizer = global_normalizer(count_pairs(batch.labels))
+    with pytest.raises(TypeError, match=r"normalizer\[0\]: .*bfloat16"):
+        model(*batch, normalizer)
+
+
+def test_a_normalizer_that_fsdp_has_rounded_is_refused() -> None:
+    run_on_ranks(2, refused_cast_of_the_normalizer)

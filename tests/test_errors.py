@@ -369,8 +369,8 @@ TENSORS: dict[str, Tensor] = {
 }
 NUMBERS: dict[str, Any] = dict(
     ignore_index=-100, shift=True, average_log_prob=True, logit_scale=1.0, softcap=0.0, beta=2.0,
-    gamma_beta_ratio=0.5, loss_type=0, label_smoothing=0.0, alpha=0.0, sft_weight=0.0, sft_reduction=0,
-    reduction=1, empty=0, cu_seqlens=None,
+    gamma_beta_ratio=0.5, loss_type=0, label_smoothing=0.0, alpha=0.0, sft_weight=0.0,
+    sft_reduction=0, reduction=1, empty=0, cu_seqlens=None,
 )  # fmt: skip
 OP_NAMES = ("token_logps", "token_logps_backward", "token_logps_backward_", "sequence_logps",
             "sequence_logps_backward", "preference_loss", "preference_loss_backward")  # fmt: skip

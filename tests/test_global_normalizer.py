@@ -158,3 +158,12 @@ def test_ranks_give_the_gradient_of_one_batch(gradients: Any, options: dict[str,
     for loss, gradient in run_on_ranks(len(SHARES), gradient_on_a_rank, gradients, options):
         torch.testing.assert_close(loss, whole.detach(), rtol=1e-13, atol=0.0)
         torch.testing.assert_close(gradient, leaf.grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=str)
+def test_the_loss_keeps_its_dtype(options: dict[str, Any]) -> None:
+    packed, options = packed_pairs(range(len(PAIRS)), options)
+    layout = {name: options[name] for name in ("cu_seqlens", "pairs")}
+    normalizer = global_normalizer(count_pairs(packed.labels, **layout))
+    out = simpo_loss(packed.logits.float(), packed.labels, normalizer=normalizer, **options)
+    assert out.loss.dtype == out.sft_loss.dtype == torch.float32

@@ -27,8 +27,8 @@ def compiled() -> list[Kernel]:
 def streaming(compiled: list[Kernel]) -> list[Kernel]:
     """The kernels that read or write [B, T, V]."""
     found = [k for k in compiled if "token_logps" in k.name]
-    # For each dtype, transform of the logits, size of a row, and direction.
-    assert len(found) == 4 * 2 * 2 * 2 * len({k.architecture for k in compiled})
+    # For each dtype, transform of the logits and size of a row: forward, report and backward.
+    assert len(found) == 4 * 2 * 2 * 3 * len({k.architecture for k in compiled})
     return found
 
 
@@ -90,7 +90,10 @@ def test_streaming_kernels_leave_room_for_many_threads(compiled: list[Kernel]) -
 def test_main_loops_have_four_wide_loads_in_flight(compiled: list[Kernel]) -> None:
     # tanh and exp of a double take longer than memory does, and two loads suffice.
     for kernel in streaming(compiled):
-        in_flight = max(loads_in_flight(body) for body in loops(kernel.instructions))
+        bodies = loops(kernel.instructions)
+        if not is_float64(kernel):  # not those without an exp, as the sum of a masked row has
+            bodies = [body for body in bodies if any(i.opcode == "MUFU.EX2" for i in body)]
+        in_flight = max(map(loads_in_flight, bodies))
         least = 2 if is_float64(kernel) or is_capped(kernel) else 4
         assert in_flight >= least, label(kernel)
 

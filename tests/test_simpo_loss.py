@@ -311,9 +311,9 @@ def test_the_module_and_the_function_have_the_same_keywords_and_defaults() -> No
 def test_the_module_s_repr_shows_every_option() -> None:
     assert repr(simpo_ext.SimPOLoss(beta=2.5, gamma=1.0, softcap=30.0)) == (
         "SimPOLoss(beta=2.5, gamma_beta_ratio=0.4, loss_type='sigmoid', label_smoothing=0.0, "
-        "alpha=0.0, sft_weight=0.0, sft_reduction='sequence', average_log_prob=True, reduction='mean', "
-        "normalizer=None, empty='drop', ignore_index=-100, shift=True, logit_scale=1.0, "
-        "softcap=30.0, inplace_backward=False, report=())"
+        "alpha=0.0, sft_weight=0.0, sft_reduction='sequence', average_log_prob=True, "
+        "reduction='mean', normalizer=None, empty='drop', ignore_index=-100, shift=True, "
+        "logit_scale=1.0, softcap=30.0, inplace_backward=False, report=())"
     )
 
 

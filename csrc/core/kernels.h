@@ -122,14 +122,16 @@ struct SelectTokensArgs {
   void* logps;  // [B, T] contiguous, compute; null, or: 0 at masked and NaN at valid positions
 };
 
-// rows[i] = source[position i].
+// rows[i] = source[position i]; zeros, if gradients are given and that of the row is 0, so that its
+// hidden state has no part in a product even if it is not finite.
 struct GatherRowsArgs {
   DType dtype;
   int64_t T, H, R;
   const int64_t* positions;  // [R]
   const void* source;        // [B, T, H] of dtype, stride 1 in H
   TokenStrides source_strides;
-  void* rows;  // [R, H] contiguous
+  void* rows;                       // [R, H] contiguous
+  const void* gradients = nullptr;  // [R], compute
 };
 
 // logps[position i], once all parts of the vocabulary are in max, sum_exp and label_z.

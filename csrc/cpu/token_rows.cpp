@@ -63,10 +63,15 @@ void gather_rows(const GatherRowsArgs& args, ParallelFor parallel_for) {
   const int64_t size = size_of(args.dtype), row_bytes = args.H * size;
   const char* source = static_cast<const char*>(args.source);
   char* rows = static_cast<char*>(args.rows);
+  const auto has_part = [&](int64_t i) {
+    if (args.gradients == nullptr) return true;
+    if (args.dtype == DType::kFloat64) return static_cast<const double*>(args.gradients)[i] != 0.0;
+    return static_cast<const float*>(args.gradients)[i] != 0.0f;
+  };
   parallel_for(0, args.R, rows_per_task(args.H), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t position = args.positions[i];
-      if (position < 0) {
+      if (position < 0 || !has_part(i)) {
         std::memset(rows + i * row_bytes, 0, static_cast<size_t>(row_bytes));
         continue;
       }

@@ -139,6 +139,14 @@ __global__ void __launch_bounds__(kRowsPerBlock)
         Elements<T>::narrow(value));
 }
 
+// Whether there is anything to gather for a row: a token, with a gradient where it matters.
+template <typename T>
+SIMPO_DEVICE bool has_part(const GatherRowsArgs& args, int64_t row, int64_t position) {
+  if (position < 0) return false;
+  if (args.gradients == nullptr) return true;
+  return load_uniform(static_cast<const Compute<T>*>(args.gradients) + row) != Compute<T>(0);
+}
+
 // Of rows no longer than a vector.
 template <typename T>
 __global__ void __launch_bounds__(kRowsPerBlock) gather_short_rows_kernel(GatherRowsArgs args) {
@@ -146,7 +154,7 @@ __global__ void __launch_bounds__(kRowsPerBlock) gather_short_rows_kernel(Gather
   if (row >= args.R) return;
   const int64_t position = load(args.positions + row);
   T* to = static_cast<T*>(args.rows) + row * args.H;
-  if (position < 0) {
+  if (!has_part<T>(args, row, position)) {
     for (int64_t h = 0; h < args.H; ++h) store(to + h, T{});
     return;
   }
@@ -187,7 +195,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSM)
   if (row >= args.R) return;
   const int64_t position = load_uniform(args.positions + row);
   T* to = static_cast<T*>(args.rows) + row * args.H;
-  if (position < 0) {
+  if (!has_part<T>(args, row, position)) {
     fill_row<T, kRowThreads>(to, args.H, 0);
     return;
   }

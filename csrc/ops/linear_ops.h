@@ -272,8 +272,10 @@ class LinearOps {
 
     Tensor first(Tensor rows) const { return torch::stable::narrow(rows, 0, 0, count); }
 
-    // source [B, T, length], or [B, T] -> [R, length], of dtype.
-    Tensor gather(const Device& device, DType dtype, int64_t length, const Tensor& source) const {
+    // source [B, T, length], or [B, T] -> [R, length], of dtype; zeros where gradients [R], if they
+    // are given, are 0.
+    Tensor gather(const Device& device, DType dtype, int64_t length, const Tensor& source,
+                  const void* gradients = nullptr) const {
       const bool has_unit_stride = source.dim() < 3 || length <= 1 || source.stride(2) == 1;
       const Tensor tokens = has_unit_stride ? source : as_contiguous(source);
       const Tensor rows = new_empty(source, {R, length});
@@ -286,6 +288,7 @@ class LinearOps {
           .source = tokens.const_data_ptr(),
           .source_strides = token_strides(tokens),
           .rows = rows.mutable_data_ptr(),
+          .gradients = gradients,
       });
       return rows;
     }
@@ -417,7 +420,8 @@ class LinearOps {
     const auto nothing = [&] { return new_empty(hidden, {0}); };  // outputs do not share memory
     const bool needs_rows = needs.weight || plan.kept < plan.chunks;
     const Tensor hidden_rows =
-        needs_rows ? rows.gather(device, problem.dtype, H, hidden) : nothing();
+        needs_rows ? rows.gather(device, problem.dtype, H, hidden, grads.const_data_ptr())
+                   : nothing();
     const Tensor dweight = needs.weight ? device.new_large_for_writing(weight, {V, H}) : nothing();
     const Tensor dbias = needs.bias ? new_empty(hidden, {1, V}) : nothing();
     const Tensor ones = new_ones(hidden, needs.bias ? rows.count : 0);

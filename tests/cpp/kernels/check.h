@@ -74,6 +74,7 @@ constexpr NamedTransform kTransforms[] = {
 // Each in the file of its name.
 void check_pages();
 void check_row_gradients();
+void check_row_reports();
 void check_row_sums();
 void check_token_logps();
 void check_token_rows();

@@ -151,6 +151,7 @@ int main() {
     check_sequence_logps();
     check_pages();
     check_row_sums();
+    check_row_reports();
     check_row_gradients();
   }
   check_token_logps();

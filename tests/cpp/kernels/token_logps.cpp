@@ -13,6 +13,7 @@
 #include "../poison.h"
 #include "check.h"
 #include "core/kernels.h"
+#include "core/row_report.h"
 #include "cpu/tasks.h"
 #include "threads.h"
 
@@ -224,6 +225,73 @@ void check_gradient_into_zeros(TokenLogpsCase<T>& test) {
   });
 }
 
+// Which rows are read for a report, that it changes nothing else, and that any number of threads
+// and a vocabulary in two parts give the same; the sums themselves are checked in row_reports.cpp.
+template <typename T>
+void check_report(TokenLogpsCase<T>& test) {
+  const std::vector<Compute<T>> logps = test.logps, max = test.max;
+  const std::vector<double> sum_exp = test.sum_exp;
+  std::vector<double> mean_logit(test.kRows), entropy(test.kRows);
+  for (const bool all_positions : {false, true}) {
+    std::vector<double> first_mean, first_entropy;
+    for (const ParallelFor& threads : {kThreads, kOneThread, kBackwards}) {
+      std::fill(mean_logit.begin(), mean_logit.end(), 7.0);
+      std::fill(entropy.begin(), entropy.end(), 7.0);
+      TokenLogpsArgs args = test.forward_args();
+      args.mean_logit = mean_logit.data();
+      args.entropy = entropy.data();
+      args.all_positions = all_positions;
+      test.with_poison(
+          test.logits, [&](int64_t b, int64_t t) { return all_positions || test.is_valid(b, t); },
+          [&] { cpu::token_logps(args, threads); });
+      require(equal_bits(test.logps, logps) && equal_bits(test.max, max) &&
+                  equal_bits(test.sum_exp, sum_exp),
+              "a report changes nothing else");
+      if (first_mean.empty()) first_mean = mean_logit, first_entropy = entropy;
+      require(equal_bits(mean_logit, first_mean) && equal_bits(entropy, first_entropy),
+              "a report of any number of threads");
+    }
+    test.for_each_row(test.logits, [&](int64_t b, int64_t t, const T* x, int64_t row) {
+      const size_t i = static_cast<size_t>(row);
+      double sum = 0.0;
+      for (int64_t v = 0; v < test.V; ++v) {
+        sum += z_of(static_cast<double>(widen(x[v])), test.transform);
+      }
+      const bool is_read = all_positions || test.is_valid(b, t);
+      const double mean = is_read ? sum / static_cast<double>(test.V) : 0.0;
+      require(std::fabs(mean_logit[i] - mean) <= 4e-6, "mean_logit", mean_logit[i], mean);
+      require(test.is_valid(b, t) ? entropy[i] >= 0.0 : entropy[i] == 0.0, "entropy", entropy[i]);
+    });
+    if (test.V < 2) continue;
+
+    std::vector<double> sum_z(test.kRows), sum_exp_z(test.kRows);
+    std::vector<Compute<T>> label_z(test.kRows);
+    const int64_t half = test.V / 2;
+    for (const int64_t begin : {int64_t{0}, half}) {
+      TokenLogpsArgs args = test.forward_args();
+      args.V = begin == 0 ? half : test.V - half;
+      args.logits = test.logits + begin;
+      args.logps = nullptr;
+      args.first_label = begin;
+      args.num_labels = test.V;
+      args.continues = begin > 0;
+      args.label_z = label_z.data();
+      args.mean_logit = sum_z.data();
+      args.entropy = sum_exp_z.data();
+      args.all_positions = all_positions;
+      cpu::token_logps(args, kThreads);
+    }
+    for (size_t i = 0; i < sum_z.size(); ++i) {
+      const double mean = sum_z[i] / static_cast<double>(test.V);
+      require(std::fabs(mean - mean_logit[i]) <= 4e-6, "mean_logit of parts", mean, mean_logit[i]);
+      if (test.sum_exp[i] == 0.0) continue;  // masked
+      const double nats = RowReport{sum_z[i], sum_exp_z[i]}.entropy(test.sum_exp[i]);
+      require(std::fabs(nats - entropy[i]) <= 1e-5, "entropy of parts", nats, entropy[i]);
+    }
+    test.logps = logps, test.max = max, test.sum_exp = sum_exp;
+  }
+}
+
 template <typename T>
 void check_batch(int64_t V, bool shift, const LogitTransform& transform, std::mt19937& random) {
   TokenLogpsCase<T> test(V, shift, transform, random);
@@ -231,6 +299,7 @@ void check_batch(int64_t V, bool shift, const LogitTransform& transform, std::mt
   test.backward(kThreads);
   check_values(test);
   check_same_bits_for_any_threads(test);
+  check_report(test);
   const std::vector<T> out_memory = test.out_memory;
   check_gradient_into_zeros(test);
 
