@@ -112,10 +112,9 @@ class VocabLayout:
                 f"{name}: expected the layout of {self._name}, {self._layout()}, got "
                 f"{self._layout(tensor)}"
             )
-        if tensor is self._tensor and tensor.dim() == 3:  # logits, rows and all
-            return cast(Tensor, dtensor.to_local())
+        # Of lm_head, where ranks have rows of their own, each has a part of the gradient's sum.
         gradient = [
-            placement if row.is_replicate() else Partial()
+            Partial() if placement.is_replicate() and not row.is_replicate() else placement
             for placement, row in zip(self.placements, self.rows, strict=True)
         ]
         return cast(Tensor, dtensor.to_local(grad_placements=gradient))
@@ -130,7 +129,8 @@ class VocabLayout:
                 f"{name}: expected placements {list(self.rows)} over the mesh of {self._name}, got "
                 f"{self._layout(tensor)}"
             )
-        return cast(Tensor, dtensor.to_local())
+        # Said, as it is not what every torch takes for granted of an uneven sharding.
+        return cast(Tensor, dtensor.to_local(grad_placements=self.rows))
 
 
 def replicated(name: str, tensor: Tensor) -> Tensor:

@@ -235,10 +235,12 @@ def on_dtensors(vocabulary: int, sharded_batch: bool, backend: str | None) -> di
         "weight": leaf.weight.grad,
         "bias": None if leaf.bias is None else leaf.bias.grad,
     }
-    assert gradients["logits"].placements == tuple(of_logits)
-    assert gradients["hidden"].placements == tuple(rows)
     partial = [Partial() if sharded_batch else of_weight[0], *of_weight[1:]]
-    assert gradients["weight"].placements == gradients["bias"].placements == tuple(partial)
+    placements = {"logits": of_logits, "hidden": rows, "weight": partial, "bias": partial}
+    for name, gradient in gradients.items():
+        # Torch 2.10 has accumulated gradients of uneven shards replicated.
+        if vocabulary % mesh.size(mesh.ndim - 1) == 0:
+            assert gradient.placements == tuple(placements[name]), name
     results = {name: gradient.full_tensor() for name, gradient in gradients.items()}
     return {"logps": logps.detach(), "linear_logps": linear_logps.detach(), **results}
 
