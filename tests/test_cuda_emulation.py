@@ -17,7 +17,8 @@ Builds = Callable[[str], EmulatedKernels]
 
 
 @pytest.mark.parametrize(
-    "section", ["values", "parts", "report", "token_rows", "preference", "bytes", "schedules", "offsets"]
+    "section",
+    ["values", "parts", "report", "token_rows", "preference", "bytes", "schedules", "offsets"],
 )
 def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Builds) -> None:
     done = emulated("plain").run(section)

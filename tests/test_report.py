@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 import simpo_ext
 from batches import DTYPES, Batch, make_batch, tensors
 from simpo_ext import _C, SimPOLoss, SimPOOutput, simpo_loss
-from simpo_ext._report import report_values
 
 pytestmark = pytest.mark.kernels
 
@@ -387,48 +386,3 @@ def test_errors_name_the_argument(
     arguments = make_batch() if function is simpo_loss else ()
     with pytest.raises(error, match=f"^{message}"):
         function(*arguments, report=report)
-
-
-# ---- packed sequences and pairs ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("empty", [0, 1])
-@pytest.mark.parametrize("shift", [False, True])
-def test_packed_sequences_count_as_those_of_a_batch(shift: bool, empty: int) -> None:
-    """Sequences of other lengths, one of them empty, and pairs that share and leave out some."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = [4, 0, 3, 1, 6]
-    cu_seqlens = torch.tensor([2, *lengths]).cumsum(0)
-    size = int(cu_seqlens[-1]) + 3  # padding at both ends
-    labels = torch.randint(3, (size,), generator=generator)
-    labels[3] = -100
-    values = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name in ALL}
-    for value in values.values():
-        value[:2] = value[-3:] = NAN
-    pairs = torch.tensor([[0, 2], [4, 0], [2, 1], [4, 3]])
-    got = report_values(
-        ALL,
-        values,
-        labels,
-        ignore_index=-100,
-        shift=shift,
-        empty=empty,
-        cu_seqlens=cu_seqlens.to(torch.int32),
-        pairs=pairs,
-    )
-    valid, ranges = [], []
-    for s, length in enumerate(lengths):
-        begin = int(cu_seqlens[s])
-        positions = range(begin, begin + length)
-        ranges.append(list(positions))
-        of_labels = [t + shift for t in positions if t + shift < begin + length]
-        valid.append([t - shift for t in of_labels if labels[t] != -100])
-    counted = [p for p in pairs.tolist() if empty == 1 or (valid[p[0]] and valid[p[1]])]
-    want = []
-    for name in ALL:
-        for side in (0, 1):
-            of_all = name == "logits_all"
-            chosen = [pair[side] for pair in (pairs.tolist() if of_all else counted)]
-            tokens = [t for s in chosen for t in (ranges if of_all else valid)[s]]
-            want.append(values[name][tokens].mean())
-    torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-12)
