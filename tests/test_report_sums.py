@@ -1,4 +1,4 @@
-"""From reported values of tokens to means over sides, where sequences are packed and pairs listed."""
+"""From reported values of tokens to means over sides: packed sequences, and pairs in a list."""
 
 from __future__ import annotations
 
