@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _ops
 from ._layout import Layout
 from ._options import REDUCTIONS, Number, PreferenceOptions
-from ._report import metric_names, report_values
+from ._report import asked_for, metric_names, report_values
 
 
 class SimPOOutput(NamedTuple):
@@ -36,9 +36,7 @@ class SimPOOutput(NamedTuple):
     sft_loss: Tensor
     """The SFT term before its weight: a scalar, or [P] with ``reduction="none"``."""
     metrics_values: Tensor
-    """[9] or more, float64, detached: what :meth:`metrics` reads."""
-    metric_names: tuple[str, ...] = _ops.METRIC_NAMES
-    """The names of ``metrics_values``."""
+    """[9], or more with a ``report``, float64, detached: what :meth:`metrics` reads."""
 
     def metrics(self) -> dict[str, float]:
         """The training metrics as floats, for one device-to-host copy.
@@ -49,7 +47,8 @@ class SimPOOutput(NamedTuple):
         (means), ``num_pairs``, ``dropped_pairs`` and ``num_tokens`` (scored tokens of both sides).
         The means are NaN where no pair was counted. Then those that ``report`` asked for.
         """
-        return dict(zip(self.metric_names, self.metrics_values.tolist(), strict=True))
+        values = self.metrics_values.tolist()
+        return dict(zip(metric_names(values), values, strict=False))
 
 
 class Report(NamedTuple):
@@ -94,10 +93,11 @@ def compose_output(
         if options.sft_weight > 0.0:
             total = total + options.sft_weight * sft_loss
         out = out._replace(loss=total, sft_loss=sft_loss)
-    names, metrics = _ops.METRIC_NAMES, out.metrics
+    metrics = out.metrics
     if report is not None:
-        names = metric_names(report.names)
-        metrics = torch.cat((metrics, report.values(out, options)))
+        metrics = torch.cat(
+            (metrics, report.values(out, options), asked_for(report.names, metrics))
+        )
     pairs = out.losses.shape[0]
     return SimPOOutput(
         loss=out.loss,
@@ -108,5 +108,4 @@ def compose_output(
         rejected_rewards=out.rewards[pairs:],
         sft_loss=out.sft_loss,
         metrics_values=metrics,
-        metric_names=names,
     )

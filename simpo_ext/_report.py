@@ -7,7 +7,7 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,8 +51,20 @@ def check_linear_report(report: object, softcap: float | None) -> tuple[str, ...
     return names
 
 
-def metric_names(report: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of all metrics, in the order of their values."""
+def asked_for(report: tuple[str, ...], like: Tensor) -> Tensor:  # [3]
+    """Which of :data:`REPORTS` a report has, for :func:`metric_names`: 1 or 0."""
+    return torch.cat([like.new_full((1,), float(name in report)) for name in REPORTS])
+
+
+def metric_names(values: Sequence[float]) -> tuple[str, ...]:
+    """Of the metrics [9], those that a report adds, and its :func:`asked_for` [3] if there is one.
+
+    The names of all but the last, in their order.
+    """
+    if len(values) == len(METRIC_NAMES):
+        return METRIC_NAMES
+    asked = values[-len(REPORTS) :]
+    report = (name for name, is_asked in zip(REPORTS, asked, strict=True) if is_asked)
     return METRIC_NAMES + tuple(f"{name}/{side}" for name in report for side in SIDES)
 
 

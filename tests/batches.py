@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simpo_ext import SimPOOutput
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,12 +43,6 @@ def make_batch(
         labels[row, :prompt] = -100
         labels[row, time - padding :] = -100
     return Batch((logits + offset).to(dtype), labels)
-
-
-def tensors(out: SimPOOutput) -> tuple[Tensor, ...]:
-    """All fields but the names of the metrics."""
-    assert out._fields[-1] == "metric_names"
-    return out[:-1]
 
 
 def eager_token_logps(logits: Tensor, labels: Tensor) -> Tensor:

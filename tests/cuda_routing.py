@@ -14,9 +14,11 @@ from simpo_ext import _linear_ops
 
 FORWARD_AND_BACKWARD = (
     "token_logps",
+    "token_logps_report",
     "token_logps_backward",
     "token_logps_backward_",
     "linear_token_logps",
+    "linear_token_logps_report",
     "linear_token_logps_backward",
     "sequence_targets",
     "sequence_logps",

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import simpo_ext
-from batches import make_batch, tensors
+from batches import make_batch
 from builds import build, run, skip_unless_sanitizer_works
 from simpo_ext import _C
 from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES
@@ -60,7 +60,7 @@ def flat_results(
     def append(out: simpo_ext.SimPOOutput, leaf: torch.Tensor) -> None:
         out.loss.sum().backward()
         assert leaf.grad is not None
-        results.extend([*tensors(out), leaf.grad])
+        results.extend([*tuple(out), leaf.grad])
 
     cu_seqlens = layout["cu_seqlens"]
     for options in FLAT_TABLE:
@@ -105,14 +105,14 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
         leaf = batch.logits.clone().requires_grad_()
         out = simpo_ext.simpo_loss(leaf, batch.labels, **options)
         out.loss.sum().backward()
-        expected += [*tensors(out), leaf.grad]
+        expected += [*tuple(out), leaf.grad]
     for options in OPTION_TABLE:
         hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in linear)
         out = simpo_ext.linear_simpo_loss(
             hidden, weight, batch.labels, bias=bias, logits_budget_bytes=0, **options
         )
         out.loss.sum().backward()
-        expected += [*tensors(out), hidden.grad, weight.grad, bias.grad]
+        expected += [*tuple(out), hidden.grad, weight.grad, bias.grad]
     leaf = batch.logits.clone().requires_grad_()
     sequences = simpo_ext.sequence_logps(leaf, batch.labels, average_log_prob=False)
     sequences.sum().backward()

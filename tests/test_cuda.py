@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import simpo_ext
-from batches import DTYPES, Batch, make_batch, tensors
+from batches import DTYPES, Batch, make_batch
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -45,7 +45,7 @@ def test_gpu_and_cpu_agree(dtype: torch.dtype, options: dict[str, Any]) -> None:
     want, want_grad = loss_and_grad(batch, **options)
     out, grad = loss_and_grad(on_gpu(batch), **options)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-    for name, ours, theirs in zip(out._fields, tensors(out), tensors(want), strict=False):
+    for name, ours, theirs in zip(out._fields, tuple(out), tuple(want), strict=False):
         assert ours.device.type == DEVICE, name
         assert ours.dtype == theirs.dtype, name
         torch.testing.assert_close(ours.cpu(), theirs, rtol=tolerance, atol=tolerance)
@@ -180,7 +180,7 @@ def test_repetition_changes_no_bit(dtype: torch.dtype) -> None:
     first, first_grad = loss_and_grad(batch, sft_weight=0.3)
     for _ in range(3):
         out, grad = loss_and_grad(batch, sft_weight=0.3)
-        assert all(torch.equal(a, b) for a, b in zip(tensors(out), tensors(first), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(tuple(out), tuple(first), strict=True))
         assert torch.equal(grad, first_grad)
 
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from batches import tensors
 from simpo_ext import SimPOOutput, sequence_logps, simpo_loss, simpo_loss_from_logps, token_logps
 
 pytestmark = pytest.mark.kernels
@@ -52,13 +51,7 @@ def _logps_and_grad(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Ten
 
 def _assert_same(got: Any, want: Any) -> None:
     """Bit for bit, of tensors and tuples of them; a NaN is like any other."""
-    torch.testing.assert_close(_tensors(got), _tensors(want), rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _tensors(tree: Any) -> Any:
-    if isinstance(tree, SimPOOutput):
-        return tensors(tree)
-    return [_tensors(x) for x in tree] if isinstance(tree, list | tuple) else tree
+    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -307,8 +300,8 @@ def test_dtypes_of_outputs_and_which_are_differentiable(dtype: torch.dtype) -> N
     out, grad = _loss_and_grad(*_batch(dtype))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     assert grad.dtype == dtype
-    assert [x.dtype for x in tensors(out)] == [compute] * 7 + [torch.float64]
-    assert [x.requires_grad for x in tensors(out)] == [True] * 4 + [False] * 2 + [True, False]
+    assert [x.dtype for x in out] == [compute] * 7 + [torch.float64]
+    assert [x.requires_grad for x in out] == [True] * 4 + [False] * 2 + [True, False]
 
 
 OUTPUTS = ["loss", "losses", "chosen_logps", "rejected_logps", "sft_loss"]

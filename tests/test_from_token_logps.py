@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from batches import DTYPES, make_batch, tensors
+from batches import DTYPES, make_batch
 from linear_batches import assert_same
 from packed_batches import (
     DIFFERENTIABLE,
@@ -72,7 +72,7 @@ def test_from_token_logps_is_simpo_loss(dtype: torch.dtype, packed: bool, option
     leaf = logits.clone().requires_grad_()
     want = simpo_loss(leaf, labels, **options)
     outputs = [getattr(want, name) for name in DIFFERENTIABLE]
-    assert_same(tensors(out), tensors(want))
+    assert_same(tuple(out), tuple(want))
     assert [x.requires_grad for x in out] == [x.requires_grad for x in want]
     weights = [reduced_weights(x) for x in outputs]
     assert_same(gradient, torch.autograd.grad(outputs, leaf, weights)[0])
@@ -85,14 +85,14 @@ def test_from_token_logps_of_halves_and_of_the_linear_front_end() -> None:
     leaf = batch.logits.clone().requires_grad_()
     out = simpo_loss_from_token_logps(token_logps(leaf, batch.labels), batch.labels, sft_weight=0.3)
     out.loss.backward()
-    assert_same((tensors(out), leaf.grad), (tensors(want), want_gradient))
+    assert_same((tuple(out), leaf.grad), (tuple(want), want_gradient))
 
     linear, packed = make_linear_packed()
     layout = {"cu_seqlens": packed.cu_seqlens}
     logps = linear_token_logps(*linear[:3], bias=linear.bias, **layout)
     out = simpo_loss_from_token_logps(logps, linear.labels, pairs=PAIRED, **layout)
     want = linear_simpo_loss(*linear[:3], bias=linear.bias, pairs=PAIRED, **layout)
-    assert_same(tensors(out), tensors(want))
+    assert_same(tuple(out), tuple(want))
 
 
 @pytest.mark.parametrize("options", TOKEN_OPTIONS, ids=str)

@@ -351,9 +351,9 @@ def test_forward_mode_fails_instead_of_losing_the_tangent(which: int) -> None:
 def test_evaluation_gives_the_same_values(context: Callable[[], Any]) -> None:
     batch = make_linear_batch(vocabulary=FOUR, width=3)
     leaf = batch.leaves()
-    want = linear_simpo_loss(*leaf[:3], bias=leaf.bias)
+    want = tuple(linear_simpo_loss(*leaf[:3], bias=leaf.bias))
     with context():
-        got = linear_simpo_loss(*leaf[:3], bias=leaf.bias)
+        got = tuple(linear_simpo_loss(*leaf[:3], bias=leaf.bias))
     assert_same([x.clone() for x in got], [x.detach() for x in want])
     assert not any(x.requires_grad for x in got)
     assert all(x.is_inference() == (context is torch.inference_mode) for x in got)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import linear_oracle
 import simpo_ext
-from batches import DTYPES, tensors
+from batches import DTYPES
 from linear_batches import LinearBatch, assert_same, make_linear_batch
 from simpo_ext import LinearSimPOLoss, SimPOOutput, linear_simpo_loss, simpo_loss
 
@@ -126,7 +126,7 @@ def test_pairs_with_an_empty_sequence_are_dropped_or_nan(rows: list[int], empty:
     batch.labels[rows] = -100
     options: dict[str, Any] = {"empty": empty, "sft_weight": 0.3}
     (out, grads), (want, want_grads) = scored(batch, **options), from_logits(batch, **options)
-    for got, expected in ((tensors(out), tensors(want)), (grads, want_grads)):
+    for got, expected in ((tuple(out), tuple(want)), (grads, want_grads)):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-13, equal_nan=True)
     assert out.metrics()["dropped_pairs"] == (empty == "drop")
     assert out.losses.isnan().tolist() == [False, empty == "nan", False]
@@ -141,7 +141,7 @@ def test_nothing_to_score_is_loss_zero(shape: tuple[int, int, int], reduction: s
     batch = LinearBatch(torch.randn(shape), torch.randn(11, 7), labels, torch.randn(11))
     out, grads = scored(batch, reduction=reduction, sft_weight=0.5)
     want, _ = from_logits(batch, reduction=reduction, sft_weight=0.5)
-    assert_same(tensors(out), tensors(want))
+    assert_same(tuple(out), tuple(want))
     assert not out.loss.any()
     assert_same(grads, [torch.zeros_like(x) for x in batch.inputs()])
 
@@ -181,10 +181,10 @@ def test_gradients_of_several_outputs_add_up() -> None:
 def test_rewards_and_metrics_are_detached_and_nothing_is_recorded_without_grad() -> None:
     leaf = make_linear_batch().leaves()
     out = linear_simpo_loss(*leaf[:3], bias=leaf.bias)
-    assert [x.requires_grad for x in tensors(out)] == [True] * 4 + [False] * 2 + [True, False]
+    assert [x.requires_grad for x in tuple(out)] == [True] * 4 + [False] * 2 + [True, False]
     with torch.no_grad():
         out = linear_simpo_loss(*leaf[:3], bias=leaf.bias)
-    assert not any(x.requires_grad for x in tensors(out))
+    assert not any(x.requires_grad for x in tuple(out))
 
 
 def test_inplace_backward_leaves_the_hidden_states_as_they_are() -> None:
@@ -257,7 +257,7 @@ def test_the_module_is_the_function_with_its_options(options: dict[str, Any]) ->
     module = LinearSimPOLoss(logits_budget_bytes=0, **options)
     out = module(hidden, weight, labels, bias=bias)
     want = linear_simpo_loss(hidden, weight, labels, bias=bias, **options)
-    assert_same(tensors(out), tensors(want))
+    assert_same(tuple(out), tuple(want))
     assert list(module.parameters()) == []
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import oracle
-from batches import DTYPES, tensors
+from batches import DTYPES
 from linear_batches import LinearBatch, assert_same
 from packed_batches import (
     LENGTHS,
@@ -93,7 +93,7 @@ def test_padding_and_sequences_in_no_pair_change_nothing(
     options |= {"cu_seqlens": packed.cu_seqlens, "inplace_backward": inplace}
     out = simpo_loss(logits, packed.labels, **options)
     out.loss.backward()
-    assert_same(tensors(out), tensors(want))
+    assert_same(tuple(out), tuple(want))
     assert not leaf.grad[unused].any()
     assert_same(leaf.grad[~unused], want_gradient[: -LENGTHS[7]])
     if inplace:
@@ -183,7 +183,7 @@ def test_a_batch_of_one_row_is_the_same(dtype: torch.dtype) -> None:
     want, gradients = loss_and_gradient(*packed[:2], **options)
     row = packed.logits[None], packed.labels[None]
     out, of_row = loss_and_gradient(*row, **options)
-    assert_same(tensors(out), tensors(want))
+    assert_same(tuple(out), tuple(want))
     assert_same(of_row, [gradient[None] for gradient in gradients])
     cu = packed.cu_seqlens
     assert_same(token_logps(*row, cu_seqlens=cu), token_logps(*packed[:2], cu_seqlens=cu)[None])
@@ -202,7 +202,7 @@ def test_a_linear_batch_of_one_row_is_the_same() -> None:
         out.loss.backward()
         assert leaf.hidden.grad.shape == leaf.hidden.shape
         gradients = [leaf.hidden.grad.flatten(), leaf.weight.grad, leaf.bias.grad]
-        results.append((tensors(out), logps.detach().flatten(), gradients))
+        results.append((tuple(out), logps.detach().flatten(), gradients))
     assert_same(results[1], results[0])
 
 
@@ -215,7 +215,7 @@ def test_boundaries_of_either_dtype_and_any_stride(strided: bool, dtype: torch.d
     if strided:
         cu = torch.stack((cu, torch.full_like(cu, 10**6)), dim=1)[:, 0]
     out, got = loss_and_gradient(*packed[:2], cu_seqlens=cu)
-    assert_same((tensors(out), got), (tensors(want), gradients))
+    assert_same((tuple(out), got), (tuple(want), gradients))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -249,7 +249,7 @@ def test_layout_of_the_logits_changes_no_bit(layout: str, dtype: torch.dtype, ra
     options: dict[str, Any] = {"cu_seqlens": packed.cu_seqlens, "pairs": PAIRED}
     want, (want_gradient, _) = loss_and_gradient(logits.contiguous(), labels, **options)
     out, (gradient, _) = loss_and_gradient(logits, labels, **options)
-    assert_same((tensors(out), gradient), (tensors(want), want_gradient))
+    assert_same((tuple(out), gradient), (tuple(want), want_gradient))
     if layout in ("offset", "wider", "every other row"):  # Rows that can be overwritten.
         leaf = packed.logits.clone().requires_grad_()
         logits = LAYOUTS[layout](leaf * 1)
@@ -273,7 +273,7 @@ def test_layout_of_hidden_states_changes_nothing_but_the_order_of_sums() -> None
         inputs = [x.detach().requires_grad_() for x in stored.inputs()]
         options = {"bias": inputs[2], "cu_seqlens": packed.cu_seqlens, "pairs": PAIRED}
         out = linear_simpo_loss(*inputs[:2], stored.labels, **options)
-        results.append((tensors(out), torch.autograd.grad(out.loss, inputs)))
+        results.append((tuple(out), torch.autograd.grad(out.loss, inputs)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
@@ -308,7 +308,7 @@ def test_the_order_of_the_sequences_is_of_no_account() -> None:
     place = torch.tensor(order).argsort()
     want, (gradient, _) = loss_and_gradient(*packed[:2], cu_seqlens=packed.cu_seqlens, pairs=PAIRED)
     out, (got, _) = loss_and_gradient(*moved[:2], cu_seqlens=moved.cu_seqlens, pairs=place[PAIRED])
-    assert_same(tensors(out), tensors(want))
+    assert_same(tuple(out), tuple(want))
     assert_same(got, torch.cat([gradient[packed.spans[s]] for s in order]))
 
 
