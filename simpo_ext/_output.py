@@ -64,7 +64,7 @@ class Report(NamedTuple):
         """What ``names`` add to the metrics."""
         of_all = out.mean_logit if self.all_mean_logits is None else self.all_mean_logits
         values = {"logits": out.mean_logit, "logits_all": of_all, "entropy": out.entropy}
-        return report_values(
+        means = report_values(
             self.names,
             {name: value for name, value in values.items() if value is not None},
             self.labels,
@@ -74,6 +74,7 @@ class Report(NamedTuple):
             cu_seqlens=self.layout.cu_seqlens,
             pairs=self.layout.pairs,
         )
+        return torch.cat((means, asked_for(self.names, means)))
 
 
 def compose_output(
@@ -95,9 +96,7 @@ def compose_output(
         out = out._replace(loss=total, sft_loss=sft_loss)
     metrics = out.metrics
     if report is not None:
-        metrics = torch.cat(
-            (metrics, report.values(out, options), asked_for(report.names, metrics))
-        )
+        metrics = torch.cat((metrics, report.values(out, options)))
     pairs = out.losses.shape[0]
     return SimPOOutput(
         loss=out.loss,

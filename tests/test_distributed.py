@@ -270,7 +270,6 @@ def test_a_weight_that_fsdp_has_not_gathered_is_refused() -> None:
     run_on_ranks(2, refused_weight_of_fsdp)
 
 
-# cast_forward_inputs); policy as in train_fsdp_in_bfloat16 but with cast_forward_inputs left at its default:
 def refused_cast_of_the_normalizer() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = shard(make_model("token", dtype=torch.float32), "root", mp_policy=policy)
