@@ -19,8 +19,9 @@ from ._options import EMPTY_POLICIES
 REPORTS = ("logits", "logits_all", "entropy")
 SIDES = ("chosen", "rejected")
 
-# Elements that a reduction in another dtype may copy at once: 16 MiB of float32.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements that a reduction in another dtype may copy at once: on a CPU, what stays in its caches.
+_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS_OF_GPUS = 1 << 24
 
 
 def check_report(report: object) -> tuple[str, ...]:
@@ -93,7 +94,8 @@ def mean_logits(
 
 def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over the first dimension in ``dtype``, without a copy of it all in that dtype."""
-    if matrix.dtype == dtype or torch.compiler.is_compiling():  # a compiler fuses the conversion
+    # On GPUs, sums convert as they go, and a compiler fuses the conversion.
+    if matrix.dtype == dtype or matrix.is_cuda or torch.compiler.is_compiling():
         return matrix.sum(0, dtype=dtype)
     total = matrix.new_zeros(matrix.shape[1:], dtype=dtype)
     for rows in _chunks(matrix):
@@ -111,7 +113,8 @@ def _dot_products(rows: Tensor, vector: Tensor) -> Tensor:
 
 def _chunks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Of so many rows that a copy of a chunk is small."""
-    rows = max(1, _CHUNK_ELEMENTS // max(1, matrix.shape[1]))
+    elements = _CHUNK_ELEMENTS_OF_GPUS if matrix.is_cuda else _CHUNK_ELEMENTS
+    rows = max(1, elements // max(1, matrix.shape[1]))
     chunks: tuple[Tensor, ...] = torch.split(matrix, rows)
     return chunks
 
