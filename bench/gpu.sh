@@ -155,7 +155,7 @@ run_tests() {
   local parallel=()
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n 8)
   export FAIL_WITHOUT_CUDA=1
-  limited "$python" -m pytest -q tests/test_cuda.py tests/test_cuda_linear.py &&
+  limited "$python" -m pytest -q tests/test_cuda.py tests/test_cuda_linear.py tests/test_cuda_vocab.py &&
     limited "$python" -m pytest -q --kernels=cuda "${parallel[@]}"
 }
 

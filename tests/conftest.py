@@ -46,8 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", line)
     kernels = config.getoption("--kernels")
     if kernels == "emulated":
-        folder = config.cache.mkdir("emulated_ops")
-        load_emulated_ops(Path(folder))
+        folder = Path(config.cache.mkdir("emulated_ops"))
+        if not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers come after
+            build_emulated_ops(folder)
+        load_emulated_ops(folder)
     elif kernels == "cuda":
         from cuda_routing import route_cpu_ops_to_cuda
 
@@ -58,10 +60,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"kernels behind the ops on CPU tensors: {config.getoption('--kernels')}"
 
 
-def load_emulated_ops(folder: Path) -> None:
-    """Builds the emulated CUDA kernels in ``folder`` and puts them in place of the CPU kernels."""
+def build_emulated_ops(folder: Path) -> None:
+    """Builds the emulated CUDA kernels as ops."""
     torch_dir = Path(torch.__file__).parent
     build(EMULATION, folder, f"-DTORCH_DIR={torch_dir}", target="emulated_ops")
+
+
+def load_emulated_ops(folder: Path) -> None:
+    """Puts the emulated CUDA kernels that were built there in place of the CPU kernels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the dispatcher's, that a kernel was registered anew
         torch.ops.load_library(folder / "libemulated_ops.so")

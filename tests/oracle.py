@@ -146,7 +146,7 @@ def _targets(
 ) -> tuple[Ints, Bools]:
     """Label scored at each logits position (int64; 0 where masked) and validity, as labels."""
     given = np.asarray(labels, dtype=np.int64)
-    targets = np.full_like(given, ignore_index)
+    targets = np.full(given.shape, ignore_index)  # of rows that can be written as one
     flat, flat_targets = given.reshape(-1), targets.reshape(-1)
     for span in _spans(given.shape, cu_seqlens):
         sequence = flat[span]
