@@ -21,9 +21,9 @@ struct Section {
   void (*check)(bool reduced);
 };
 constexpr Section kSections[] = {{"values", check_values},         {"parts", check_parts},
-                                 {"token_rows", check_token_rows}, {"preference", check_preference},
-                                 {"bytes", check_bytes},           {"schedules", check_schedules},
-                                 {"offsets", check_offsets}};
+                                 {"token_rows", check_token_rows}, {"sequences", check_sequences},
+                                 {"preference", check_preference}, {"bytes", check_bytes},
+                                 {"schedules", check_schedules},   {"offsets", check_offsets}};
 
 char description[512] = "";
 
