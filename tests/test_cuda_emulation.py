@@ -1,5 +1,5 @@
 """The CUDA kernels, run on the CPU by the emulator: cuda_emulation/kernels, section by section; and
-the bugs that its checks find, each of mutants.py planted alone."""
+the bugs that its checks find, each of mutants.py and its like planted alone."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ from collections.abc import Callable
 import pytest
 
 from emulation import CSRC, EmulatedKernels
-from mutants import MUTANTS, Mutant
+from mutants import LOGPS_MUTANTS, Mutant
+from mutants_pairs import PAIRS_MUTANTS
+from mutants_report import REPORT_MUTANTS
+from mutants_rows import ROWS_MUTANTS
+from mutants_shards import SHARDS_MUTANTS
 
 pytestmark = pytest.mark.emulation
 
 Builds = Callable[[str], EmulatedKernels]
 
+MUTANTS = (*LOGPS_MUTANTS, *REPORT_MUTANTS, *ROWS_MUTANTS, *PAIRS_MUTANTS, *SHARDS_MUTANTS)
+SECTIONS = [
+    "values",
+    "parts",
+    "report",
+    "token_rows",
+    "sequences",
+    "preference",
+    "bytes",
+    "schedules",
+    "offsets",
+    "vocab_shards",
+]
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        "values",
-        "parts",
-        "report",
-        "token_rows",
-        "preference",
-        "bytes",
-        "schedules",
-        "offsets",
-        "vocab_shards",
-    ],
-)
+
+@pytest.mark.parametrize("section", SECTIONS)
 def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Builds) -> None:
     done = emulated("plain").run(section)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
@@ -41,10 +46,10 @@ def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Bu
     ("build", "arguments"),
     [
         ("asan", ("values", "token_rows", "vocab_shards")),
-        ("asan", ("--reduced", "parts", "preference", "report", "schedules")),
+        ("asan", ("--reduced", "parts", "report", "sequences", "preference", "schedules")),
         ("tsan", ("--reduced", "values")),
         ("tsan", ("--reduced", "parts", "report", "token_rows", "vocab_shards")),
-        ("tsan", ("--reduced", "preference", "schedules")),
+        ("tsan", ("--reduced", "sequences", "preference", "schedules")),
     ],
 )
 def test_the_kernels_run_clean_under_a_sanitizer(

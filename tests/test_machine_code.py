@@ -41,6 +41,29 @@ def around_hidden_states(compiled: list[Kernel], *names: str) -> list[Kernel]:
     return [k for k in found if not names or any(name in k.name for name in names)]
 
 
+# Of 256 threads. The first two are of the flat layout, and know no dtype.
+OF_SEQUENCES = (
+    "fill_targets_kernel",
+    "sequence_targets_kernel",
+    "sequence_logps_kernel",
+    "sequence_logps_backward_kernel",
+    "sum_sequences_kernel",
+    "preference_loss_backward_kernel",
+)
+
+
+def of_sequences(compiled: list[Kernel]) -> list[Kernel]:
+    """Those that are a block or more for each sequence."""
+    files = ("sequence_targets_cu", "sequence_logps_cu", "preference_loss_cu")
+    found = [k for k in compiled if any(file in k.name for file in files)]
+    kernels = [k for k in found if any(name in k.name for name in OF_SEQUENCES)]
+    # The targets once, the others for each dtype of arithmetic; and beside them score_pairs.
+    architectures = len({k.architecture for k in compiled})
+    assert len(kernels) == (2 + 4 * 2) * architectures
+    assert len(found) == len(kernels) + 2 * architectures
+    return kernels
+
+
 def is_float64(kernel: Kernel) -> bool:
     return "kernelId" in kernel.name
 
@@ -121,6 +144,12 @@ def test_the_kernels_of_shards_leave_room_for_many_threads(compiled: list[Kernel
     assert len(found) == (4 * 2 + 2) * len({k.architecture for k in compiled})
     for kernel in found:
         assert kernel.registers <= 40, label(kernel)
+
+
+@needs_cuda_build
+def test_four_sequences_at_a_time_fit_on_a_multiprocessor(compiled: list[Kernel]) -> None:
+    for kernel in of_sequences(compiled):
+        assert kernel.registers <= 64, label(kernel)
 
 
 @needs_cuda_build

@@ -73,6 +73,7 @@ constexpr NamedTransform kTransforms[] = {
 
 // Each in the file of its name.
 void check_pages();
+void check_pairs();
 void check_row_gradients();
 void check_row_reports();
 void check_row_sums();

@@ -7,11 +7,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
-#include <vector>
 
 #include "check.h"
 #include "core/kernels.h"
-#include "threads.h"
 
 using namespace simpo_ext;
 using namespace simpo_ext::test;
@@ -65,90 +63,12 @@ void check_conversions() {
       [](uint32_t b) { return widen(BFloat16{static_cast<uint16_t>(b)}); });
 }
 
-// ---- preference_loss ------------------------------------------------------------------------
-
-void check_preference_loss(int64_t P, int64_t T_) {
-  std::vector<float> token_logps(static_cast<size_t>(2 * P * T_));
-  std::vector<int64_t> labels(token_logps.size());
-  for (size_t i = 0; i < labels.size(); ++i) {
-    token_logps[i] = -0.25f * static_cast<float>(i % 7);
-    labels[i] = i % 5 == 0 ? -100 : 1;
-  }
-  const Targets targets{labels.data(), {T_, 1}, 2 * P, T_, -100, true};
-  const size_t pairs = static_cast<size_t>(P);
-  std::vector<float> losses(pairs), logps(2 * pairs), rewards(2 * pairs), slopes(pairs);
-  std::vector<double> metrics(kNumMetrics), sums(2 * pairs);
-  std::vector<int64_t> counts(2 * pairs);
-  float loss = 0.0f, sft_loss = 0.0f;
-  const LossReduction reduction{Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop, 0.5};
-  cpu::preference_loss({DType::kFloat32,
-                        token_logps.data(),
-                        {T_, 1},
-                        targets,
-                        true,
-                        {LossType::kSigmoid, 2.0, 0.5, 0.1},
-                        reduction,
-                        sums.data(),
-                        &loss,
-                        losses.data(),
-                        logps.data(),
-                        rewards.data(),
-                        &sft_loss,
-                        metrics.data(),
-                        slopes.data(),
-                        counts.data()},
-                       kThreads);
-  require(std::isfinite(loss) && std::isfinite(sft_loss), "the loss is finite", loss);
-  require(metrics[kNumPairs] + metrics[kDroppedPairs] == static_cast<double>(P),
-          "every pair is counted");
-  std::vector<float> grad(token_logps.size());
-  const float one = 1.0f;
-  cpu::preference_loss_backward(
-      {DType::kFloat32, targets, true, reduction, slopes.data(), counts.data(), &one, 0,
-       losses.data(), 1, nullptr, 0, nullptr, 0, grad.data()},
-      kThreads);
-  for (int64_t b = 0; b < 2 * P; ++b) {
-    for (int64_t t = 0; t < T_; ++t) {
-      const float g = grad[static_cast<size_t>(b * T_ + t)];
-      require(targets.is_valid(b, t) ? std::isfinite(g) : g == 0.0f,
-              "gradients stand at valid tokens", g);
-    }
-  }
-}
-
-void check_sequence_logps() {
-  constexpr int64_t B = 3, T_ = 4;
-  std::vector<double> token_logps(B * T_), logps(B), gradient(B * T_);
-  std::vector<int64_t> labels(B * T_, 1), counts(B);
-  for (size_t i = 0; i < token_logps.size(); ++i) token_logps[i] = -static_cast<double>(i);
-  for (size_t t = 0; t < T_; ++t) labels[t] = -100;  // the first sequence is empty
-  labels[6] = -100;
-  const Targets targets{labels.data(), {T_, 1}, B, T_, -100, false};
-  cpu::sequence_logps(
-      {DType::kFloat64, token_logps.data(), {T_, 1}, targets, true, logps.data(), counts.data()},
-      kThreads);
-  require(std::isnan(logps[0]) && counts[0] == 0, "an empty sequence is NaN");
-  require(logps[1] == -(4.0 + 5.0 + 7.0) / 3 && counts[1] == 3, "mean of the valid tokens",
-          logps[1]);
-  require(logps[2] == -9.5 && counts[2] == 4, "mean of all tokens", logps[2]);
-  const std::vector<double> upstream{1.0, 3.0, 8.0};
-  cpu::sequence_logps_backward(
-      {DType::kFloat64, targets, true, upstream.data(), 1, counts.data(), gradient.data()},
-      kThreads);
-  const std::vector<double> expected{0, 0, 0, 0, 1, 1, 0, 1, 2, 2, 2, 2};
-  for (size_t i = 0; i < expected.size(); ++i) {
-    require(std::fabs(gradient[i] - expected[i]) < 1e-15, "gradient of a mean", gradient[i],
-            expected[i]);
-  }
-}
-
 }  // namespace
 
 int main() {
   std::puts(cpu::capability());
   if (!kThreadsAlone) {
     check_conversions();
-    check_sequence_logps();
     check_pages();
     check_row_sums();
     check_row_reports();
@@ -157,10 +77,7 @@ int main() {
   check_token_logps();
   check_token_rows();
   check_vocab_shards();
-  check_preference_loss(0, 4);
-  check_preference_loss(5, 1);
-  check_preference_loss(3, 40);
-  check_preference_loss(40, 9000);
+  check_pairs();
   std::puts("ok");
   return 0;
 }

@@ -85,15 +85,21 @@ void check_gather_rows(int64_t H, std::mt19937& random) {
   const std::vector<int64_t> positions{1, 3, 6, 7, -1, -1};
   const int64_t R = static_cast<int64_t>(positions.size());
   std::vector<T> rows(index(R * H), narrow<T>(Compute<T>(5)));
-  cpu::gather_rows(
-      {Named<T>::dtype, T_, H, R, positions.data(), source.data(), strides, rows.data()}, kThreads);
-  for (int64_t i = 0; i < R; ++i) {
-    const int64_t p = positions[index(i)];
-    for (int64_t h = 0; h < H; ++h) {
-      const double expected =
-          p < 0 ? 0.0 : value(source[index(strides.offset(p / T_, p % T_) + h)]);
-      require(value(rows[index(i * H + h)]) == expected, "gathered", value(rows[index(i * H + h)]),
-              expected);
+  const std::vector<Compute<T>> gradients{Compute<T>(1),    Compute<T>(0), Compute<T>(-2),
+                                          Compute<T>(-0.0), Compute<T>(3), Compute<T>(0)};
+  for (const bool has_gradients : {false, true}) {
+    cpu::gather_rows({Named<T>::dtype, T_, H, R, positions.data(), source.data(), strides,
+                      rows.data(), has_gradients ? gradients.data() : nullptr},
+                     kThreads);
+    for (int64_t i = 0; i < R; ++i) {
+      const int64_t p = positions[index(i)];
+      const bool has_part = p >= 0 && (!has_gradients || gradients[index(i)] != Compute<T>(0));
+      for (int64_t h = 0; h < H; ++h) {
+        const double expected =
+            has_part ? value(source[index(strides.offset(p / T_, p % T_) + h)]) : 0.0;
+        require(value(rows[index(i * H + h)]) == expected, "gathered",
+                value(rows[index(i * H + h)]), expected);
+      }
     }
   }
 }

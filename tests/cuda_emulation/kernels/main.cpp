@@ -20,15 +20,12 @@ struct Section {
   const char* name;
   void (*check)(bool reduced);
 };
-constexpr Section kSections[] = {{"values", check_values},
-                                 {"parts", check_parts},
-                                 {"report", check_report},
-                                 {"token_rows", check_token_rows},
-                                 {"preference", check_preference},
-                                 {"bytes", check_bytes},
-                                 {"schedules", check_schedules},
-                                 {"offsets", check_offsets},
-                                 {"vocab_shards", check_vocab_shards}};
+constexpr Section kSections[] = {
+    {"values", check_values},       {"parts", check_parts},
+    {"report", check_report},       {"token_rows", check_token_rows},
+    {"sequences", check_sequences}, {"preference", check_preference},
+    {"bytes", check_bytes},         {"schedules", check_schedules},
+    {"offsets", check_offsets},     {"vocab_shards", check_vocab_shards}};
 
 char description[512] = "";
 

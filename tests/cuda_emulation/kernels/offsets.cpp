@@ -165,8 +165,14 @@ void check_far_rows() {
     // The same strides for token log-probs: grad holds some.
     const Buffer<Scalar> sums(B);
     const Buffer<int64_t> counts(B);
-    require_equal(cuda::sequence_logps({DTypeOf<Scalar>::value, grad.data(), kLabelStrides, targets,
-                                        false, sums.data(), counts.data()},
+    require_equal(cuda::sequence_logps({.dtype = DTypeOf<Scalar>::value,
+                                        .token_logps = grad.data(),
+                                        .token_strides = kLabelStrides,
+                                        .targets = targets,
+                                        .sequences = {nullptr, B},
+                                        .average = false,
+                                        .logps = sums.data(),
+                                        .counts = counts.data()},
                                        nullptr),
                   0, "error of sequence_logps");
     require_equal(static_cast<double>(sums[0]), 1.0 - 2.0, "sum of the first sequence");
@@ -236,10 +242,79 @@ void check_far_hidden_states() {
   }
 }
 
+// Two short sequences, all else of a very long row being padding.
+template <typename Scalar>
+void check_far_sequences() {
+  describe("%s, sequences behind 2^32 positions", DTypeOf<Scalar>::name);
+  constexpr int64_t kFirst = (int64_t{1} << 32) + 3, S = 2, N = kFirst + 7;
+  const SparseArray<int64_t> labels(N);
+  const SparseArray<Scalar> token_logps(N), grad(N);
+  const Buffer<int64_t> cu_seqlens(S + 1), counts(S);
+  const Buffer<Scalar> logps(S);
+  cu_seqlens[0] = kFirst;
+  cu_seqlens[1] = kFirst + 2;
+  cu_seqlens[2] = kFirst + 5;
+  for (int64_t t = kFirst; t < kFirst + 5; ++t) {
+    token_logps[t] = Scalar(t - kFirst + 1);
+    labels[t] = t == kFirst + 3 ? kIgnore : 1;
+  }
+  const Targets targets{labels.data(), {N, 1}, 1, N, kIgnore, false};
+  require_equal(cuda::sequence_logps({.dtype = DTypeOf<Scalar>::value,
+                                      .token_logps = token_logps.data(),
+                                      .token_strides = {N, 1},
+                                      .targets = targets,
+                                      .sequences = {cu_seqlens.data(), S},
+                                      .average = false,
+                                      .logps = logps.data(),
+                                      .counts = counts.data()},
+                                     nullptr),
+                0, "error of sequence_logps");
+  require_equal(static_cast<double>(logps[0]), 3.0, "sum of the first sequence");
+  require_equal(static_cast<double>(logps[1]), 8.0, "sum of the second sequence");
+  require_equal(cuda::sequence_logps_backward({.dtype = DTypeOf<Scalar>::value,
+                                               .targets = targets,
+                                               .sequences = {cu_seqlens.data(), S},
+                                               .average = false,
+                                               .grad_logps = logps.data(),
+                                               .grad_stride = 1,
+                                               .counts = counts.data(),
+                                               .grad_token_logps = grad.data()},
+                                              nullptr),
+                0, "error of sequence_logps_backward");
+  const double expected[] = {3.0, 3.0, 8.0, 0.0, 8.0, 0.0};
+  for (int64_t i = 0; i < 6; ++i) {
+    require_equal(static_cast<double>(grad[kFirst + i]), expected[i], "gradient");
+  }
+}
+
+// Labels that lie far apart.
+void check_far_labels() {
+  constexpr int64_t N = 4, kStride = (int64_t{1} << 31) + 1;
+  describe("sequence_targets of labels %ld apart", kStride);
+  const SparseArray<int64_t> labels(N * kStride);
+  const Buffer<int64_t> cu_seqlens(3), got(N);
+  for (int64_t s = 0; s < 3; ++s) cu_seqlens[s] = 2 * s;
+  for (int64_t t = 0; t < N; ++t) labels[t * kStride] = t + 1;
+  require_equal(
+      cuda::sequence_targets({.labels = {labels.data(), {0, kStride}, 1, N, kIgnore, true},
+                              .num_labels = 9,
+                              .sequences = {cu_seqlens.data(), 2},
+                              .targets = got.data()},
+                             nullptr),
+      0, "error of sequence_targets");
+  const int64_t expected[] = {2, kIgnore, 4, kIgnore};
+  for (int64_t t = 0; t < N; ++t) {
+    require_equal(static_cast<double>(got[t]), static_cast<double>(expected[t]), "targets");
+  }
+}
+
 }  // namespace
 
 void check_offsets(bool) {
   check_contiguous_forward();
+  check_far_sequences<float>();
+  check_far_sequences<double>();
+  check_far_labels();
   for_each_dtype([](auto, auto logit) {
     check_far_rows<decltype(logit)>();
     check_far_hidden_states<decltype(logit)>();

@@ -100,24 +100,34 @@ void check_token_logps(bool reduced) {
 }
 
 template <typename Scalar>
-void check_pairs(bool reduced, int64_t P, int64_t num_positions, const PairOptions& options,
-                 uint64_t seed) {
-  describe("%s, P %ld, T %ld", DTypeOf<Scalar>::name, P, num_positions);
+void check_pairs(bool reduced, int64_t P, SequenceShape shape, bool has_indices,
+                 const PairOptions& options, uint64_t seed) {
+  describe("%s, P %ld, S %ld, T %ld, flat %d, indices %d", DTypeOf<Scalar>::name, P, shape.S,
+           shape.T, shape.is_flat, has_indices);
   require_one_result(reduced, [&] {
-    const PairBatch<Scalar> batch(2 * P, num_positions, true, seed);
-    const PairOutputs<Scalar> outputs(P, options);
+    const PairBatch<Scalar> batch(shape, true, seed);
+    const PairList list(P, shape.S, has_indices, has_indices, seed);
+    const PairOutputs<Scalar> outputs(shape.S, P, options);
     const PairGradients<Scalar> incoming(P, options, 0, seed);
-    const Buffer<Scalar> grad(2 * P * num_positions), logps(2 * P);
-    const Buffer<int64_t> counts(2 * P);
-    require_equal(cuda::preference_loss(outputs.args(batch, options), nullptr), 0,
+    const Buffer<Scalar> grad = batch.new_gradient(), logps(shape.S);
+    const Buffer<int64_t> counts(shape.S), targets(batch.is_flat ? batch.T : 0);
+    require_equal(cuda::preference_loss(outputs.args(batch, list, options), nullptr), 0,
                   "error of the forward");
-    require_equal(cuda::preference_loss_backward(
-                      incoming.args(batch, options, outputs, grad.data()), nullptr),
-                  0, "error of the backward");
-    require_equal(cuda::sequence_logps({batch.kDType, batch.token_logps(), batch.token_strides,
-                                        batch.targets(), false, logps.data(), counts.data()},
-                                       nullptr),
-                  0, "error of sequence_logps");
+    require_equal(
+        cuda::preference_loss_backward(incoming.args(batch, list, options, outputs, grad), nullptr),
+        0, "error of the backward");
+    require_equal(cuda::sequence_logps(sequence_args(batch, false, logps, counts), nullptr), 0,
+                  "error of sequence_logps");
+    if (batch.is_flat) {
+      Targets labels = batch.targets();
+      labels.shift = true;
+      require_equal(cuda::sequence_targets({.labels = labels,
+                                            .num_labels = 9,
+                                            .sequences = batch.sequences(),
+                                            .targets = targets.data()},
+                                           nullptr),
+                    0, "error of sequence_targets");
+    }
     Bytes bytes;
     for (const Buffer<Scalar>* buffer :
          {&outputs.loss, &outputs.losses, &outputs.logps, &outputs.rewards, &outputs.sft_loss,
@@ -127,6 +137,7 @@ void check_pairs(bool reduced, int64_t P, int64_t num_positions, const PairOptio
     append(bytes, outputs.metrics);
     append(bytes, outputs.counts);
     append(bytes, counts);
+    append(bytes, targets);
     return bytes;
   });
 }
@@ -227,14 +238,18 @@ void check_schedules(bool reduced) {
   });
   const PairOptions mean_of_tokens{
       true,
-      {LossType::kSigmoid, 2.0, 0.5, 0.1},
+      {LossType::kSigmoid, 2.0, 0.5, 0.1, 0.0},
       {Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop, 0.5}};
   const PairOptions each{false,
-                         {LossType::kHinge, 0.5, 0.1, 0.0},
+                         {LossType::kHinge, 0.5, 0.1, 0.0, 0.0},
                          {Reduction::kNone, SftReduction::kSequence, EmptyPolicy::kNan, 0.5}};
-  check_pairs<float>(reduced, reduced ? 5 : 40, 300, mean_of_tokens, 6);
-  check_pairs<double>(reduced, reduced ? 10 : 130, 40, mean_of_tokens, 7);
-  check_pairs<float>(reduced, reduced ? 5 : 130, 5, each, 8);
+  const int64_t P = reduced ? 5 : 40, few = reduced ? 10 : 130, many = reduced ? 5 : 130;
+  check_pairs<float>(reduced, P, {2 * P, 300}, false, mean_of_tokens, 6);
+  check_pairs<double>(reduced, few, {2 * few, 40}, false, mean_of_tokens, 7);
+  check_pairs<float>(reduced, many, {2 * many, 5}, false, each, 8);
+  // Sequences in many pairs, whose gradients are added up by all threads; more of them than blocks.
+  check_pairs<float>(reduced, 300, {7, reduced ? 5 : 400, true}, true, mean_of_tokens, 9);
+  if (!reduced) check_pairs<double>(reduced, 90, {80, 5}, true, each, 10);
 }
 
 }  // namespace simpo_ext::kernel_tests

@@ -10,6 +10,7 @@ void check_values(bool reduced);
 void check_parts(bool reduced);
 void check_report(bool reduced);
 void check_token_rows(bool reduced);
+void check_sequences(bool reduced);
 void check_preference(bool reduced);
 void check_bytes(bool reduced);
 void check_schedules(bool reduced);

@@ -74,32 +74,43 @@ void check_selections(bool reduced) {
 
 template <typename T>
 void check_gather(const RowBatch& batch, const SelectedRows& rows, int64_t H, Layout layout,
-                  int64_t front) {
-  describe("%s, H %ld, R %ld, source from element %ld with gaps of %ld and %ld, rows from %ld",
-           DTypeOf<T>::name, H, rows.R, layout.front, layout.pad_t, layout.pad_b, front);
+                  int64_t front, bool has_gradients) {
+  describe(
+      "%s, H %ld, R %ld, source from element %ld with gaps of %ld and %ld, rows from %ld, "
+      "gradients %d",
+      DTypeOf<T>::name, H, rows.R, layout.front, layout.pad_t, layout.pad_b, front, has_gradients);
   const Rows<T> source(batch.B, batch.T, H, layout);
   source.for_each_row([&](int64_t b, int64_t t, T* x) {
     for (int64_t h = 0; h < H; ++h) {
       x[h] = narrow<T>(static_cast<Compute<T>>((b * batch.T + t) % 50 + 0.5 * (h % 3) + 1));
     }
   });
+  // Every third row has none, one of them less than nothing.
+  const Buffer<Compute<T>> gradients(rows.R);
+  for (int64_t i = 0; i < rows.R; ++i) {
+    gradients[i] = static_cast<Compute<T>>(i % 3 == 1 ? (i == 4 ? -0.0 : 0.0) : 0.5 - i);
+  }
+  const auto has_part = [&](int64_t i) {
+    return rows.positions[i] >= 0 && (!has_gradients || i % 3 != 1);
+  };
   std::vector<bool> is_row(static_cast<size_t>(batch.B * batch.T));
   for (int64_t i = 0; i < rows.num_tokens; ++i) {
-    is_row[static_cast<size_t>(rows.positions[i])] = true;
+    is_row[static_cast<size_t>(rows.positions[i])] = has_part(i);
   }
   source.forbid_reads_unless(
       [&](int64_t b, int64_t t) { return is_row[static_cast<size_t>(b * batch.T + t)]; });
   const Buffer<T> result(rows.R * H, front);
-  require_equal(cuda::gather_rows({DTypeOf<T>::value, batch.T, H, rows.R, rows.positions.data(),
-                                   source.data(), source.strides(), result.data()},
-                                  nullptr),
+  require_equal(cuda::gather_rows(
+                    {DTypeOf<T>::value, batch.T, H, rows.R, rows.positions.data(), source.data(),
+                     source.strides(), result.data(), has_gradients ? gradients.data() : nullptr},
+                    nullptr),
                 0, "error of gather_rows");
   source.permit_reads();
   for (int64_t i = 0; i < rows.R; ++i) {
     const int64_t position = rows.positions[i];
     for (int64_t h = 0; h < H; ++h) {
       const double expected =
-          position < 0 ? 0.0 : number(source.row(position / batch.T, position % batch.T)[h]);
+          has_part(i) ? number(source.row(position / batch.T, position % batch.T)[h]) : 0.0;
       require_equal(number(result[i * H + h]), expected, "element of a gathered row");
     }
   }
@@ -118,19 +129,19 @@ void check_gathers(bool reduced) {
     const int64_t num_valid = static_cast<int64_t>(tokens.valid.size());
     const SelectedRows rows(tokens, num_valid + 3);
     const int64_t to_boundary = (kWidth - H % kWidth) % kWidth;
-    check_gather<T>(tokens, rows, H, {0, to_boundary, 0}, 0);
-    check_gather<T>(tokens, rows, H, {1, 0, 0}, 1);
+    check_gather<T>(tokens, rows, H, {0, to_boundary, 0}, 0, true);
+    check_gather<T>(tokens, rows, H, {1, 0, 0}, 1, false);
     if (reduced) continue;
-    check_gather<T>(tokens, rows, H, {kWidth - 1, 1, 3}, 1 % kWidth);
-    check_gather<T>(tokens, rows, H, {0, to_boundary, kWidth}, 1);
-    check_gather<T>(tokens, SelectedRows(tokens, num_valid / 2), H, {0, 0, 0}, 0);
+    check_gather<T>(tokens, rows, H, {kWidth - 1, 1, 3}, 1 % kWidth, true);
+    check_gather<T>(tokens, rows, H, {0, to_boundary, kWidth}, 1, false);
+    check_gather<T>(tokens, SelectedRows(tokens, num_valid / 2), H, {0, 0, 0}, 0, false);
   }
-  check_gather<T>(batch, SelectedRows(batch, 5), 0, {}, 0);
-  check_gather<T>(batch, SelectedRows(batch, 0), 7, {}, 0);
+  check_gather<T>(batch, SelectedRows(batch, 5), 0, {}, 0, true);
+  check_gather<T>(batch, SelectedRows(batch, 0), 7, {}, 0, true);
   if (reduced) return;
   // More blocks than kMaxGridX, of the kernel with a thread for each row.
   const RowBatch many(1, 70, 50, 3102);
-  check_gather<T>(many, SelectedRows(many, 65 * 256 + 1), 1, {0, 1, 0}, 0);
+  check_gather<T>(many, SelectedRows(many, 65 * 256 + 1), 1, {0, 1, 0}, 0, true);
 }
 
 // ---- write_logps, put_label_gradients -------------------------------------------------------
