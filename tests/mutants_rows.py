@@ -80,7 +80,7 @@ ROWS_MUTANTS = (
     Mutant(
         "a row without a token gathered",
         HIDDEN,
-        "  if (!has_part<T>(args, row, position)) {\n"
+        "  if (!has_part<T>(args, row, position, load_gradient)) {\n"
         "    fill_row<T, kRowThreads>(to, args.H, 0);\n    return;\n  }\n",
         "",
         "token_rows",

@@ -140,11 +140,12 @@ __global__ void __launch_bounds__(kRowsPerBlock)
 }
 
 // Whether there is anything to gather for a row: a token, with a gradient where it matters.
-template <typename T>
-SIMPO_DEVICE bool has_part(const GatherRowsArgs& args, int64_t row, int64_t position) {
+template <typename T, typename Load>
+SIMPO_DEVICE bool has_part(const GatherRowsArgs& args, int64_t row, int64_t position,
+                           const Load& load_gradient) {
   if (position < 0) return false;
   if (args.gradients == nullptr) return true;
-  return load_uniform(static_cast<const Compute<T>*>(args.gradients) + row) != Compute<T>(0);
+  return load_gradient(static_cast<const Compute<T>*>(args.gradients) + row) != Compute<T>(0);
 }
 
 // Of rows no longer than a vector.
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kRowsPerBlock) gather_short_rows_kernel(Gather
   if (row >= args.R) return;
   const int64_t position = load(args.positions + row);
   T* to = static_cast<T*>(args.rows) + row * args.H;
-  if (!has_part<T>(args, row, position)) {
+  if (!has_part<T>(args, row, position, [](const auto* gradient) { return load(gradient); })) {
     for (int64_t h = 0; h < args.H; ++h) store(to + h, T{});
     return;
   }
@@ -195,7 +196,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSM)
   if (row >= args.R) return;
   const int64_t position = load_uniform(args.positions + row);
   T* to = static_cast<T*>(args.rows) + row * args.H;
-  if (!has_part<T>(args, row, position)) {
+  const auto load_gradient = [](const auto* gradient) { return load_uniform(gradient); };
+  if (!has_part<T>(args, row, position, load_gradient)) {
     fill_row<T, kRowThreads>(to, args.H, 0);
     return;
   }
