@@ -129,7 +129,6 @@ class VocabLayout:
                 f"{name}: expected placements {list(self.rows)} over the mesh of {self._name}, got "
                 f"{self._layout(tensor)}"
             )
-        # Said, as it is not what every torch takes for granted of an uneven sharding.
         return cast(Tensor, dtensor.to_local(grad_placements=self.rows))
 
 
