@@ -263,6 +263,9 @@ def _module(name: str, file: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Pickle imports a class's module with its parents, which need not be on the path.
+    for parent in itertools.accumulate(name.split(".")[:-1], "{}.{}".format):
+        sys.modules.setdefault(parent, ModuleType(parent))
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
