@@ -86,7 +86,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "packages": {package: version(package) for package in PEERS},
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
     }
