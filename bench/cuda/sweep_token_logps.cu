@@ -116,7 +116,7 @@ template <int kThreads, int kUnroll>
 Variant variant() {
   using Logits = simpo_ext::ScaledLogits<float>;
   return {kThreads, kUnroll,
-          &simpo_ext::cuda::launch_token_logps<BFloat16, Logits, kThreads, kUnroll>,
+          &simpo_ext::cuda::launch_token_logps<BFloat16, Logits, kThreads, kUnroll, false>,
           &simpo_ext::cuda::launch_token_logps_backward<BFloat16, Logits, kThreads, kUnroll>};
 }
 
