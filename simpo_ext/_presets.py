@@ -66,30 +66,8 @@ _TRL: Final = Semantics(
     shift=True,
 )
 _TRL_CPO: Final = _TRL._replace(gamma_beta_ratio=0.0, gamma=None, average_log_prob=False)
-_LIGER: Final = Semantics(
-    loss_type="sigmoid",
-    beta=0.1,
-    gamma_beta_ratio=None,
-    gamma=0.5,
-    label_smoothing=0.0,
-    sft_weight=1.0,
-    sft_reduction="token",
-    average_log_prob=True,
-    empty="nan",
-    shift=False,
-)
-_LLAMAFACTORY: Final = Semantics(
-    loss_type="sigmoid",
-    beta=0.1,
-    gamma_beta_ratio=None,
-    gamma=0.5,
-    label_smoothing=0.0,
-    sft_weight=0.0,
-    sft_reduction="sequence",
-    average_log_prob=True,
-    empty="nan",
-    shift=True,
-)
+_LIGER: Final = _TRL._replace(shift=False)
+_LLAMAFACTORY: Final = _TRL._replace(sft_weight=0.0, sft_reduction="sequence")
 
 # By loss_type in the trainer's own words, of which the first is the default.
 OWN: Final[Mapping[str, Semantics]] = {

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+# TorchConfig.cmake of a CUDA build of torch fails without a toolkit.
+needs_libtorch = pytest.mark.skipif(
+    torch.version.cuda is not None and shutil.which("nvcc") is None,
+    reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
+)
 
 
 def run(*command: str | Path, **options: object) -> str:

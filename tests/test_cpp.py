@@ -15,19 +15,12 @@ import torch
 
 import simpo_ext
 from batches import make_batch
-from builds import build, run, skip_unless_sanitizer_works
+from builds import build, needs_libtorch, run, skip_unless_sanitizer_works
 from simpo_ext import _C
 from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES
 
 CPP = Path(__file__).resolve().parent / "cpp"
 ROOT = CPP.parent.parent
-
-
-# TorchConfig.cmake of a CUDA build of torch fails without a toolkit.
-needs_libtorch = pytest.mark.skipif(
-    torch.version.cuda is not None and shutil.which("nvcc") is None,
-    reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
-)
 
 
 # As in consumer/main.cpp.

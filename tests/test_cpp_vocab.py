@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 import simpo_ext
 from batches import make_batch
-from builds import build, run
+from builds import build, needs_libtorch, run
 from simpo_ext.distributed import (
     VocabShard,
     vocab_parallel_linear_token_logps,
@@ -76,11 +74,7 @@ def on_threads(batch: list[Tensor], **options: Any) -> list[list[Tensor]]:
     return results
 
 
-# TorchConfig.cmake of a CUDA build of torch fails without a toolkit.
-@pytest.mark.skipif(
-    torch.version.cuda is not None and shutil.which("nvcc") is None,
-    reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
-)
+@needs_libtorch
 def test_a_program_with_collectives_by_hand_gets_python_s_numbers(tmp_path: Path) -> None:
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
     build(PROGRAM, tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefixes}")

@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/dispatch.h"
 #include "core/dtypes.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"
@@ -387,5 +388,22 @@ int token_logps_report(const TokenLogpsArgs& args, Stream stream);
 
 // From this many bytes on, a row keeps a large block busy.
 constexpr int64_t kLargeRowBytes = 16384;
+
+// Of a batch that is not empty: the kernel that the call takes.
+template <bool kReports>
+int dispatch_token_logps(const TokenLogpsArgs& args, Stream stream) {
+  int error = 0;
+  dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {
+    using T = typename decltype(element)::type;
+    using Logits = typename decltype(logits)::type;
+    constexpr int kUnroll = kVectorsInFlight<T, Logits>;
+    if (args.V * static_cast<int64_t>(sizeof(T)) >= kLargeRowBytes) {
+      error = launch_token_logps<T, Logits, 256, kUnroll, kReports>(args, stream);
+    } else {
+      error = launch_token_logps<T, Logits, 128, kUnroll, kReports>(args, stream);
+    }
+  });
+  return error;
+}
 
 }  // namespace simpo_ext::cuda

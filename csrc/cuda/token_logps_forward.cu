@@ -1,6 +1,5 @@
-// token_logps: which kernel a call takes. See token_logps.cuh.
+// token_logps without a report. See token_logps.cuh.
 
-#include "core/dispatch.h"
 #include "cuda/token_logps.cuh"
 
 namespace simpo_ext::cuda {
@@ -8,18 +7,7 @@ namespace simpo_ext::cuda {
 int token_logps(const TokenLogpsArgs& args, Stream stream) {
   if (args.targets.B * args.targets.T == 0) return 0;
   if (args.mean_logit != nullptr) return token_logps_report(args, stream);
-  int error = 0;
-  dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {
-    using T = typename decltype(element)::type;
-    using Logits = typename decltype(logits)::type;
-    constexpr int kUnroll = kVectorsInFlight<T, Logits>;
-    if (args.V * static_cast<int64_t>(sizeof(T)) >= kLargeRowBytes) {
-      error = launch_token_logps<T, Logits, 256, kUnroll, false>(args, stream);
-    } else {
-      error = launch_token_logps<T, Logits, 128, kUnroll, false>(args, stream);
-    }
-  });
-  return error;
+  return dispatch_token_logps<false>(args, stream);
 }
 
 }  // namespace simpo_ext::cuda

@@ -171,7 +171,7 @@ struct LinearTokenLogpsOfShards : torch::autograd::Function<LinearTokenLogpsOfSh
     static const auto scatter_op =
         find_op<ScatterSignature>("simpo_ext::linear_token_logps_dhidden");
     const variable_list saved = ctx->get_saved_variables();
-    const auto bias = saved[2].defined() ? std::optional<at::Tensor>(saved[2]) : std::nullopt;
+    const OptionalTensor bias = if_defined(saved[2]);
     std::array<bool, 3> needs{};  // hidden, weight, bias
     for (size_t i = 0; i < needs.size(); ++i) {
       needs[i] = saved[i].defined() && ctx->needs_input_grad(i);

@@ -51,6 +51,12 @@ auto with_argument_errors(const Call& call) {
   }
 }
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline OptionalTensor if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 struct TokenLogps : torch::autograd::Function<TokenLogps> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& logits,
                             const at::Tensor& labels, const TokenLogpsOptions& options) {
@@ -137,7 +143,7 @@ struct LinearTokenLogps : torch::autograd::Function<LinearTokenLogps> {
     static const auto op = find_op<Signature>("simpo_ext::linear_token_logps_backward");
     at::AutoDispatchBelowADInplaceOrView guard;
     const variable_list saved = ctx->get_saved_variables();
-    const auto bias = saved[2].defined() ? std::optional<at::Tensor>(saved[2]) : std::nullopt;
+    const OptionalTensor bias = if_defined(saved[2]);
     std::array<bool, 3> needs{};  // hidden, weight, bias
     for (size_t i = 0; i < needs.size(); ++i) {
       needs[i] = saved[i].defined() && ctx->needs_input_grad(i);
@@ -154,12 +160,6 @@ struct LinearTokenLogps : torch::autograd::Function<LinearTokenLogps> {
     return result;
   }
 };
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-inline OptionalTensor if_defined(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
 
 struct SequenceLogps : torch::autograd::Function<SequenceLogps> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& token_logps,
