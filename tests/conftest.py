@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+# Read when huggingface_hub is imported: no test looks anything up, or reports that it ran.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 import simpo_ext  # noqa: F401  (registers the ops)
 from builds import build
@@ -77,6 +80,15 @@ def load_emulated_ops(folder: Path) -> None:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedKernels]:
     """A build of the emulated kernels' test program, made when first asked for."""
     return cache(lambda name: EmulatedKernels(tmp_path_factory.mktemp(name), name))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that their work is done before other threads are awake."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
