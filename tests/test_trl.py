@@ -40,7 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "default": {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0, "optim": "adamw_torch"}
     | {"learning_rate": 1e-3, "gradient_checkpointing": True, "max_steps": 6},
 }
-# Adam's first steps are of one size whatever the gradient, and what follows inherits their rounding.
+# Adam's first steps have one size whatever the gradient: its rounding is theirs.
 TOLERANCES = {"default": 1e-3}
 
 

@@ -30,9 +30,8 @@ from simpo_ext.demo import documentation
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
-
     from simpo_ext.integrations.trl import SimPOMixin, SimPOTrainer  # noqa: F401
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 disable_progress_bars()
 
