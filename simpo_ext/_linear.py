@@ -6,6 +6,7 @@ Public as part of :mod:`simpo_ext.functional`.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ._options import (
     Reduction,
     ReportName,
     SftReduction,
+    TokenOptions,
     resolve_linear_options,
     resolve_normalizer,
     resolve_preference_options,
@@ -120,6 +122,59 @@ def linear_token_logps(
     targets, options = _ops.sequence_targets(labels, cu_seqlens, weight.shape[0], options)
     logps = _linear_ops.linear_token_logps(hidden, weight, bias, targets, options, budget, count)
     return logps if shape is None else logps.view(shape)
+
+
+class ScoredTokens(NamedTuple):
+    """Token log-probabilities [B, T], and what a report of them needs; None where not asked for."""
+
+    logps: Tensor
+    mean_logit: Tensor | None = None  # 0 where masked, as entropy
+    entropy: Tensor | None = None
+    all_mean_logits: Tensor | None = None  # of masked positions, too
+
+
+def _score(
+    hidden: Tensor,  # [B, T, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [B, T]
+    options: TokenOptions,
+    budget: int,
+    count: int | None,
+    report: tuple[str, ...],
+) -> ScoredTokens:
+    arguments = hidden, weight, bias, targets, options, budget, count
+    if "logits" in report or "entropy" in report:
+        scored = ScoredTokens(*_linear_ops.linear_token_logps_report(*arguments))
+    else:
+        scored = ScoredTokens(_linear_ops.linear_token_logps(*arguments))
+    if "logits_all" not in report:
+        return scored
+    return scored._replace(all_mean_logits=mean_logits(hidden, weight, bias, options.logit_scale))
+
+
+def score_labels(
+    hidden: Tensor,  # [B, T, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [B, T]
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    shift: bool = True,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    logits_budget_bytes: int | None = None,
+    num_valid_tokens: int | None = None,
+    report: Collection[ReportName] = (),
+) -> ScoredTokens:
+    """:func:`linear_token_logps` with what :func:`linear_simpo_loss` reports, by token."""
+    hidden, weight, labels, bias = _checked(hidden, weight, labels, bias)
+    options = resolve_token_options(
+        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
+    )
+    budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
+    names = check_linear_report(report, softcap)
+    return _score(hidden, weight, bias, labels, options, budget, count, names)
 
 
 def linear_simpo_loss(
@@ -229,22 +284,17 @@ def linear_simpo_loss(
     targets, token_options = _ops.sequence_targets(
         labels, cu_seqlens, weight.shape[0], token_options
     )
-    arguments = hidden, weight, bias, targets, token_options, budget, count
-    mean_logit = entropy = all_mean_logits = None
-    if "logits" in names or "entropy" in names:
-        logps, mean_logit, entropy = _linear_ops.linear_token_logps_report(*arguments)
-    else:
-        logps = _linear_ops.linear_token_logps(*arguments)
-    if "logits_all" in names:
-        all_mean_logits = mean_logits(hidden, weight, bias, token_options.logit_scale)
+    scored = _score(hidden, weight, bias, targets, token_options, budget, count, names)
 
     def loss(op_options: PreferenceOptions) -> _ops.PreferenceOutputs:
-        out = _ops.preference_loss(logps, targets, layout, op_options)
-        return out._replace(mean_logit=mean_logit, entropy=entropy) if names else out
+        out = _ops.preference_loss(scored.logps, targets, layout, op_options)
+        if not names:
+            return out
+        return out._replace(mean_logit=scored.mean_logit, entropy=scored.entropy)
 
     return compose_output(
         options._replace(shift=token_options.shift),
         denominators,
         loss,
-        Report(names, targets, layout, all_mean_logits) if names else None,
+        Report(names, targets, layout, scored.all_mean_logits) if names else None,
     )
