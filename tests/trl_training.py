@@ -30,8 +30,9 @@ from simpo_ext.demo import documentation
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")
-    from simpo_ext.integrations.trl import SimPOMixin, SimPOTrainer  # noqa: F401
     from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    from simpo_ext.integrations.trl import SimPOMixin, SimPOTrainer  # noqa: F401
 
 disable_progress_bars()
 
