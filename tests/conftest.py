@@ -25,6 +25,8 @@ import simpo_ext  # noqa: F401  (registers the ops)
 from builds import build
 from emulation import EmulatedKernels
 
+pytest.register_assert_rewrite("trl_training")  # whose assertions are about many numbers
+
 CUDA_ROUTING = pytest.StashKey[torch.library.Library]()
 EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 
