@@ -26,8 +26,8 @@ from .._report import valid_tokens
 __all__ = ["CannotFuseError", "FusedHead", "FusedOutput", "find_head"]
 
 # The logits that the probe looks at: on both sides of 0, and far enough out for any softcap to
-# show. The first is what a factor is read from.
-_PROBED = (1.0, -0.25, 3.0, -7.0, 20.0, -45.0, 90.0, 0.0)
+# show. A factor and a softcap are read from the first two.
+_PROBED = (1.0, 3.0, -0.25, -7.0, 20.0, -45.0, 90.0, 0.0)
 
 
 class CannotFuseError(ValueError):
@@ -134,7 +134,7 @@ class FusedHead:
 
         def forward(hidden: Tensor) -> Tensor:
             calls.append((hidden.shape[:-1], is_dtensor(head.weight)))
-            return probe
+            return probe.clone()  # which the model may change in place
 
         def keep_logits(outputs: Any) -> Any:
             found.append(outputs.logits)
@@ -159,7 +159,7 @@ class FusedHead:
                 f"{list(tokens)} tokens and logits of shape {list(logits.shape)}, not one of each "
                 f"for each token"
             )
-        return cls(causal_lm, head, *_scale_and_softcap(probe, logits, _softcap_of(causal_lm)))
+        return cls(causal_lm, head, *_scale_and_softcap(probe, logits))
 
     def __call__(
         self,
@@ -225,42 +225,35 @@ def _probe(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return values[: math.prod(shape)].view(shape)
 
 
-def _softcap_of(causal_lm: nn.Module) -> float | None:
-    """The one that the model's configuration speaks of."""
-    config: Any = getattr(causal_lm, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(text_config, "final_logit_softcapping", None)
-    return None if softcap is None else float(softcap)
-
-
-def _scale_and_softcap(
-    probe: Tensor, logits: Tensor, softcap: float | None
-) -> tuple[float, float | None]:
-    """What a model has done to the probe, as the kernels' options.
+def _scale_and_softcap(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """What a model has made of the probe, as the kernels' options.
 
     Raises:
         CannotFuseError: Something else.
     """
-    if logits is probe:
-        return 1.0, None
     precision = 8 * torch.finfo(logits.dtype).eps
-    logits = logits.to(torch.float64)
-    first = float(logits.flatten()[0]) / _PROBED[0]
-    for cap in (None, softcap):
-        scale = first
-        if cap is not None:
-            scale = cap * math.atanh(first / cap) if abs(first) < abs(cap) else math.nan
-        if abs(scale - 1.0) <= precision:
+    found = logits.to(torch.float64)
+    at_1, at_3 = (float(value) for value in found.flatten()[:2])
+    candidates: list[tuple[float, float | None]] = [(at_1, None)]
+    # c tanh(s x / c) at 1 and at 3: with t = tanh(s / c), their ratio is (3 + t^2) / (1 + 3 t^2).
+    ratio = at_3 / at_1 if at_1 else math.nan
+    if 1.0 < ratio < 3.0:
+        t = math.sqrt((3.0 - ratio) / (3.0 * ratio - 1.0))
+        # Rounded: a dtype's last digits are those of the error.
+        softcap = float(f"{at_1 / t:.{max(1, int(-math.log10(precision)) - 3)}g}")
+        if abs(at_1) < abs(softcap):
+            candidates.append((softcap * math.atanh(at_1 / softcap), softcap))
+    for scale, cap in candidates:
+        if abs(scale - 1.0) <= 100 * precision:
             scale = 1.0
         expected = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
-        is_known = torch.allclose(logits, expected, rtol=precision, atol=0.0)
+        is_known = torch.allclose(found, expected, rtol=precision, atol=0.0)
         # A factor is as exact as the dtype that it was read in.
         if is_known and scale >= 1e-30 and (scale == 1.0 or precision < 1e-5):
             return scale, cap
     raise CannotFuseError(
         f"after its output embeddings, the model makes of logits {list(_PROBED)} "
-        f"{logits.flatten()[: len(_PROBED)].tolist()}, which is neither a factor nor the softcap "
-        f"of its configuration ({softcap})"
+        f"{logits.flatten()[: len(_PROBED)].tolist()}, which is neither a factor nor a softcap"
     )
 
 
@@ -302,11 +295,15 @@ def _logits_of_head(causal_lm: nn.Module, head: nn.Module) -> Iterator[None]:
     """While inside, the model's logits are what its lm_head, hooks and all, returns."""
     of_head: list[Tensor] = []
 
+    def keep_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        of_head.append(output)
+        return output.clone()  # which the model may change in place
+
     def replace_logits(outputs: Any) -> Any:
         outputs.logits = of_head.pop()
         return outputs
 
-    handle = head.register_forward_hook(lambda _module, _args, output: of_head.append(output))
+    handle = head.register_forward_hook(keep_output)
     try:
         with _output_changed(causal_lm, replace_logits):
             yield

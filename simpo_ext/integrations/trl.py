@@ -80,6 +80,8 @@ class SimPOMixin:
         self._fused_head: FusedHead | None = None
         self._has_warned_of_dropped_pairs = False
         super().__init__(*args, **kwargs)
+        nothing = torch.zeros(0)
+        self.cpo_loss(nothing, nothing)  # checks its options, before a model has been run
         self._is_fused = fused_linear is not False
         if self._is_fused:
             self._check_tier(self.model)
