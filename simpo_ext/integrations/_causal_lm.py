@@ -92,40 +92,33 @@ class FusedHead:
     def __init__(
         self, causal_lm: nn.Module, head: nn.Linear, logit_scale: float, softcap: float | None
     ) -> None:
-        self._causal_lm = causal_lm
-        self._head = head
+        self.causal_lm = causal_lm
+        self.head = head
         self.logit_scale = logit_scale
         self.softcap = softcap
-
-    def is_of(self, unwrapped: nn.Module) -> bool:
-        """Whether it is still the head of this model, as of :meth:`of`.
-
-        Raises:
-            CannotFuseError: As :func:`find_head`.
-        """
-        return find_head(unwrapped) is self._head
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         unwrapped: nn.Module,
+        head: nn.Linear,
         input_ids: Tensor,  # [B, T]
         **kwargs: Any,
     ) -> FusedHead:
-        """Finds the head, and finds out what becomes of its output.
+        """Finds out what becomes of the head's output.
 
         Args:
             model: As it is called in training; it is called once here, without a gradient.
             unwrapped: The same without what wraps it for several devices.
+            head: Its lm_head, as :func:`find_head` finds it.
             input_ids: [B, T] of any batch, of which two tokens are taken.
             kwargs: What else the forward is called with.
 
         Raises:
-            CannotFuseError: See :func:`find_head`; or the model does something else after lm_head
-                than a factor or a softcap, or calls it otherwise than once, on all hidden states.
+            CannotFuseError: The model does something else after lm_head than a factor or a softcap,
+                or calls it otherwise than once, on the hidden states of all tokens.
         """
-        head = find_head(unwrapped)
         causal_lm = _causal_lm_of(unwrapped)
         input_ids = input_ids[:1, :2]
         probe = _probe((*input_ids.shape, head.out_features), input_ids.device)
@@ -187,9 +180,9 @@ class FusedHead:
         def forward(hidden: Tensor) -> Tensor:
             scored = score_labels(
                 hidden,
-                self._head.weight,
+                self.head.weight,
                 labels.to(hidden.device),
-                bias=self._head.bias,
+                bias=self.head.bias,
                 logit_scale=self.logit_scale,
                 softcap=self.softcap,
                 logits_budget_bytes=logits_budget_bytes,
@@ -201,7 +194,7 @@ class FusedHead:
             means.append(mean)
             return scored.logps.unsqueeze(-1)
 
-        with _forward_replaced(self._head, forward), _logits_of_head(self._causal_lm, self._head):
+        with _forward_replaced(self.head, forward), _logits_of_head(self.causal_lm, self.head):
             outputs = model(input_ids, **kwargs)
         (mean,) = means
         is_mean_known = None if self.softcap is None else is_scored
