@@ -26,8 +26,8 @@ from .._report import valid_tokens
 __all__ = ["CannotFuseError", "FusedHead", "FusedOutput", "find_head"]
 
 # The logits that the probe looks at: on both sides of 0, and far enough out for any softcap to
-# show. The first is what a factor is read from.
-_PROBED = (1.0, -0.25, 3.0, -7.0, 20.0, -45.0, 90.0, 0.0)
+# show. A factor and a softcap are read from the first two.
+_PROBED = (1.0, 3.0, -0.25, -7.0, 20.0, -45.0, 90.0, 0.0)
 
 
 class CannotFuseError(ValueError):
@@ -92,40 +92,33 @@ class FusedHead:
     def __init__(
         self, causal_lm: nn.Module, head: nn.Linear, logit_scale: float, softcap: float | None
     ) -> None:
-        self._causal_lm = causal_lm
-        self._head = head
+        self.causal_lm = causal_lm
+        self.head = head
         self.logit_scale = logit_scale
         self.softcap = softcap
-
-    def is_of(self, unwrapped: nn.Module) -> bool:
-        """Whether it is still the head of this model, as of :meth:`of`.
-
-        Raises:
-            CannotFuseError: As :func:`find_head`.
-        """
-        return find_head(unwrapped) is self._head
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         unwrapped: nn.Module,
+        head: nn.Linear,
         input_ids: Tensor,  # [B, T]
         **kwargs: Any,
     ) -> FusedHead:
-        """Finds the head, and finds out what becomes of its output.
+        """Finds out what becomes of the head's output.
 
         Args:
             model: As it is called in training; it is called once here, without a gradient.
             unwrapped: The same without what wraps it for several devices.
+            head: Its lm_head, as :func:`find_head` finds it.
             input_ids: [B, T] of any batch, of which two tokens are taken.
             kwargs: What else the forward is called with.
 
         Raises:
-            CannotFuseError: See :func:`find_head`; or the model does something else after lm_head
-                than a factor or a softcap, or calls it otherwise than once, on all hidden states.
+            CannotFuseError: The model does something else after lm_head than a factor or a softcap,
+                or calls it otherwise than once, on the hidden states of all tokens.
         """
-        head = find_head(unwrapped)
         causal_lm = _causal_lm_of(unwrapped)
         input_ids = input_ids[:1, :2]
         probe = _probe((*input_ids.shape, head.out_features), input_ids.device)
@@ -134,7 +127,7 @@ class FusedHead:
 
         def forward(hidden: Tensor) -> Tensor:
             calls.append((hidden.shape[:-1], is_dtensor(head.weight)))
-            return probe
+            return probe.clone()  # which the model may change in place
 
         def keep_logits(outputs: Any) -> Any:
             found.append(outputs.logits)
@@ -159,7 +152,7 @@ class FusedHead:
                 f"{list(tokens)} tokens and logits of shape {list(logits.shape)}, not one of each "
                 f"for each token"
             )
-        return cls(causal_lm, head, *_scale_and_softcap(probe, logits, _softcap_of(causal_lm)))
+        return cls(causal_lm, head, *_scale_and_softcap(probe, logits))
 
     def __call__(
         self,
@@ -187,9 +180,9 @@ class FusedHead:
         def forward(hidden: Tensor) -> Tensor:
             scored = score_labels(
                 hidden,
-                self._head.weight,
+                self.head.weight,
                 labels.to(hidden.device),
-                bias=self._head.bias,
+                bias=self.head.bias,
                 logit_scale=self.logit_scale,
                 softcap=self.softcap,
                 logits_budget_bytes=logits_budget_bytes,
@@ -201,7 +194,7 @@ class FusedHead:
             means.append(mean)
             return scored.logps.unsqueeze(-1)
 
-        with _forward_replaced(self._head, forward), _logits_of_head(self._causal_lm, self._head):
+        with _forward_replaced(self.head, forward), _logits_of_head(self.causal_lm, self.head):
             outputs = model(input_ids, **kwargs)
         (mean,) = means
         is_mean_known = None if self.softcap is None else is_scored
@@ -225,42 +218,35 @@ def _probe(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return values[: math.prod(shape)].view(shape)
 
 
-def _softcap_of(causal_lm: nn.Module) -> float | None:
-    """The one that the model's configuration speaks of."""
-    config: Any = getattr(causal_lm, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(text_config, "final_logit_softcapping", None)
-    return None if softcap is None else float(softcap)
-
-
-def _scale_and_softcap(
-    probe: Tensor, logits: Tensor, softcap: float | None
-) -> tuple[float, float | None]:
-    """What a model has done to the probe, as the kernels' options.
+def _scale_and_softcap(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
+    """What a model has made of the probe, as the kernels' options.
 
     Raises:
         CannotFuseError: Something else.
     """
-    if logits is probe:
-        return 1.0, None
     precision = 8 * torch.finfo(logits.dtype).eps
-    logits = logits.to(torch.float64)
-    first = float(logits.flatten()[0]) / _PROBED[0]
-    for cap in (None, softcap):
-        scale = first
-        if cap is not None:
-            scale = cap * math.atanh(first / cap) if abs(first) < abs(cap) else math.nan
-        if abs(scale - 1.0) <= precision:
+    found = logits.to(torch.float64)
+    at_1, at_3 = (float(value) for value in found.flatten()[:2])
+    candidates: list[tuple[float, float | None]] = [(at_1, None)]
+    # c tanh(s x / c) at 1 and at 3: with t = tanh(s / c), their ratio is (3 + t^2) / (1 + 3 t^2).
+    ratio = at_3 / at_1 if at_1 else math.nan
+    if 1.0 < ratio < 3.0:
+        t = math.sqrt((3.0 - ratio) / (3.0 * ratio - 1.0))
+        # Rounded: a dtype's last digits are those of the error.
+        softcap = float(f"{at_1 / t:.{max(1, int(-math.log10(precision)) - 3)}g}")
+        if abs(at_1) < abs(softcap):
+            candidates.append((softcap * math.atanh(at_1 / softcap), softcap))
+    for scale, cap in candidates:
+        if abs(scale - 1.0) <= 100 * precision:
             scale = 1.0
         expected = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
-        is_known = torch.allclose(logits, expected, rtol=precision, atol=0.0)
+        is_known = torch.allclose(found, expected, rtol=precision, atol=0.0)
         # A factor is as exact as the dtype that it was read in.
         if is_known and scale >= 1e-30 and (scale == 1.0 or precision < 1e-5):
             return scale, cap
     raise CannotFuseError(
         f"after its output embeddings, the model makes of logits {list(_PROBED)} "
-        f"{logits.flatten()[: len(_PROBED)].tolist()}, which is neither a factor nor the softcap "
-        f"of its configuration ({softcap})"
+        f"{logits.flatten()[: len(_PROBED)].tolist()}, which is neither a factor nor a softcap"
     )
 
 
@@ -302,11 +288,15 @@ def _logits_of_head(causal_lm: nn.Module, head: nn.Module) -> Iterator[None]:
     """While inside, the model's logits are what its lm_head, hooks and all, returns."""
     of_head: list[Tensor] = []
 
+    def keep_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        of_head.append(output)
+        return output.clone()  # which the model may change in place
+
     def replace_logits(outputs: Any) -> Any:
         outputs.logits = of_head.pop()
         return outputs
 
-    handle = head.register_forward_hook(lambda _module, _args, output: of_head.append(output))
+    handle = head.register_forward_hook(keep_output)
     try:
         with _output_changed(causal_lm, replace_logits):
             yield

@@ -80,9 +80,14 @@ class SimPOMixin:
         self._fused_head: FusedHead | None = None
         self._has_warned_of_dropped_pairs = False
         super().__init__(*args, **kwargs)
+        nothing = torch.zeros(0)
+        self.cpo_loss(nothing, nothing)  # checks its options, before a model has been run
         self._is_fused = fused_linear is not False
         if self._is_fused:
-            self._check_tier(self.model)
+            try:
+                self._find_head(self.model)
+            except CannotFuseError as reason:
+                self._leave_fused_tier(reason)
 
     @property
     def fused_linear(self) -> bool:
@@ -92,47 +97,41 @@ class SimPOMixin:
         """
         return self._is_fused
 
-    def _check_tier(self, model: nn.Module) -> nn.Module | None:
-        """The model without what wraps it for several devices; None where it is not to be fused.
-
-        Raises:
-            ValueError: It cannot be fused, and was to be.
-        """
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+    def _head_of(self, model: nn.Module, input_ids: Tensor, **kwargs: Any) -> FusedHead | None:
+        """What scores the tokens of this model in the fused tier; None in the logits tier."""
+        if not self._is_fused:
+            return None
         try:
-            if self.is_encoder_decoder:
-                raise CannotFuseError("the model is an encoder-decoder")
-            if isinstance(model, nn.DataParallel):
-                raise CannotFuseError("nn.DataParallel runs replicas of the model; use DDP")
-            if self.args.torch_compile:
-                raise CannotFuseError("torch.compile has traced the model with its logits")
-            find_head(unwrapped)
+            unwrapped, head = self._find_head(model)
+            if self._fused_head is None or self._fused_head.head is not head:
+                self._fused_head = FusedHead.of(model, unwrapped, head, input_ids, **kwargs)
         except CannotFuseError as reason:
             self._leave_fused_tier(reason)
             return None
-        assert isinstance(unwrapped, nn.Module)
-        return unwrapped
+        return self._fused_head
+
+    def _find_head(self, model: nn.Module) -> tuple[nn.Module, nn.Linear]:
+        """The model without what wraps it for several devices, and its lm_head."""
+        if self.is_encoder_decoder:
+            raise CannotFuseError("the model is an encoder-decoder")
+        if isinstance(model, nn.DataParallel):
+            raise CannotFuseError("nn.DataParallel runs replicas of the model; use DDP")
+        if self.args.torch_compile:
+            raise CannotFuseError("torch_compile=True compiles the forward that forms them")
+        unwrapped: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return unwrapped, find_head(unwrapped)
 
     def _leave_fused_tier(self, reason: CannotFuseError) -> None:
+        """For the logits tier, which is an error where the fused one was asked for.
+
+        Not that of an encoder-decoder: its class says so, whatever the model.
+        """
         if self._asked_fused_linear and not self.is_encoder_decoder:
             raise ValueError(
-                f"fused_linear: expected False or None, got True: {reason}"
+                f"fused_linear: expected None or False for this model, got True: {reason}"
             ) from reason
         _logger.warning("SimPOTrainer forms the logits (fused_linear=False): %s", reason)
         self._is_fused = False
-
-    def _head_of(self, model: nn.Module, input_ids: Tensor, **kwargs: Any) -> FusedHead | None:
-        """The head to do without logits with, or None."""
-        unwrapped = self._check_tier(model) if self._is_fused else None
-        if unwrapped is None:
-            return None
-        if self._fused_head is None or not self._fused_head.is_of(unwrapped):
-            try:
-                self._fused_head = FusedHead.of(model, unwrapped, input_ids, **kwargs)
-            except CannotFuseError as reason:
-                self._leave_fused_tier(reason)
-                return None
-        return self._fused_head
 
     def _semantics(self) -> F.Semantics:
         """What loss_type and its parameters are to this package."""
