@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_named(
 def test_ld_alpha_needs_as_many_rejected_rows_as_chosen() -> None:
     logits, labels = (tensor[:3] for tensor in make_batch(2))
     get_batch_logps(logits, labels)
-    with pytest.raises(ValueError, match="logits: expected chosen rows and as many .* got 3 rows"):
+    with pytest.raises(ValueError, match=r"logits: expected chosen rows and as many .* got 3 rows"):
         get_batch_logps(logits, labels, ld_alpha=0.5)
 
 
@@ -266,7 +266,7 @@ def test_what_the_forward_returns_is_a_tuple_and_read_by_key() -> None:
 
 def test_rows_that_are_no_pairs_are_refused() -> None:
     batch = {name: tensor[:5] for name, tensor in preference_batch().items()}
-    with pytest.raises(ValueError, match="batch: expected chosen rows and as many .* got 5 rows"):
+    with pytest.raises(ValueError, match=r"batch: expected chosen rows and as many .* got 5 rows"):
         simpo_trainer(DPOTrainerCaller)().get_batch_loss_metrics(TinyCausalLM(), batch)
 
 
