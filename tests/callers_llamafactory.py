@@ -19,25 +19,6 @@ from torch import Tensor, nn
 AVERAGED = ("ipo", "orpo", "simpo")
 
 
-class TinyCausalLM(nn.Module):
-    """Called as a causal language model of transformers is."""
-
-    def __init__(self, vocabulary: int = 61, width: int = 16, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.recurrence = nn.GRU(width, width, batch_first=True)
-        self.lm_head = nn.Linear(width, vocabulary, bias=False)
-        nn.init.normal_(self.lm_head.weight)
-        self.calls: list[set[str]] = []
-
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> SimpleNamespace:
-        self.calls.append({*kwargs})
-        assert kwargs["return_dict"] is True and kwargs["use_cache"] is False
-        hidden, _ = self.recurrence(self.embedding(input_ids))
-        return SimpleNamespace(logits=self.lm_head(hidden))
-
-
 def preference_batch(pairs: int = 3, time: int = 12, vocabulary: int = 61) -> dict[str, Tensor]:
     """As PairwiseDataCollatorWithPadding makes it: chosen rows, then rejected, padded right."""
     generator = torch.Generator().manual_seed(1)
@@ -93,6 +74,8 @@ class DPOTrainerCaller:
         self.ftx_gamma = pref_ftx
         self.simpo_gamma = simpo_gamma
         self.ld_alpha = ld_alpha
+        self.args = SimpleNamespace(torch_compile=False)
+        self.accelerator = SimpleNamespace(unwrap_model=lambda model, **_: model)
 
     def simpo_loss(self, chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
         margin = self.simpo_gamma / self.beta

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import callers_axolotl as callers
 from callers_axolotl import Run
 from simpo_ext.integrations import axolotl
+from tiny_causal_lm import TinyCausalLM
 from trainer_formulas import trl_loss
 
 PLUGIN = "simpo_ext.integrations.axolotl.SimPOPlugin"
@@ -173,25 +174,6 @@ def test_without_axolotl_the_plugin_says_so() -> None:
 # ---- with SimPOMixin and CPOTrainer themselves ---------------------------------------------------
 
 
-class TinyCausalLM(nn.Module):
-    """Called as a causal language model of transformers is."""
-
-    def __init__(self, vocabulary: int = 53, width: int = 16) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.recurrence = nn.GRU(width, width, batch_first=True)
-        self.lm_head = nn.Linear(width, vocabulary, bias=False)
-        nn.init.normal_(self.lm_head.weight)
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
-        hidden, _ = self.recurrence(self.embedding(input_ids))
-        return SimpleNamespace(logits=self.lm_head(hidden))
-
-
 def cpo_trainer_class() -> type:
     """AxolotlCPOTrainer: TRL's CPOTrainer, made without data set and tokenizer."""
     with warnings.catch_warnings():
@@ -220,7 +202,7 @@ def preference_batch(pairs: int = 3, time: int = 11) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     batch = {}
     for half in ("chosen", "rejected"):
-        labels = torch.randint(53, (pairs, time), generator=generator)
+        labels = torch.randint(61, (pairs, time), generator=generator)
         batch[f"{half}_input_ids"] = labels.clone()
         batch[f"{half}_attention_mask"] = torch.ones_like(labels)
         labels[:, :3] = -100

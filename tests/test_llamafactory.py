@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,12 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import callers_llamafactory as callers
 import simpo_ext
 from batches import make_batch
-from callers_llamafactory import DPOTrainerCaller, TinyCausalLM, TupleCaller, preference_batch
+from callers_llamafactory import DPOTrainerCaller, TupleCaller, preference_batch
 from simpo_ext.integrations import llamafactory
 from simpo_ext.integrations.llamafactory import SimPOMixin, get_batch_logps, simpo_trainer
+from tiny_causal_lm import TinyCausalLM
 from trainer_formulas import llamafactory_loss
 
-EXACT = {"rtol": 1e-12, "atol": 1e-13}
+EXACT = {"rtol": 1e-11, "atol": 1e-12}
+
+# From hidden states and lm_head, or from logits.
+tiers = pytest.mark.parametrize("fused_linear", [True, False])
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -140,6 +146,7 @@ def test_ld_alpha_needs_as_many_rejected_rows_as_chosen() -> None:
 
 
 @pytest.mark.kernels
+@tiers
 @pytest.mark.parametrize("train_eval", ["train", "eval"])
 @pytest.mark.parametrize("caller", [DPOTrainerCaller, TupleCaller])
 @pytest.mark.parametrize(
@@ -155,10 +162,11 @@ def test_ld_alpha_needs_as_many_rejected_rows_as_chosen() -> None:
     ],
 )
 def test_a_step_is_that_of_custom_dpo_trainer(
-    options: dict[str, Any], caller: type[DPOTrainerCaller], train_eval: str
+    options: dict[str, Any], caller: type[DPOTrainerCaller], train_eval: str, fused_linear: bool
 ) -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
-    ours = trained(simpo_trainer(caller)(**options), model, batch, train_eval=train_eval)
+    trainer = simpo_trainer(caller, fused_linear=fused_linear)(**options)
+    ours = trained(trainer, model, batch, train_eval=train_eval)
     theirs = trained(caller(**options), model, batch, train_eval=train_eval)
     assert_same_step(ours, theirs, **EXACT)
 
@@ -183,51 +191,66 @@ def test_the_loss_is_the_preset_s_and_the_formula_s() -> None:
 
 
 @pytest.mark.kernels
-def test_a_bfloat16_model_has_the_step_of_float32_copies() -> None:
+@tiers
+def test_a_bfloat16_model_has_the_step_of_float32_copies(fused_linear: bool) -> None:
     model, batch = TinyCausalLM().bfloat16(), preference_batch()
     options = {"pref_beta": 2.0, "pref_ftx": 0.1}
-    ours = trained(simpo_trainer(DPOTrainerCaller)(**options), model, batch)
+    trainer = simpo_trainer(DPOTrainerCaller, fused_linear=fused_linear)(**options)
+    ours = trained(trainer, model, batch)
     theirs = trained(DPOTrainerCaller(**options), model, batch)
     assert ours[0].dtype == torch.float32
     torch.testing.assert_close(ours[0], theirs[0])
     for name, value in theirs[1].items():
-        assert ours[1][name] == pytest.approx(value, rel=1e-5), name
+        # Of logits that are not formed, the mean is that before they are rounded.
+        tolerance = 1e-3 if name.startswith("logits") and fused_linear else 0.0
+        assert ours[1][name] == pytest.approx(value, rel=1e-5, abs=tolerance), name
     for name, expected in theirs[2].items():  # through the same bfloat16 layers
         scale = expected.abs().max().item()
         torch.testing.assert_close(ours[2][name], expected, rtol=2e-2, atol=1e-2 * scale)
 
 
-class LargestFloat32(TorchDispatchMode):
-    """The number of elements of the largest float32 tensor that an op returns."""
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an op returns, by dtype."""
 
-    elements = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, Tensor) and tensor.dtype == torch.float32:
-                self.elements = max(self.elements, tensor.numel())
+            if isinstance(tensor, Tensor):
+                elements = max(self.elements[tensor.dtype], tensor.numel())
+                self.elements[tensor.dtype] = elements
         return result
 
 
-def test_no_float32_copy_of_the_logits_is_made() -> None:
-    model = TinyCausalLM(vocabulary=4001).bfloat16()
-    batch = preference_batch(vocabulary=4001)
-    logits = batch["input_ids"].numel() * 4001
-    largest = {}
-    for trainer in (DPOTrainerCaller(), simpo_trainer(DPOTrainerCaller)()):
-        with LargestFloat32() as mode:
+def test_no_float32_copy_of_the_logits_is_made_nor_in_the_fused_tier_any_logits() -> None:
+    model = TinyCausalLM(vocabulary=9001).bfloat16()  # more than one chunk of the fused tier
+    batch = preference_batch(vocabulary=9001)
+    logits = batch["input_ids"].numel() * 9001
+    largest = []
+    for trainer in (
+        DPOTrainerCaller(),
+        simpo_trainer(DPOTrainerCaller, fused_linear=False)(),
+        simpo_trainer(DPOTrainerCaller, fused_linear=True, logits_budget_bytes=0)(),
+    ):
+        with Largest() as mode:
             trained(trainer, model, batch)
-        largest[isinstance(trainer, SimPOMixin)] = mode.elements
-    assert largest[False] >= logits  # or the mode sees nothing
-    assert largest[True] <= logits / batch["input_ids"].shape[0]  # of one sequence, for its mean
+        largest.append(mode.elements)
+    theirs, from_logits, fused = largest
+    assert theirs[torch.float32] == logits  # or the mode sees nothing
+    assert from_logits[torch.bfloat16] == logits
+    assert from_logits[torch.float32] <= logits / 6  # of one sequence, for its mean
+    assert max(fused.values()) < logits / 2
 
 
 @pytest.mark.kernels
 def test_logits_can_be_overwritten_with_their_gradient() -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
     theirs = trained(DPOTrainerCaller(pref_ftx=0.25), model, batch)
-    trainer = simpo_trainer(DPOTrainerCaller, inplace_backward=True)(pref_ftx=0.25)
+    trainer_class = simpo_trainer(DPOTrainerCaller, fused_linear=False, inplace_backward=True)
+    trainer = trainer_class(pref_ftx=0.25)
     assert_same_step(trained(trainer, model, batch), theirs, **EXACT)
 
     kept: list[Tensor] = []
@@ -240,9 +263,11 @@ def test_logits_can_be_overwritten_with_their_gradient() -> None:
 
 def test_the_batch_stays_as_it_is_and_the_model_gets_no_labels() -> None:
     model, batch = TinyCausalLM(), preference_batch()
-    simpo_trainer(DPOTrainerCaller)().get_batch_loss_metrics(model, batch)
+    trainer = simpo_trainer(DPOTrainerCaller)()
+    for _ in range(2):
+        trainer.get_batch_loss_metrics(model, batch)
     assert {*batch} == {"input_ids", "attention_mask", "labels"}
-    assert model.calls == [{"attention_mask", "return_dict", "use_cache"}]
+    assert model.calls == 3 * [{"attention_mask", "return_dict", "use_cache"}]  # with one probe
 
 
 def test_a_reference_model_is_left_to_custom_dpo_trainer() -> None:
@@ -270,29 +295,92 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
         simpo_trainer(DPOTrainerCaller)().get_batch_loss_metrics(TinyCausalLM(), batch)
 
 
+# ---- with logits or without ----------------------------------------------------------------------
+
+
+def test_a_batch_of_more_than_text_has_logits(caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = TinyCausalLM().double(), preference_batch()
+    theirs = trained(DPOTrainerCaller(), model, batch)
+    batch["pixel_values"] = torch.zeros(6, 3)
+    trainer = simpo_trainer(DPOTrainerCaller)()
+    for _ in range(2):
+        assert_same_step(trained(trainer, model, batch), theirs, **EXACT)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "more than text: pixel_values" in record.message
+    with pytest.raises(ValueError, match=r"fused_linear: .* got True: .* pixel_values"):
+        trained(simpo_trainer(DPOTrainerCaller, fused_linear=True)(), model, batch)
+
+
+def wrapped_for_replicas(model: nn.Module, trainer: Any) -> nn.Module:
+    return nn.DataParallel(model)
+
+
+def compiled(model: nn.Module, trainer: Any) -> nn.Module:
+    trainer.args.torch_compile = True
+    return model
+
+
+def without_output_embeddings(model: nn.Module, trainer: Any) -> nn.Module:
+    model.get_output_embeddings = lambda: None
+    return model
+
+
+@pytest.mark.parametrize("change", [wrapped_for_replicas, compiled, without_output_embeddings])
+def test_a_model_that_needs_its_logits_keeps_them(
+    change: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = TinyCausalLM().double(), preference_batch()
+    theirs = trained(DPOTrainerCaller(), model, batch)
+    trainer = simpo_trainer(DPOTrainerCaller)()
+    changed = change(copy.deepcopy(model), trainer)
+    loss, _ = trainer.get_batch_loss_metrics(changed, batch)
+    torch.testing.assert_close(loss.detach(), theirs[0], **EXACT)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    trainer = simpo_trainer(DPOTrainerCaller, fused_linear=True)()
+    with pytest.raises(ValueError, match="fused_linear: expected None or False for this model"):
+        trainer.get_batch_loss_metrics(change(copy.deepcopy(model), trainer), batch)
+
+
+def test_another_model_is_looked_at_anew() -> None:
+    batch = preference_batch()
+    trainer = simpo_trainer(DPOTrainerCaller, fused_linear=True)()
+    for seed in range(2):
+        model = TinyCausalLM(seed=seed).double()
+        loss, _ = trainer.get_batch_loss_metrics(model, batch)
+        theirs, _ = DPOTrainerCaller().get_batch_loss_metrics(model, batch)
+        torch.testing.assert_close(loss.detach(), theirs.detach(), **EXACT)
+
+
 # ---- empty completions ---------------------------------------------------------------------------
 
 
 @pytest.mark.kernels
+@tiers
 @pytest.mark.parametrize("row", [1, 4])
 @pytest.mark.parametrize("pref_ftx", [0.0, 0.25])
 def test_a_pair_with_an_empty_completion_is_as_if_it_were_not_there(
-    row: int, pref_ftx: float
+    row: int, pref_ftx: float, fused_linear: bool
 ) -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
     batch["labels"][row] = -100
     without = {name: tensor[[0, 2, 3, 5]] for name, tensor in batch.items()}
-    ours = trained(simpo_trainer(DPOTrainerCaller)(pref_ftx=pref_ftx), model, batch)
+    trainer = simpo_trainer(DPOTrainerCaller, fused_linear=fused_linear)(pref_ftx=pref_ftx)
+    ours = trained(trainer, model, batch)
     theirs = trained(DPOTrainerCaller(pref_ftx=pref_ftx), model, without)
     for name in ("logits/chosen", "logits/rejected"):  # of all rows, as far as they are there
         ours[1][name] = theirs[1][name]
     assert_same_step(ours, theirs, **EXACT)
 
 
-def test_where_no_pair_is_left_the_loss_is_nan_and_the_gradient_0() -> None:
+@tiers
+@pytest.mark.parametrize("rows", [3, 6])  # with rejected tokens to score, and with none at all
+def test_where_no_pair_is_left_the_loss_is_nan_and_the_gradient_0(
+    rows: int, fused_linear: bool
+) -> None:
     model, batch = TinyCausalLM(), preference_batch()
-    batch["labels"][:3] = -100
-    loss, metrics, grads = trained(simpo_trainer(DPOTrainerCaller)(pref_ftx=0.1), model, batch)
+    batch["labels"][:rows] = -100
+    trainer = simpo_trainer(DPOTrainerCaller, fused_linear=fused_linear)(pref_ftx=0.1)
+    loss, metrics, grads = trained(trainer, model, batch)
     assert loss.isnan() and metrics["rewards/margins"] != metrics["rewards/margins"]
     assert all(grad is None or not grad.any() for grad in grads.values())
 
@@ -334,11 +422,17 @@ def test_patch_has_the_workflow_make_the_new_class(
     assert first.__mro__[1:3] == (SimPOMixin, DPOTrainerCaller)
     assert first.__name__ == "DPOTrainerCaller" and first.empty == "drop"
 
-    second = llamafactory.patch(empty="nan", inplace_backward=True)
+    options = {
+        "fused_linear": False,
+        "empty": "nan",
+        "logits_budget_bytes": 1,
+        "inplace_backward": True,
+    }
+    second = llamafactory.patch(**options)
     assert trainer.CustomDPOTrainer is second
     assert second.__mro__[1:3] == (SimPOMixin, DPOTrainerCaller)
-    assert (second.empty, second.inplace_backward) == ("nan", True)
-    assert (first.empty, first.inplace_backward) == ("drop", False)
+    assert {name: getattr(second, name) for name in options} == options
+    assert first.fused_linear is None and first.inplace_backward is False
 
 
 @pytest.mark.parametrize(
@@ -348,6 +442,8 @@ def test_patch_has_the_workflow_make_the_new_class(
         ({"trainer_class": "CustomDPOTrainer"}, TypeError, "trainer_class: .* 'CustomDPOTrainer'"),
         ({"empty": "zero"}, ValueError, "empty: expected one of 'drop', 'nan', got 'zero'"),
         ({"inplace_backward": 1}, TypeError, "inplace_backward: expected a bool, got int"),
+        ({"fused_linear": 1}, TypeError, "fused_linear: expected a bool, got int"),
+        ({"logits_budget_bytes": -1}, ValueError, "logits_budget_bytes: expected .* got -1"),
     ],
 )
 def test_options_that_do_not_fit_are_named(
