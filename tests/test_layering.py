@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 IMPORT = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
+
+
+# What the integrations are for, and what comes with it.
+TRAINERS = ("accelerate", "axolotl", "llamafactory", "peft", "pydantic", "transformers", "trl")
 
 
 def sources(folder: str, *suffixes: str) -> list[Path]:
@@ -82,6 +90,52 @@ def test_functional_imports_neither_modules_nor_integrations() -> None:
         text = (ROOT / "simpo_ext" / name).read_text()
         above = r"^\s*(from|import)\b.*\b(modules|integrations|demo|check|info)\b"
         assert not re.search(above, text, re.MULTILINE), name
+
+
+def imported_with(path: Path) -> Iterator[str]:
+    """The modules that importing a file imports: not those of its functions' bodies."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def test_no_module_imports_a_trainer_but_the_one_for_trl() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix(): {name.split(".")[0] for name in imported_with(path)}
+        for path in sources("simpo_ext", ".py")
+    }
+    found = {path: names & {*TRAINERS} for path, names in users.items() if names & {*TRAINERS}}
+    assert found == {"simpo_ext/integrations/trl.py": {"trl"}}
+
+
+def test_nothing_else_imports_the_integrations() -> None:
+    integrations = ROOT / "simpo_ext" / "integrations"
+    for path in sources("simpo_ext", ".py"):
+        if integrations not in path.parents:
+            names = [name for name in imported_with(path) if "integrations" in name]
+            assert not names, path
+
+
+def test_the_package_and_its_integrations_come_without_their_trainers() -> None:
+    script = (
+        "import sys\n"
+        "import simpo_ext.integrations.axolotl, simpo_ext.integrations.llamafactory\n"
+        f"found = {{name.split('.')[0] for name in sys.modules}} & {{*{TRAINERS!r}}}\n"
+        "sys.exit(f'imported: {found}' if found else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_oracle_never_imports_the_package_and_bench_never_the_tests() -> None:
