@@ -38,8 +38,10 @@ def default_output(prefix: str, kind: str, machine: dict[str, Any]) -> Path:
     return RESULTS / f"{prefix}-{slug(' '.join([*known, str(machine['cores']), 'cores']))}.json"
 
 
-def make_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """Of the options that both have."""
+def make_parser(
+    program: str, description: str, *, has_plot: bool = True
+) -> argparse.ArgumentParser:
+    """Of the options that all have."""
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes: whether the program works"
@@ -48,7 +50,8 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cases", nargs="+", metavar="TEXT", help="only shapes whose name has one of these in it"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the plot goes beside it")
+    beside = "the plot goes beside it" if has_plot else None
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help=beside)
     parser.add_argument(
         "--readme", type=Path, metavar="FILE.json", help="prints README's tables of a run, only"
     )
