@@ -92,6 +92,16 @@ def mean_logits(
     return logit_scale * means
 
 
+def overall_mean(logits: Tensor) -> Tensor:  # []
+    """Mean of all, detached; float32, or float64 for float64 logits."""
+    logits = logits.detach()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if logits.dtype == dtype or logits.is_cuda or logits.numel() == 0 or logits.dim() == 0:
+        return logits.mean(dtype=dtype)
+    # A sequence at a time: on a CPU, a mean in another dtype is one of a copy.
+    return torch.stack([of_sequence.mean(dtype=dtype) for of_sequence in logits]).mean()
+
+
 def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over the first dimension in ``dtype``, without a copy of it all in that dtype."""
     # On GPUs, sums convert as they go, and a compiler fuses the conversion.

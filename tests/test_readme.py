@@ -13,12 +13,13 @@ from simpo_ext.__main__ import main
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-# Whose examples run in several processes: test_readme_scaling.py.
-SCALING = re.compile(r"^## Scaling out\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
+# Whose examples run with trainers, and in several processes: test_readme_trainers.py and
+# test_readme_scaling.py.
+ELSEWHERE = re.compile(r"^## (In your trainer|Scaling out)\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
 
 
 def blocks(language: str) -> list[str]:
-    text = SCALING.sub("", README)
+    text = ELSEWHERE.sub("", README)
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 

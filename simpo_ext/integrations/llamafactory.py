@@ -16,7 +16,6 @@ of a class. For LLaMA-Factory 0.9.3 to 0.9.5, and the trainer of its main branch
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,12 +24,11 @@ from torch import Tensor, nn
 
 from .. import _checks, functional
 from .._options import EMPTY_POLICIES, EmptyPolicy, resolve_linear_options
-from .._report import valid_tokens
-from ._causal_lm import CannotFuseError, FusedHead, find_head
+from .._report import overall_mean, valid_tokens
+from ._causal_lm import FusedHead
+from ._tier import FusedTier
 
 __all__ = ["PairForward", "SimPOMixin", "get_batch_logps", "patch", "simpo_loss", "simpo_trainer"]
-
-_logger = logging.getLogger(__name__)
 
 _IGNORE_INDEX = -100  # CustomDPOTrainer's own
 # What a batch of text has. A model that takes more may not be run with less, to be probed.
@@ -172,8 +170,7 @@ class SimPOMixin:
     simpo_gamma: float
     ld_alpha: float | None
 
-    _fused_head: FusedHead | None = None
-    _has_left_fused_tier = False
+    _tier: FusedTier | None = None
 
     def concatenated_forward(
         self, model: Any, batch: Mapping[str, Any], is_ref_model: bool = False
@@ -225,7 +222,7 @@ class SimPOMixin:
             of_rows = get_batch_logps(
                 logits, labels, ld_alpha=self.ld_alpha, inplace_backward=self.inplace_backward
             )
-            return of_rows, _mean(chosen_logits), _mean(rejected_logits)
+            return of_rows, overall_mean(chosen_logits), overall_mean(rejected_logits)
         fused = head(
             model,
             labels,
@@ -244,30 +241,17 @@ class SimPOMixin:
 
     def _head_of(self, model: nn.Module, inputs: dict[str, Any]) -> FusedHead | None:
         """What scores the tokens of this model without logits, or None."""
-        if self.fused_linear is False or self._has_left_fused_tier:
-            return None
-        try:
-            if others := sorted(inputs.keys() - _TEXT_INPUTS):
-                raise CannotFuseError(f"the model takes more than text: {', '.join(others)}")
-            if isinstance(model, nn.DataParallel):
-                raise CannotFuseError("nn.DataParallel runs replicas of the model; use DDP")
-            if self.args.torch_compile:
-                raise CannotFuseError("torch_compile: true compiles the forward that forms them")
-            unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-            head = find_head(unwrapped)
-            if self._fused_head is None or self._fused_head.head is not head:
-                self._fused_head = FusedHead.of(
-                    model, unwrapped, head, inputs["input_ids"], return_dict=True, use_cache=False
-                )
-        except CannotFuseError as reason:
-            if self.fused_linear:
-                raise ValueError(
-                    f"fused_linear: expected None or False for this model, got True: {reason}"
-                ) from reason
-            _logger.warning("SimPO forms the logits (fused_linear=False): %s", reason)
-            self._has_left_fused_tier = True
-            return None
-        return self._fused_head
+        if self._tier is None:
+            self._tier = FusedTier(self.fused_linear)
+        others = sorted(inputs.keys() - _TEXT_INPUTS)
+        return self._tier.head_of(
+            self,
+            model,
+            inputs["input_ids"],
+            f"the model takes more than text: {', '.join(others)}" if others else None,
+            return_dict=True,
+            use_cache=False,
+        )
 
 
 def simpo_trainer(
@@ -365,10 +349,3 @@ def _num_pairs(name: str, rows: Tensor) -> int:
             f"{name}: expected chosen rows and as many rejected ones, got {rows.shape[0]} rows"
         )
     return pairs
-
-
-def _mean(logits: Tensor) -> Tensor:  # scalar
-    """In float32 at least."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    # A sequence at a time, since a mean in another dtype copies what it is of on a CPU.
-    return torch.stack([of_sequence.mean(dtype=dtype) for of_sequence in logits]).mean()

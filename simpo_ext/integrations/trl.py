@@ -24,7 +24,8 @@ from .. import functional as F
 from .._checks import check_bool, check_choice
 from .._options import EMPTY_POLICIES, EmptyPolicy, resolve_linear_options
 from .._presets import TrainerLossType
-from ._causal_lm import CannotFuseError, FusedHead, find_head
+from .._report import overall_mean
+from ._tier import FusedTier
 
 try:
     from trl.experimental.cpo import CPOTrainer
@@ -74,20 +75,15 @@ class SimPOMixin:
             check_bool("fused_linear", fused_linear)
         check_choice("empty", empty, EMPTY_POLICIES)
         resolve_linear_options(logits_budget_bytes, None)
-        self._asked_fused_linear = fused_linear
         self._empty: EmptyPolicy = empty
         self._logits_budget_bytes = logits_budget_bytes
-        self._fused_head: FusedHead | None = None
         self._has_warned_of_dropped_pairs = False
         super().__init__(*args, **kwargs)
         nothing = torch.zeros(0)
         self.cpo_loss(nothing, nothing)  # checks its options, before a model has been run
-        self._is_fused = fused_linear is not False
-        if self._is_fused:
-            try:
-                self._find_head(self.model)
-            except CannotFuseError as reason:
-                self._leave_fused_tier(reason)
+        # What kind of model it is, is no error of the caller's.
+        self._tier = FusedTier(None if self.is_encoder_decoder and fused_linear else fused_linear)
+        self._tier.check(self, self.model, self._obstacle())
 
     @property
     def fused_linear(self) -> bool:
@@ -95,43 +91,10 @@ class SimPOMixin:
 
         Before the first batch, as far as can be told from the model without running it.
         """
-        return self._is_fused
+        return self._tier.is_in_use
 
-    def _head_of(self, model: nn.Module, input_ids: Tensor, **kwargs: Any) -> FusedHead | None:
-        """What scores the tokens of this model in the fused tier; None in the logits tier."""
-        if not self._is_fused:
-            return None
-        try:
-            unwrapped, head = self._find_head(model)
-            if self._fused_head is None or self._fused_head.head is not head:
-                self._fused_head = FusedHead.of(model, unwrapped, head, input_ids, **kwargs)
-        except CannotFuseError as reason:
-            self._leave_fused_tier(reason)
-            return None
-        return self._fused_head
-
-    def _find_head(self, model: nn.Module) -> tuple[nn.Module, nn.Linear]:
-        """The model without what wraps it for several devices, and its lm_head."""
-        if self.is_encoder_decoder:
-            raise CannotFuseError("the model is an encoder-decoder")
-        if isinstance(model, nn.DataParallel):
-            raise CannotFuseError("nn.DataParallel runs replicas of the model; use DDP")
-        if self.args.torch_compile:
-            raise CannotFuseError("torch_compile=True compiles the forward that forms them")
-        unwrapped: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        return unwrapped, find_head(unwrapped)
-
-    def _leave_fused_tier(self, reason: CannotFuseError) -> None:
-        """For the logits tier, which is an error where the fused one was asked for.
-
-        Not that of an encoder-decoder: its class says so, whatever the model.
-        """
-        if self._asked_fused_linear and not self.is_encoder_decoder:
-            raise ValueError(
-                f"fused_linear: expected None or False for this model, got True: {reason}"
-            ) from reason
-        _logger.warning("SimPOTrainer forms the logits (fused_linear=False): %s", reason)
-        self._is_fused = False
+    def _obstacle(self) -> str | None:
+        return "the model is an encoder-decoder" if self.is_encoder_decoder else None
 
     def _semantics(self) -> F.Semantics:
         """What loss_type and its parameters are to this package."""
@@ -217,7 +180,7 @@ class SimPOMixin:
         kwargs: dict[str, Any] = {"use_cache": False}
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
-        head = self._head_of(model, input_ids, **kwargs)
+        head = self._tier.head_of(self, model, input_ids, self._obstacle(), **kwargs)
         kwargs["attention_mask"] = inputs["concatenated_attention_mask"]
         options: dict[str, Any] = {
             "average_log_prob": self._semantics().average_log_prob,
@@ -276,8 +239,8 @@ class SimPOMixin:
             "logps/chosen": chosen_logps,
         }
         by_batch = {
-            "logits/rejected": _mean(rejected_logits),
-            "logits/chosen": _mean(chosen_logits),
+            "logits/rejected": overall_mean(rejected_logits),
+            "logits/chosen": overall_mean(chosen_logits),
             "nll_loss": nll,
         }
         prefix = "eval_" if train_eval == "eval" else ""
@@ -318,13 +281,6 @@ class SimPOMixin:
                 rows.shape[0],
             )
         return dict(zip((*by_pair, *by_batch), found, strict=True))
-
-
-def _mean(logits: Tensor) -> Tensor:
-    """In float32 at least."""
-    is_narrow = logits.dtype in (torch.bfloat16, torch.float16)
-    mean: Tensor = logits.detach().mean(dtype=torch.float32 if is_narrow else None)
-    return mean
 
 
 class SimPOTrainer(SimPOMixin, CPOTrainer):  # type: ignore[misc]

@@ -1,0 +1,96 @@
+"""How a trainer scores tokens: without logits where the model allows it, or from them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._causal_lm import CannotFuseError, FusedHead, find_head
+
+__all__ = ["FusedTier"]
+
+_logger = logging.getLogger(__name__)
+
+
+class FusedTier:
+    """Doing without logits, and leaving it at that where a model does not allow it.
+
+    Args:
+        fused_linear: None: where the model allows it, and a warning says why not. True: an error
+            does. False: no.
+    """
+
+    def __init__(self, fused_linear: bool | None) -> None:
+        self.is_in_use = fused_linear is not False
+        self._is_demanded = fused_linear is True
+        self._head: FusedHead | None = None
+
+    def check(self, trainer: Any, model: nn.Module, obstacle: str | None = None) -> None:
+        """Finds out what can be told from a model without running it.
+
+        Args:
+            trainer: A transformers.Trainer.
+            model: As it is called in training, or before it is wrapped for several devices.
+            obstacle: A reason against it that the caller knows.
+
+        Raises:
+            ValueError: It is not allowed, and demanded.
+        """
+        if self.is_in_use:
+            try:
+                _find_head(trainer, model, obstacle)
+            except CannotFuseError as reason:
+                self._leave(reason)
+
+    def head_of(
+        self,
+        trainer: Any,
+        model: nn.Module,
+        input_ids: Tensor,  # [B, T]
+        obstacle: str | None = None,
+        **kwargs: Any,
+    ) -> FusedHead | None:
+        """What scores the tokens of this model without logits, or None.
+
+        Args:
+            trainer: See :meth:`check`.
+            model: As it is called in training.
+            input_ids: [B, T]; see :meth:`FusedHead.of`.
+            obstacle: See :meth:`check`.
+            **kwargs: See :meth:`FusedHead.of`.
+
+        Raises:
+            ValueError: See :meth:`check`.
+        """
+        if not self.is_in_use:
+            return None
+        try:
+            unwrapped, head = _find_head(trainer, model, obstacle)
+            if self._head is None or self._head.head is not head:
+                self._head = FusedHead.of(model, unwrapped, head, input_ids, **kwargs)
+        except CannotFuseError as reason:
+            self._leave(reason)
+            return None
+        return self._head
+
+    def _leave(self, reason: CannotFuseError) -> None:
+        if self._is_demanded:
+            raise ValueError(
+                f"fused_linear: expected None or False for this model, got True: {reason}"
+            ) from reason
+        _logger.warning("The logits are formed (fused_linear=False): %s", reason)
+        self.is_in_use = False
+
+
+def _find_head(trainer: Any, model: nn.Module, obstacle: str | None) -> tuple[nn.Module, nn.Linear]:
+    """The model without what wraps it for several devices, and its lm_head."""
+    if obstacle is not None:
+        raise CannotFuseError(obstacle)
+    if isinstance(model, nn.DataParallel):
+        raise CannotFuseError("nn.DataParallel runs replicas of the model; use DDP")
+    if trainer.args.torch_compile:
+        raise CannotFuseError("torch_compile=True compiles the forward that forms them")
+    unwrapped: nn.Module = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    return unwrapped, find_head(unwrapped)
