@@ -4,8 +4,9 @@
     python -m bench.trl --readme FILE.json
 
 Subjects (trl_subjects.py): stock CPOTrainer, SimPOTrainer from logits, and SimPOTrainer from hidden
-states and lm_head, all on one small Llama with V = 128256, H = 1024 and 2 layers, and on one batch
-of which 60 % is scored. A step is an evaluation's, or one of training without its optimizer's.
+states and lm_head, all on one small Llama with V = 128256, H = 512 and 2 layers, and on one batch
+of 500 MiB of logits, of which 60 % is scored. A step is an evaluation's, or one of training without
+its optimizer's.
 
 A subject is verified before it is timed: losses, metrics and gradients are stock TRL's, within the
 rounding of the dtype. Steps are interleaved; peak memory is that of a step in a process of its own,
@@ -36,10 +37,10 @@ from bench.machine import describe_cpu, version
 from bench.timing import CpuClock, Subject, interleaved
 from bench.trl_subjects import PHASES, STOCK, SUBJECTS, Geometry
 
-SAMPLES, QUICK_SAMPLES = 9, 1
+SAMPLES, QUICK_SAMPLES = 7, 1
 CASES = (
-    Geometry(pairs=2, time=512, hidden=1024, vocabulary=128256, dtype="bfloat16"),
-    Geometry(pairs=2, time=512, hidden=1024, vocabulary=128256, dtype="float32"),
+    Geometry(pairs=2, time=512, hidden=512, vocabulary=128256, dtype="bfloat16"),
+    Geometry(pairs=2, time=256, hidden=512, vocabulary=128256, dtype="float32"),
 )
 QUICK_CASES = (
     Geometry(pairs=2, time=24, hidden=64, vocabulary=600, dtype="float32"),
