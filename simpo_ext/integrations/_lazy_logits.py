@@ -208,16 +208,14 @@ def _note(func: Any) -> Callable[[LazyLogits, _Change | None, Operation], Any]:
 def _in_float32(lazy: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
     """A copy in float32, in which the kernels compute anyway."""
     record = lazy._record
-    if func is Tensor.to:
+    dtype: torch.dtype | None = torch.float32
+    is_like_another = any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
+    if func is Tensor.to and "copy" not in kwargs and not is_like_another:
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        if kwargs.get("copy") or memory_format is not None:
-            return NotImplemented
-        if device is not None and device != lazy.device:
+        if memory_format is not None or device not in (None, lazy.device):
             return NotImplemented
     elif args or kwargs:
         return NotImplemented
-    else:
-        dtype = torch.float32
     if dtype is None or dtype == record.dtype:
         return lazy
     if dtype != torch.float32 or record.dtype == torch.float64:
