@@ -92,14 +92,14 @@ def mean_logits(
     return logit_scale * means
 
 
-def overall_mean(logits: Tensor) -> Tensor:  # []
-    """Mean of all, detached; float32, or float64 for float64 logits."""
+def row_means(logits: Tensor) -> Tensor:  # [B, ...] -> [B]
+    """Mean of each row, detached; float32, or float64 for float64 logits."""
     logits = logits.detach()
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if logits.dtype == dtype or logits.is_cuda or logits.numel() == 0 or logits.dim() == 0:
-        return logits.mean(dtype=dtype)
-    # A sequence at a time: on a CPU, a mean in another dtype is one of a copy.
-    return torch.stack([of_sequence.mean(dtype=dtype) for of_sequence in logits]).mean()
+    if logits.dtype == dtype or logits.is_cuda or logits.numel() == 0:
+        return logits.flatten(1).mean(1, dtype=dtype) if logits.dim() > 1 else logits.to(dtype)
+    # A row at a time: on a CPU, a mean in another dtype is one of a copy.
+    return torch.stack([row.mean(dtype=dtype) for row in logits])
 
 
 def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,17 +1,14 @@
 """Token log-probabilities from a causal language model's own forward, without its logits.
 
 The model is called as it is, wrapped by DDP, FSDP or DeepSpeed or not, so that their hooks see
-every call that they wait for. Only lm_head is another one meanwhile: in place of the logits
-[B, T, V] of the hidden states it returns the log-probabilities [B, T, 1] of the labels.
-
-What a model does to the logits after lm_head is found out by a probe, a forward of two tokens in
-which lm_head returns numbers that are known. Nothing, a factor, or a softcap are taken over into
-the kernels; anything else is a reason not to do without the logits.
+every call that they wait for. Only lm_head is another one meanwhile: in place of the logits of the
+hidden states it returns :class:`LazyLogits`, which carry the log-probabilities of the labels and
+tell what the model does to the logits. The kernels have to know that before: a forward of two
+tokens finds it out, and every other one confirms it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,16 +19,18 @@ from torch import Tensor, nn
 from .._checks import is_dtensor
 from .._linear import score_labels
 from .._report import valid_tokens
+from ._lazy_logits import LazyLogits, Transform
 
 __all__ = ["CannotFuseError", "FusedHead", "FusedOutput", "find_head"]
 
-# The logits that the probe looks at: on both sides of 0, and far enough out for any softcap to
-# show. A factor and a softcap are read from the first two.
-_PROBED = (1.0, 3.0, -0.25, -7.0, 20.0, -45.0, 90.0, 0.0)
-
 
 class CannotFuseError(ValueError):
-    """The log-probabilities do not follow from hidden states and lm_head in a way known here."""
+    """The log-probabilities do not follow from hidden states and lm_head in a way known here.
+
+    Of a forward that has been run, ``outputs`` are the model's, with logits.
+    """
+
+    outputs: Any = None
 
 
 class FusedOutput(NamedTuple):
@@ -40,19 +39,10 @@ class FusedOutput(NamedTuple):
     token_logps: Tensor
     """[B, T] as of :func:`simpo_ext.token_logps` with ``shift=True``."""
     mean_logits: Tensor
-    """[B, T] mean over the vocabulary of each position's logits, detached."""
-    is_mean_known: Tensor | None
-    """[B, T] bool: where; None: everywhere. Under a softcap, at scored positions."""
+    """[B] mean of each row's logits, detached, over the vocabulary and all positions; under a
+    softcap over those that are scored, and NaN without any."""
     outputs: Any
     """The model's own output, with log-probabilities [B, T, 1] for logits."""
-
-    def mean_logits_of(self, rows: slice) -> Tensor:
-        """A tensor whose mean is that of the known logits of these rows."""
-        means = self.mean_logits[rows]
-        if self.is_mean_known is None:
-            return means
-        is_known = self.is_mean_known[rows]
-        return torch.where(is_known, means, 0.0).sum() / is_known.sum()
 
 
 def find_head(model: nn.Module) -> nn.Linear:
@@ -87,15 +77,12 @@ def find_head(model: nn.Module) -> nn.Linear:
 
 
 class FusedHead:
-    """The lm_head of one model, and what the model makes of its output."""
+    """The lm_head of one model, and what the model does to its output."""
 
-    def __init__(
-        self, causal_lm: nn.Module, head: nn.Linear, logit_scale: float, softcap: float | None
-    ) -> None:
+    def __init__(self, causal_lm: nn.Module, head: nn.Linear, transform: Transform) -> None:
         self.causal_lm = causal_lm
         self.head = head
-        self.logit_scale = logit_scale
-        self.softcap = softcap
+        self.transform = transform
 
     @classmethod
     def of(
@@ -106,53 +93,51 @@ class FusedHead:
         input_ids: Tensor,  # [B, T]
         **kwargs: Any,
     ) -> FusedHead:
-        """Finds out what becomes of the head's output.
+        """Finds out what the model does to its logits.
 
         Args:
             model: As it is called in training; it is called once here, without a gradient.
             unwrapped: The same without what wraps it for several devices.
             head: Its lm_head, as :func:`find_head` finds it.
             input_ids: [B, T] of any batch, of which two tokens are taken.
-            kwargs: What else the forward is called with.
+            **kwargs: What else the forward is called with.
 
         Raises:
-            CannotFuseError: The model does something else after lm_head than a factor or a softcap,
-                or calls it otherwise than once, on the hidden states of all tokens.
+            CannotFuseError: Something else than to multiply them and to cap them; or it does not
+                call lm_head once, with the hidden states of all tokens.
         """
         causal_lm = _causal_lm_of(unwrapped)
         input_ids = input_ids[:1, :2]
-        probe = _probe((*input_ids.shape, head.out_features), input_ids.device)
-        calls: list[tuple[torch.Size, bool]] = []
-        found: list[Tensor] = []
+        seen = _Seen()
 
         def forward(hidden: Tensor) -> Tensor:
-            calls.append((hidden.shape[:-1], is_dtensor(head.weight)))
-            return probe.clone()  # which the model may change in place
+            tokens, dtype = hidden.shape[:-1], _logits_dtype(hidden)
+            logits = torch.zeros((*tokens, head.out_features), dtype=dtype, device=hidden.device)
+            if is_dtensor(head.weight):
+                seen.obstacle = "the output embeddings are sharded for tensor parallelism"
+            elif tokens != input_ids.shape:
+                seen.obstacle = (
+                    f"the output embeddings get the hidden states of {list(tokens)} tokens for "
+                    f"input_ids of shape {list(input_ids.shape)}"
+                )
+            payload = torch.zeros((*tokens, 1), device=hidden.device)
+            return seen.made(
+                LazyLogits.instead_of(lambda: logits, head.out_features, dtype, payload)
+            )
 
-        def keep_logits(outputs: Any) -> Any:
-            found.append(outputs.logits)
+        def look(outputs: Any) -> Any:
+            seen.returned = outputs.logits
             return outputs
 
+        devices = [input_ids.device] if input_ids.device.type == "cuda" else []
         with (
             torch.no_grad(),
+            torch.random.fork_rng(devices),  # dropout goes on with the numbers it would have had
             _forward_replaced(head, forward),
-            _output_changed(causal_lm, keep_logits),
+            _output_changed(causal_lm, look),
         ):
             model(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
-        if len(calls) != 1 or len(found) != 1:
-            raise CannotFuseError(
-                f"the model calls its output embeddings {len(calls)} times in a forward, not once"
-            )
-        ((tokens, is_sharded),), (logits,) = calls, found
-        if is_sharded:
-            raise CannotFuseError("the output embeddings are sharded for tensor parallelism")
-        if tokens != input_ids.shape or logits.shape != probe.shape:
-            raise CannotFuseError(
-                f"input_ids of shape {list(input_ids.shape)} become hidden states of "
-                f"{list(tokens)} tokens and logits of shape {list(logits.shape)}, not one of each "
-                f"for each token"
-            )
-        return cls(causal_lm, head, *_scale_and_softcap(probe, logits))
+        return cls(causal_lm, head, seen.transform())
 
     def __call__(
         self,
@@ -170,35 +155,129 @@ class FusedHead:
             labels: [B, T] beside ``input_ids``, not shifted; -100 where nothing is scored.
             input_ids: [B, T], the model's first argument.
             logits_budget_bytes: See :func:`simpo_ext.linear_token_logps`.
-            kwargs: What else the model is called with.
+            **kwargs: What else the model is called with.
+
+        Raises:
+            CannotFuseError: It does something else to its logits than :meth:`of` has found; they
+                have been formed, and the error has the model's output.
         """
         is_scored = valid_tokens(labels, -100, shift=True)
         # Here, as it waits for a GPU: before the forward has been given to it.
         count = int(is_scored.sum())
+        logit_scale, softcap = self.transform
+        seen = _Seen()
         means: list[Tensor] = []
 
         def forward(hidden: Tensor) -> Tensor:
+            if hidden.shape[:-1] != labels.shape:
+                return nn.Linear.forward(self.head, hidden)
             scored = score_labels(
                 hidden,
                 self.head.weight,
                 labels.to(hidden.device),
                 bias=self.head.bias,
-                logit_scale=self.logit_scale,
-                softcap=self.softcap,
+                logit_scale=logit_scale,
+                softcap=softcap,
                 logits_budget_bytes=logits_budget_bytes,
                 num_valid_tokens=count,
-                report=["logits_all" if self.softcap is None else "logits"],
+                report=["logits_all" if softcap is None else "logits"],
             )
-            mean = scored.mean_logit if scored.all_mean_logits is None else scored.all_mean_logits
-            assert mean is not None
-            means.append(mean)
-            return scored.logps.unsqueeze(-1)
+            if scored.all_mean_logits is not None:
+                means.append(scored.all_mean_logits.mean(1))
+            else:
+                assert scored.mean_logit is not None  # 0 where nothing is scored
+                means.append(scored.mean_logit.sum(1) / is_scored.sum(1))
+            return seen.made(
+                LazyLogits.instead_of(
+                    _former(self.head, hidden),
+                    self.head.out_features,
+                    _logits_dtype(hidden),
+                    scored.logps.unsqueeze(-1).clone(),
+                )
+            )
 
-        with _forward_replaced(self.head, forward), _logits_of_head(self.causal_lm, self.head):
+        def take_logps(outputs: Any) -> Any:
+            logits = seen.returned = outputs.logits
+            if not isinstance(logits, LazyLogits):
+                return outputs
+            seen.is_as_found = len(means) == 1 and logits.transform() == self.transform
+            outputs.logits = logits.take_payload() if seen.is_as_found else logits.formed()
+            return outputs
+
+        with _forward_replaced(self.head, forward), _output_changed(self.causal_lm, take_logps):
             outputs = model(input_ids, **kwargs)
-        (mean,) = means
-        is_mean_known = None if self.softcap is None else is_scored
-        return FusedOutput(outputs.logits.squeeze(-1), mean, is_mean_known, outputs)
+        if not seen.is_as_found:
+            raise seen.error(outputs)
+        return FusedOutput(outputs.logits.squeeze(-1), means[0], outputs)
+
+
+class _Seen:
+    """What became of lm_head's output in one forward."""
+
+    def __init__(self) -> None:
+        self.obstacle = ""
+        self.is_as_found = False
+        self.returned: Any = None
+        self._lazy: list[LazyLogits] = []
+
+    def made(self, lazy: LazyLogits) -> LazyLogits:
+        self._lazy.append(lazy)
+        return lazy
+
+    def transform(self) -> Transform:
+        """What the model does to its logits."""
+        logits = self.returned
+        transform = logits.transform() if isinstance(logits, LazyLogits) else None
+        if self.obstacle or len(self._lazy) != 1 or transform is None:
+            raise self.error()
+        return transform
+
+    def error(self, outputs: Any = None) -> CannotFuseError:
+        """Why it cannot be fused, and the outputs if they have logits for all that."""
+        names = [lazy.formed_for() for lazy in self._lazy if isinstance(lazy, LazyLogits)]
+        done = next((name for name in names if name), "")
+        if self.obstacle:
+            reason = self.obstacle
+        elif len(self._lazy) != 1:
+            reason = f"the model calls its output embeddings {len(self._lazy)} times, not once"
+        elif done:
+            reason = f"the model does more to its logits than the kernels can ({done})"
+        else:
+            reason = "the model does other things to its logits at times"
+        error = CannotFuseError(reason)
+        # What lm_head carried and never was formed is no logits.
+        if outputs is not None and not (self._lazy and outputs.logits.shape[-1] == 1 and not done):
+            error.outputs = outputs
+        return error
+
+
+def _logits_dtype(hidden: Tensor) -> torch.dtype:
+    """That of lm_head's product."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+def _former(head: nn.Linear, hidden: Tensor) -> Callable[[], Tensor]:
+    """What makes the logits, under the autocast that holds now."""
+    device_type = hidden.device.type
+    autocast = torch.autocast(
+        device_type,
+        torch.get_autocast_dtype(device_type),
+        enabled=torch.is_autocast_enabled(device_type),
+    )
+
+    def form() -> Tensor:
+        if is_dtensor(head.weight) or head.weight.shape != (head.out_features, head.in_features):
+            raise RuntimeError(
+                "fused_linear: expected False for a model that does more to its logits than it did "
+                "when it was probed, and whose lm_head is sharded again by then"
+            )
+        with autocast:
+            return nn.Linear.forward(head, hidden)
+
+    return form
 
 
 def _causal_lm_of(model: nn.Module) -> nn.Module:
@@ -206,48 +285,6 @@ def _causal_lm_of(model: nn.Module) -> nn.Module:
     get_base_model: Any = getattr(model, "get_base_model", None)
     causal_lm: nn.Module = model if get_base_model is None else get_base_model()
     return causal_lm
-
-
-# ---- the probe -----------------------------------------------------------------------------------
-
-
-def _probe(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Logits of this shape that are known: float64, so that a factor can be read off exactly."""
-    repeats = -(-math.prod(shape) // len(_PROBED))
-    values = torch.tensor(_PROBED, dtype=torch.float64, device=device).repeat(repeats)
-    return values[: math.prod(shape)].view(shape)
-
-
-def _scale_and_softcap(probe: Tensor, logits: Tensor) -> tuple[float, float | None]:
-    """What a model has made of the probe, as the kernels' options.
-
-    Raises:
-        CannotFuseError: Something else.
-    """
-    precision = 8 * torch.finfo(logits.dtype).eps
-    found = logits.to(torch.float64)
-    at_1, at_3 = (float(value) for value in found.flatten()[:2])
-    candidates: list[tuple[float, float | None]] = [(at_1, None)]
-    # c tanh(s x / c) at 1 and at 3: with t = tanh(s / c), their ratio is (3 + t^2) / (1 + 3 t^2).
-    ratio = at_3 / at_1 if at_1 else math.nan
-    if 1.0 < ratio < 3.0:
-        t = math.sqrt((3.0 - ratio) / (3.0 * ratio - 1.0))
-        # Rounded: a dtype's last digits are those of the error.
-        softcap = float(f"{at_1 / t:.{max(1, int(-math.log10(precision)) - 3)}g}")
-        if abs(at_1) < abs(softcap):
-            candidates.append((softcap * math.atanh(at_1 / softcap), softcap))
-    for scale, cap in candidates:
-        if abs(scale - 1.0) <= 100 * precision:
-            scale = 1.0
-        expected = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
-        is_known = torch.allclose(found, expected, rtol=precision, atol=0.0)
-        # A factor is as exact as the dtype that it was read in.
-        if is_known and scale >= 1e-30 and (scale == 1.0 or precision < 1e-5):
-            return scale, cap
-    raise CannotFuseError(
-        f"after its output embeddings, the model makes of logits {list(_PROBED)} "
-        f"{logits.flatten()[: len(_PROBED)].tolist()}, which is neither a factor nor a softcap"
-    )
 
 
 # ---- forwards that are others for a while --------------------------------------------------------
@@ -281,24 +318,3 @@ def _output_changed(module: nn.Module, change: Callable[[Any], Any]) -> Iterator
 
     with _forward_replaced(module, changed):
         yield
-
-
-@contextmanager
-def _logits_of_head(causal_lm: nn.Module, head: nn.Module) -> Iterator[None]:
-    """While inside, the model's logits are what its lm_head, hooks and all, returns."""
-    of_head: list[Tensor] = []
-
-    def keep_output(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        of_head.append(output)
-        return output.clone()  # which the model may change in place
-
-    def replace_logits(outputs: Any) -> Any:
-        outputs.logits = of_head.pop()
-        return outputs
-
-    handle = head.register_forward_hook(keep_output)
-    try:
-        with _output_changed(causal_lm, replace_logits):
-            yield
-    finally:
-        handle.remove()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._causal_lm import CannotFuseError, FusedHead, find_head
+from ._causal_lm import CannotFuseError, FusedHead, FusedOutput, find_head
 
 __all__ = ["FusedTier"]
 
@@ -44,36 +44,47 @@ class FusedTier:
             except CannotFuseError as reason:
                 self._leave(reason)
 
-    def head_of(
+    def forward(
         self,
         trainer: Any,
         model: nn.Module,
         input_ids: Tensor,  # [B, T]
+        labels: Tensor,  # [B, T]
         obstacle: str | None = None,
+        logits_budget_bytes: int | None = None,
         **kwargs: Any,
-    ) -> FusedHead | None:
-        """What scores the tokens of this model without logits, or None.
+    ) -> FusedOutput | Any:
+        """Runs the model.
 
         Args:
             trainer: See :meth:`check`.
             model: As it is called in training.
-            input_ids: [B, T]; see :meth:`FusedHead.of`.
+            input_ids: [B, T], the model's first argument.
+            labels: [B, T] beside them, not shifted; -100 where nothing is scored.
             obstacle: See :meth:`check`.
-            **kwargs: See :meth:`FusedHead.of`.
+            logits_budget_bytes: See :func:`simpo_ext.linear_token_logps`.
+            **kwargs: What else the model is called with.
+
+        Returns:
+            A :class:`FusedOutput`, or, where the logits are formed, what the model returns.
 
         Raises:
             ValueError: See :meth:`check`.
         """
-        if not self.is_in_use:
-            return None
-        try:
-            unwrapped, head = _find_head(trainer, model, obstacle)
-            if self._head is None or self._head.head is not head:
-                self._head = FusedHead.of(model, unwrapped, head, input_ids, **kwargs)
-        except CannotFuseError as reason:
-            self._leave(reason)
-            return None
-        return self._head
+        outputs = None
+        if self.is_in_use:
+            try:
+                unwrapped, linear = _find_head(trainer, model, obstacle)
+                if self._head is None or self._head.head is not linear:
+                    options = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor)}
+                    self._head = FusedHead.of(model, unwrapped, linear, input_ids, **options)
+                return self._head(
+                    model, labels, input_ids, logits_budget_bytes=logits_budget_bytes, **kwargs
+                )
+            except CannotFuseError as reason:
+                self._leave(reason)
+                outputs = reason.outputs
+        return model(input_ids, **kwargs) if outputs is None else outputs
 
     def _leave(self, reason: CannotFuseError) -> None:
         if self._is_demanded:

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from .. import _checks, functional
 from .._options import EMPTY_POLICIES, EmptyPolicy, resolve_linear_options
-from .._report import overall_mean, valid_tokens
-from ._causal_lm import FusedHead
+from .._report import row_means, valid_tokens
+from ._causal_lm import FusedOutput
 from ._tier import FusedTier
 
 __all__ = ["PairForward", "SimPOMixin", "get_batch_logps", "patch", "simpo_loss", "simpo_trainer"]
 
 _IGNORE_INDEX = -100  # CustomDPOTrainer's own
 # What a batch of text has. A model that takes more may not be run with less, to be probed.
-_TEXT_INPUTS = {"attention_mask", "input_ids", "position_ids"}
+_TEXT_INPUTS = {"attention_mask", "input_ids", "labels", "position_ids"}
 
 
 def get_batch_logps(
@@ -125,7 +125,7 @@ class PairForward(NamedTuple):
     rejected_logps: Tensor
     """[P] the same of each rejected completion."""
     chosen_logits: Tensor
-    """Mean of all chosen logits, detached: a scalar, which is all that the trainer logs of them."""
+    """Mean of the chosen logits, detached: a scalar, which is all that the trainer logs of them."""
     rejected_logits: Tensor
     """The same of the rejected logits."""
     chosen_logps_avg: Tensor
@@ -196,62 +196,46 @@ class SimPOMixin:
             return super().concatenated_forward(  # type: ignore[misc]
                 model, batch, is_ref_model=is_ref_model
             )
-        pairs = _num_pairs("batch", batch["labels"])
-        of_rows, *mean_logits = self._score(model, batch)
-        logps, lengths = (values.view(2, pairs) for values in of_rows)
+        labels = batch["labels"]
+        pairs = _num_pairs("batch", labels)
+        token_logps, mean_logits = self._score(model, batch)
+        of_rows = _sequence_sums(token_logps, labels, _IGNORE_INDEX, self.ld_alpha)
+        logps, lengths, logits = (values.view(2, pairs) for values in (*of_rows, mean_logits))
         if self.empty == "drop":
             is_counted = (lengths > 0).all(0)
-            logps, lengths = logps[:, is_counted], lengths[:, is_counted]
+            logps, lengths, logits = (each[:, is_counted] for each in (logps, lengths, logits))
         chosen_logps, rejected_logps = logps / lengths
-        chosen_logits, rejected_logits = mean_logits
+        chosen_logits, rejected_logits = logits.mean(1)
         return PairForward(
             chosen_logps, rejected_logps, chosen_logits, rejected_logits, chosen_logps
         )
 
     def _score(
-        self, model: Any, batch: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:  # [2P] and [2P], scalar, scalar
-        """As :func:`get_batch_logps`, and the means of all chosen and of all rejected logits."""
-        labels = batch["labels"]
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        head = self._head_of(model, inputs)
-        inputs.update(return_dict=True, use_cache=False)
-        if head is None:
-            logits = model(**inputs).logits
-            chosen_logits, rejected_logits = logits.detach().chunk(2)
-            of_rows = get_batch_logps(
-                logits, labels, ld_alpha=self.ld_alpha, inplace_backward=self.inplace_backward
-            )
-            return of_rows, overall_mean(chosen_logits), overall_mean(rejected_logits)
-        fused = head(
-            model,
-            labels,
-            inputs.pop("input_ids"),
-            logits_budget_bytes=self.logits_budget_bytes,
-            **inputs,
-        )
-        pairs = labels.shape[0] // 2
-        return (
-            _sequence_sums(fused.token_logps, labels, _IGNORE_INDEX, self.ld_alpha),
-            fused.mean_logits_of(slice(pairs)).mean(),
-            fused.mean_logits_of(slice(pairs, None)).mean(),
-        )
-
-    simpo_loss = simpo_loss
-
-    def _head_of(self, model: nn.Module, inputs: dict[str, Any]) -> FusedHead | None:
-        """What scores the tokens of this model without logits, or None."""
+        self, model: nn.Module, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:  # [2P, T], [2P]
+        """Log-probabilities of tokens, 0 where nothing is scored, and each row's mean logit."""
         if self._tier is None:
             self._tier = FusedTier(self.fused_linear)
-        others = sorted(inputs.keys() - _TEXT_INPUTS)
-        return self._tier.head_of(
+        inputs = {**batch, "return_dict": True, "use_cache": False}
+        input_ids, labels = inputs.pop("input_ids"), inputs.pop("labels")
+        others = sorted(batch.keys() - _TEXT_INPUTS)
+        outputs = self._tier.forward(
             self,
             model,
-            inputs["input_ids"],
+            input_ids,
+            labels,
             f"the model takes more than text: {', '.join(others)}" if others else None,
-            return_dict=True,
-            use_cache=False,
+            self.logits_budget_bytes,
+            **inputs,
         )
+        if isinstance(outputs, FusedOutput):
+            return outputs.token_logps, outputs.mean_logits
+        logits = outputs.logits
+        mean_logits = row_means(logits)  # before a backward overwrites them
+        token_logps = functional.token_logps(logits, labels, inplace_backward=self.inplace_backward)
+        return token_logps, mean_logits
+
+    simpo_loss = simpo_loss
 
 
 def simpo_trainer(

@@ -24,7 +24,8 @@ from .. import functional as F
 from .._checks import check_bool, check_choice
 from .._options import EMPTY_POLICIES, EmptyPolicy, resolve_linear_options
 from .._presets import TrainerLossType
-from .._report import overall_mean
+from .._report import row_means
+from ._causal_lm import FusedOutput
 from ._tier import FusedTier
 
 try:
@@ -166,9 +167,9 @@ class SimPOMixin:
 
         Returns:
             chosen_logps [P], rejected_logps [P], chosen_logits, rejected_logits, nll_loss [] and,
-            of a model with an auxiliary loss, that. The logits are [P, T, V]. Where they have not
-            been formed, these are detached tensors with the same means: [P, T], or [] under a
-            softcap, where they are means over completions only.
+            of a model with an auxiliary loss, that. The logits are [P, T, V], or, where they have
+            not been formed, the detached mean of each row's, [P]: under a softcap that of the
+            completion only.
         """
         inputs = self.concatenated_inputs(
             batch,
@@ -177,36 +178,34 @@ class SimPOMixin:
             device=self.accelerator.device,
         )
         input_ids, labels = inputs["concatenated_input_ids"], inputs["concatenated_labels"]
-        kwargs: dict[str, Any] = {"use_cache": False}
+        kwargs: dict[str, Any] = {
+            "attention_mask": inputs["concatenated_attention_mask"],
+            "use_cache": False,
+        }
         if self.aux_loss_enabled:
             kwargs["output_router_logits"] = True
-        head = self._tier.head_of(self, model, input_ids, self._obstacle(), **kwargs)
-        kwargs["attention_mask"] = inputs["concatenated_attention_mask"]
+        if self.is_encoder_decoder:
+            kwargs["decoder_input_ids"] = self._shift_right(labels)
+        outputs = self._tier.forward(
+            self, model, input_ids, labels, self._obstacle(), self._logits_budget_bytes, **kwargs
+        )
         options: dict[str, Any] = {
             "average_log_prob": self._semantics().average_log_prob,
             "sft_reduction": "token",
             "empty": self._empty,
             "shift": not self.is_encoder_decoder,
         }
-        pairs = batch["chosen_labels"].shape[0]
-        chosen, rejected = slice(pairs), slice(pairs, None)
-        if head is None:
-            if self.is_encoder_decoder:
-                kwargs["decoder_input_ids"] = self._shift_right(labels)
-            outputs = model(input_ids, **kwargs)
-            logits = outputs.logits[chosen], outputs.logits[rejected]
-            out = F.simpo_loss(outputs.logits, labels, **options)
+        if isinstance(outputs, FusedOutput):
+            out = F.simpo_loss_from_token_logps(outputs.token_logps, labels, **options)
+            logits, outputs = outputs.mean_logits, outputs.outputs
         else:
-            fused = head(
-                model, labels, input_ids, logits_budget_bytes=self._logits_budget_bytes, **kwargs
-            )
-            outputs = fused.outputs
-            logits = fused.mean_logits_of(chosen), fused.mean_logits_of(rejected)
-            out = F.simpo_loss_from_token_logps(fused.token_logps, labels, **options)
+            out = F.simpo_loss(outputs.logits, labels, **options)
+            logits = outputs.logits
+        pairs = batch["chosen_labels"].shape[0]
         # Without a weight there is no term, not one of weight 0: it may be NaN.
         nll = out.sft_loss if self.cpo_alpha != 0.0 else torch.zeros_like(out.sft_loss)
         aux_loss = (outputs.aux_loss,) if self.aux_loss_enabled else ()
-        return out.chosen_logps, out.rejected_logps, *logits, nll, *aux_loss
+        return out.chosen_logps, out.rejected_logps, logits[:pairs], logits[pairs:], nll, *aux_loss
 
     def get_batch_loss_metrics(
         self,
@@ -225,7 +224,8 @@ class SimPOMixin:
             chosen_logps = torch.where(is_counted, chosen_logps, 0.0)
             rejected_logps = torch.where(is_counted, rejected_logps, 0.0)
         losses, chosen_rewards, rejected_rewards = self.cpo_loss(chosen_logps, rejected_logps)
-        preference_loss = torch.where(is_counted, losses, 0.0).sum() / is_counted.sum().clamp(min=1)
+        num_counted = is_counted.sum()
+        preference_loss = torch.where(is_counted, losses, 0.0).sum() / num_counted.clamp(min=1)
         loss = preference_loss + self.cpo_alpha * nll
         for aux_loss in aux_losses:
             loss = loss + self.aux_loss_coef * aux_loss
@@ -239,10 +239,13 @@ class SimPOMixin:
             "logps/chosen": chosen_logps,
         }
         by_batch = {
-            "logits/rejected": overall_mean(rejected_logits),
-            "logits/chosen": overall_mean(chosen_logits),
-            "nll_loss": nll,
+            name: torch.where(is_counted, row_means(logits), 0.0).sum() / num_counted
+            for name, logits in (
+                ("logits/rejected", rejected_logits),
+                ("logits/chosen", chosen_logits),
+            )
         }
+        by_batch["nll_loss"] = nll
         prefix = "eval_" if train_eval == "eval" else ""
         values = self._read(by_pair, by_batch, is_counted)
         return loss, {f"{prefix}{name}": value for name, value in values.items()}
@@ -265,22 +268,34 @@ class SimPOMixin:
     ) -> dict[str, float]:
         """Means over the counted pairs, and over the batches, of all processes."""
         # Two tensors, as accelerate cuts off what fills up an evaluation's last batch by rows.
-        rows = torch.stack([value.detach().float() for value in (*by_pair.values(), is_counted)], 1)
-        values = torch.stack([value.detach().float() for value in by_batch.values()]).unsqueeze(0)
-        rows, values = self.accelerator.gather_for_metrics((rows, values))
-        *sums, counted = rows.sum(0, dtype=torch.float64).unbind()
-        means = torch.stack([*(total / counted for total in sums), *values.double().mean(0)])
-        *found, num_counted = torch.cat((means, counted.unsqueeze(0))).tolist()
-        dropped = rows.shape[0] - int(num_counted)
+        batch = [value.unsqueeze(0) for value in by_batch.values()]
+        tables = self.accelerator.gather_for_metrics(
+            (
+                _table([*by_pair.values()], is_counted),
+                _table(batch, is_counted.any().unsqueeze(0)),
+            )
+        )
+        sums = [table.sum(0) for table in tables]
+        means = [total[:-1] / total[-1] for total in sums]
+        *found, num_counted = torch.cat((*means, sums[0][-1:])).tolist()
+        num_pairs = tables[0].shape[0]
+        dropped = num_pairs - int(num_counted)
         if dropped and not self._has_warned_of_dropped_pairs:
             self._has_warned_of_dropped_pairs = True
             _logger.warning(
                 "%d of %d pairs are left out of a batch's loss and metrics, and so are others from "
                 "here on: a completion of theirs has no token left; see max_length",
                 dropped,
-                rows.shape[0],
+                num_pairs,
             )
         return dict(zip((*by_pair, *by_batch), found, strict=True))
+
+
+def _table(columns: list[Tensor], is_counted: Tensor) -> Tensor:
+    """[R, C + 1] of columns [R], 0 in rows that are not counted, and of whether they are."""
+    values = torch.stack([column.detach().double() for column in columns], 1)
+    is_counted = is_counted.unsqueeze(1)
+    return torch.cat((torch.where(is_counted, values, 0.0), is_counted.double()), 1)
 
 
 class SimPOTrainer(SimPOMixin, CPOTrainer):  # type: ignore[misc]
