@@ -14,9 +14,16 @@ from trl_training import MAX_LENGTH, STOCK, TIERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Words that no tokenizer of a thousand tokens makes fewer than MAX_LENGTH of.
-LONG = " ".join(f"{number}" for number in range(100, 100 + MAX_LENGTH))
 LOSSES = {"simpo": {}, "sigmoid": {"beta": 0.1}, "ipo": {"beta": 0.5}, "alphapo": {"alpha": 0.1}}
+
+
+def filling_prompt() -> str:
+    """Of MAX_LENGTH tokens, with the one that TRL puts before it."""
+    tokenizer = trl.tokenizer()
+    words = " ".join(map(str, range(100, 100 + MAX_LENGTH)))
+    prompt = tokenizer.decode(tokenizer(words)["input_ids"][: MAX_LENGTH - 1])
+    assert len(tokenizer(prompt)["input_ids"]) == MAX_LENGTH - 1
+    return prompt
 
 
 def pairs_with(*which: str) -> list[dict[str, str]]:
@@ -26,9 +33,13 @@ def pairs_with(*which: str) -> list[dict[str, str]]:
     long with an empty pair as without.
     """
     train, _ = trl.pairs()
-    first = {**train[0], "rejected": f" {LONG}"}
+    first = {**train[0], "rejected": f" {filling_prompt()}"}
     made = {"0": first, "1": train[1], "2": train[2]}
-    made["empty"] = {"prompt": LONG, "chosen": " yes, it is", "rejected": " no, it is not"}
+    made["empty"] = {
+        "prompt": filling_prompt(),
+        "chosen": " yes, it is",
+        "rejected": " no, it is not",
+    }
     return [made[name] for name in which]
 
 

@@ -42,13 +42,16 @@ def without_logits(step: trl.Step) -> trl.Step:
 
 
 def mean_logits_of_completions(model: Any, batch: Any) -> dict[str, float]:
+    """Of rows, each of which is the mean of its own."""
     means = {}
-    for half in ("chosen", "rejected"):
+    for half in ("rejected", "chosen"):
         with torch.no_grad():
             ids, mask = batch[f"{half}_input_ids"], batch[f"{half}_attention_mask"]
-            logits = model(ids, attention_mask=mask).logits
-        means[f"logits/{half}"] = logits[:, :-1][batch[f"{half}_labels"][:, 1:] != -100].mean()
-    return {name: mean.item() for name, mean in means.items()}
+            of_positions = model(ids, attention_mask=mask).logits[:, :-1].mean(2)
+        is_scored = batch[f"{half}_labels"][:, 1:] != -100
+        rows = (of_positions * is_scored).sum(1) / is_scored.sum(1)
+        means[f"logits/{half}"] = rows.mean().item()
+    return means
 
 
 # ---- families --------------------------------------------------------------------------------
@@ -65,7 +68,7 @@ def test_a_family_whose_head_is_known(tmp_path: Path, name: str, tier: str) -> N
     assert trainer.fused_linear is (tier != "logits")
     if name in CAPPED and trainer.fused_linear:
         expected = mean_logits_of_completions(model, batch)
-        got = {metric: ours["metrics"][metric] for metric in LOGITS}
+        got = {metric: ours["metrics"][metric] for metric in expected}
         trl.assert_same_floats(got, expected, 1e-4)
         ours, stock = without_logits(ours), without_logits(stock)
     trl.assert_same_step(ours, stock)
@@ -110,11 +113,17 @@ def agrees_or_refuses(model: Any, folder: Path, *, must_refuse: bool = False) ->
     def insist() -> trl.Step:
         return trl.step(trl.make_trainer("fused", folder, model), batch)
 
-    if trainer.fused_linear and not must_refuse:
-        trl.assert_same_step(insist(), stock)
-    else:
+    if must_refuse:
         with pytest.raises(ValueError, match="fused_linear"):
             insist()
+        return
+    try:
+        insisted = insist()
+    except ValueError as error:
+        if "fused_linear" not in str(error):
+            raise
+    else:
+        trl.assert_same_step(insisted, stock)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -239,7 +248,7 @@ def test_checkpoints_of_activations(tmp_path: Path, tier: str, use_reentrant: bo
 @pytest.mark.parametrize("tier", ["auto", "fused"])
 def test_a_compiled_model(tmp_path: Path, tier: str) -> None:
     """By Dynamo and AOTAutograd alone: what code comes out of a graph is not ours."""
-    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1}
     try:
         trainer = trl.make_trainer(tier, tmp_path, **options)
     except ValueError as error:
@@ -249,7 +258,7 @@ def test_a_compiled_model(tmp_path: Path, tier: str) -> None:
     torch._dynamo.reset()
     ours = trl.train(trainer)
     torch._dynamo.reset()
-    trl.assert_same_training(ours, trl.train(trl.make_trainer(STOCK, tmp_path, max_steps=2)))
+    trl.assert_same_training(ours, trl.train(trl.make_trainer(STOCK, tmp_path, max_steps=1)))
 
 
 @pytest.mark.parametrize("tier", ["auto", *TIERS])

@@ -194,11 +194,14 @@ class PlusAnother(_Headed):
 
 # What has to be taken from the logits, for its numbers to be right.
 CHANGED = (
-    *(Affine, Sliced, Masked, Rolled, ScaledInTraining, ScaledWhereLong, ScaledByAParameter),
+    *(Affine, Sliced, Masked, Rolled, ScaledByAParameter),
     *(NeverCalled, CalledTwice, PlusAnother),
 )
 # From which a clever trainer might still get the right numbers.
-UNUSUAL = (ScaledInPlace, CalledTwiceAndOnceForNothing, CalledInParts, CalledFlat)
+UNUSUAL = (
+    *(ScaledInPlace, ScaledInTraining, ScaledWhereLong),
+    *(CalledTwiceAndOnceForNothing, CalledInParts, CalledFlat),
+)
 
 
 # ---- heads that are no plain nn.Linear -------------------------------------------------------
