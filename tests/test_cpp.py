@@ -103,6 +103,7 @@ def sequence_results(
     return [*losses, leaf.grad, *counts, *flat_counts, out.loss, out.sft_loss, *metrics]
 
 
+@pytest.mark.cpu_only
 @needs_libtorch
 def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) -> None:
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"

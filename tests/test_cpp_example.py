@@ -6,6 +6,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,8 @@ EXAMPLE = ROOT / "csrc" / "examples" / "linear_head"
 PACKAGE = Path(_C.__file__).parent
 TORCH = torch.utils.cmake_prefix_path
 STEPS = 8
+
+Programs = Callable[[str], Path]
 
 pytestmark = needs_libtorch
 
@@ -43,16 +48,25 @@ def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return (folder / "installed").rename(folder / "moved")
 
 
-@pytest.fixture(scope="module", params=["wheel", "plain install"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, built against one of the two."""
-    if request.param == "wheel":
-        prefix = simpo_ext.cmake_prefix_path()
-    else:
-        prefix = request.getfixturevalue("plain_install")
-    folder = tmp_path_factory.mktemp("example")
-    build(EXAMPLE, folder, *WITHOUT_DEBUG_INFO, f"-DCMAKE_PREFIX_PATH={TORCH};{prefix}")
-    return folder / "linear_head"
+@pytest.fixture(scope="module")
+def program_of(plain_install: Path, tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """The example, built against one of the two installs when first asked for."""
+    prefixes = {"wheel": simpo_ext.cmake_prefix_path(), "plain install": plain_install}
+
+    @cache
+    def build_against(install: str) -> Path:
+        folder = tmp_path_factory.mktemp("example")
+        prefix_path = f"-DCMAKE_PREFIX_PATH={TORCH};{prefixes[install]}"
+        build(EXAMPLE, folder, *WITHOUT_DEBUG_INFO, prefix_path)
+        return folder / "linear_head"
+
+    return build_against
+
+
+@pytest.fixture(params=["wheel", "plain install"])
+def program(request: pytest.FixtureRequest, program_of: Programs) -> Path:
+    """The example, with each of the two."""
+    return program_of(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +102,8 @@ def trained_in_python(path: Path, flags: list[str]) -> list[tuple[float, float, 
         out.loss.backward()
         optimizer.step()
         metrics = out.metrics()
-        lines.append((float(out.loss), metrics["rewards/accuracies"], metrics["rewards/margins"]))
+        accuracy, margin = metrics["rewards/accuracies"], metrics["rewards/margins"]
+        lines.append((out.loss.item(), accuracy, margin))
     return lines
 
 
@@ -97,6 +112,7 @@ def line(step: int, loss: float, accuracy: float, margin: float) -> str:
 
 
 # Of SGD, Python and C++ do the same operations, and every bit of a float32 is in its nine digits.
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("flags", [["--sgd"], ["--sgd", "--logits"]])
 def test_training_with_sgd_prints_python_s_very_numbers(
     program: Path, data: Path, flags: list[str]
@@ -109,17 +125,17 @@ def test_training_with_sgd_prints_python_s_very_numbers(
 
 # Of AdamW, Python's averages are made in one operation (lerp) and those of C++ in two: a rounding
 # or so of each parameter at each step.
+@pytest.mark.cpu_only
 def test_training_with_adamw_prints_python_s_numbers_but_for_roundings(
     program: Path, data: Path
 ) -> None:
     printed = run(program, "--data", data, "--steps", str(STEPS)).splitlines()
     expected = trained_in_python(data, [])
     assert printed[0] == line(0, *expected[0])
-    numbers = [[float(text) for text in re.findall(r" (\S+)(?=  |$)", row)] for row in printed]
-    steps = [[step, *numbers] for step, numbers in enumerate(expected)]
+    numbers = [re.findall(r"(?:loss|margin) (\S+)", row) for row in printed]
     torch.testing.assert_close(
-        torch.tensor(numbers, dtype=torch.float64),
-        torch.tensor(steps, dtype=torch.float64),
+        torch.tensor([[float(loss), float(margin)] for loss, margin in numbers]),
+        torch.tensor([[loss, margin] for loss, _, margin in expected]),
         rtol=1e-5,
         atol=0,
     )
@@ -161,6 +177,15 @@ def test_an_install_has_no_path_of_the_machine_that_built_it(plain_install: Path
         assert not [place for place in places if os.fsencode(place) in content], file
 
 
+def test_the_cmake_package_says_what_the_library_has(plain_install: Path) -> None:
+    info = simpo_ext.build_info()
+    has_cuda = {PACKAGE: bool(info["cuda_runtime_version"]), plain_install: False}
+    for folder, with_cuda in has_cuda.items():
+        text = next(folder.rglob("simpo_extConfig.cmake")).read_text()
+        assert f"set(simpo_ext_WITH_CUDA {'ON' if with_cuda else 'OFF'})" in text
+        assert f'set(simpo_ext_TORCH_TARGET "{info["torch_target"]}")' in text
+
+
 def library_in(folder: Path) -> Path:
     return next(folder.rglob("libsimpo_ext.so"))
 
@@ -177,7 +202,9 @@ for path in ({str(first)!r}, {str(second)!r}):
     print((error() or b"none").decode())
 print(simpo_ext.token_logps(torch.zeros(1, 1, 4), torch.zeros(1, 1).long(), shift=False).item())
 """
-    printed = subprocess.run(["python", "-c", code], capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     of_first, of_second, logp = printed.stdout.splitlines()
     assert of_first == "none"
     assert of_second == (
@@ -188,14 +215,16 @@ print(simpo_ext.token_logps(torch.zeros(1, 1, 4), torch.zeros(1, 1).long(), shif
 
 
 def test_a_program_that_links_a_copy_beside_another_one_works_with_the_first(
-    program: Path, plain_install: Path
+    program_of: Programs, plain_install: Path
 ) -> None:
+    program = program_of("wheel")
     # What was loaded first also answers for the second.
     environment = os.environ | {"LD_PRELOAD": str(library_in(plain_install))}
     assert run(program, env=environment) == run(program)
 
 
-def test_the_header_says_why_ops_cannot_be_used(program: Path, tmp_path: Path) -> None:
+def test_the_header_says_why_ops_cannot_be_used(program_of: Programs, tmp_path: Path) -> None:
+    program = program_of("wheel")
     source, library = tmp_path / "late.c", tmp_path / "late.so"
     source.write_text('const char* simpo_ext_load_error() { return "too late"; }\n')
     run("cc", "-shared", "-fPIC", "-o", library, source)

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -74,6 +75,7 @@ def on_threads(batch: list[Tensor], **options: Any) -> list[list[Tensor]]:
     return results
 
 
+@pytest.mark.cpu_only
 @needs_libtorch
 def test_a_program_with_collectives_by_hand_gets_python_s_numbers(tmp_path: Path) -> None:
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
