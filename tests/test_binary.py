@@ -112,7 +112,9 @@ def test_a_source_checkout_as_current_directory_does_not_hide_the_installed_libr
     assert printed.strip() == simpo_ext.__version__
 
 
-def test_a_second_copy_of_the_library_is_refused_before_it_crashes(tmp_path: Path) -> None:
+def test_the_package_refuses_to_be_loaded_beside_another_copy_of_the_library(
+    tmp_path: Path,
+) -> None:
     copy = shutil.copy(LIBRARY, tmp_path / "libother.so")
     code = f"import torch, ctypes; ctypes.CDLL({str(copy)!r}); import simpo_ext"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

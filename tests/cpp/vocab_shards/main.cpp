@@ -4,6 +4,7 @@
 // Exits non-zero on the first thing that is wrong.
 
 #include <simpo_ext/vocab_parallel.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 
 #include <array>
