@@ -79,8 +79,9 @@ struct LinearOptions {
 // that nothing waits for its device.
 class Normalizer {
  public:
-  Normalizer(double number) : value_(number) {}                 // NOLINT: meant to convert
-  Normalizer(at::Tensor tensor) : value_(std::move(tensor)) {}  // NOLINT
+  // Conversions, for designated initializers: {.pair_normalizer = 8.0}.
+  Normalizer(double number) : value_(number) {}
+  Normalizer(at::Tensor tensor) : value_(std::move(tensor)) {}
 
   // One of the two is null.
   const double* number() const { return std::get_if<double>(&value_); }

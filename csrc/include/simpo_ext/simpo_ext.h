@@ -4,22 +4,20 @@
 //   find_package(simpo_ext REQUIRED)
 //   target_link_libraries(app PRIVATE simpo_ext::simpo_ext)
 //
-// Header-only and compiled against the includer's libtorch. The compiled library is reached through
-// the dispatcher alone, so it needs no libtorch of the same version. Formulas, defaults and edge
-// cases are those of the Python function of the same name.
+// Header-only and compiled against the includer's libtorch. Tensors reach the compiled library
+// through the dispatcher alone, so it needs no libtorch of the same version. Formulas, defaults and
+// edge cases are those of the Python function of the same name.
 //
 // Arguments, where a function says nothing else:
 //
 //   logits  [B, T, V] float64, float32, bfloat16 or float16, of any strides, though a vocabulary
-//   that
-//           is not contiguous is copied. Packed (Layout::cu_seqlens): [N, V] or [1, N, V].
-//   hidden  [B, T, H] of the same dtypes: the last hidden states, as they go into lm_head. Packed:
-//           [N, H] or [1, N, H].
+//           that is not contiguous is copied. Packed (see Layout): [N, V] or [1, N, V].
+//   hidden  [B, T, H] of the same dtypes: the last hidden states, as they go into lm_head.
+//           Packed: [N, H] or [1, N, H].
 //   weight  [V, H] of hidden's dtype: lm_head's. Under autocast, hidden, weight and bias take its
 //           dtype, unless they are float64.
-//   labels  [B, T] int64, int32, int16, int8 or uint8, each ignore_index or in [0, V). Packed: [N]
-//   or
-//           [1, N].
+//   labels  [B, T] int64, int32, int16, int8 or uint8, each ignore_index or in [0, V). Packed:
+//           [N] or [1, N].
 //
 // Of pairs, B = 2P: P chosen rows, then P rejected ones, where no Layout says otherwise. Results
 // are float32, float64 for float64 arguments. Logits, hidden states and log-probabilities of masked
@@ -32,11 +30,9 @@
 //   c10::ValueError  a shape, a device, a number or a combination does not fit; of CPU tensors,
 //                    cu_seqlens that decrease or leave [0, N]
 //   c10::IndexError  of CPU tensors, a label out of range, or a pair of sequences that are not
-//   there.
-//                    On a GPU, which is not waited for, what it belongs to becomes NaN instead
+//                    there. On a GPU, which is not waited for, what it belongs to becomes NaN
 //   c10::Error       the base of these; by itself: there are no kernels for the device, another
-//   copy
-//                    of the library was loaded first, or a gradient was differentiated once more
+//                    copy of the library was loaded first, or a gradient was differentiated again
 #pragma once
 
 #include <ATen/ATen.h>
@@ -275,9 +271,8 @@ inline SimPOOutput simpo_loss_from_logps(const at::Tensor& chosen_logps,
   return detail::loss_of_token_logps(logps, labels, batch, of_sequences, gamma_beta_ratio);
 }
 
-// What the mean of simpo_loss divides by, given the same options and layout, of which ignore_index,
-// shift and empty, and all but pair_weight count. The values of labels [2P, T], packed [N] or
-// [1, N], are not checked.
+// What the mean of simpo_loss divides by, given the same labels, options and layout, of which
+// ignore_index, shift, empty, cu_seqlens and pairs matter. The labels' values are not checked.
 //
 // The counts of the micro-batches and ranks of an optimizer step, added up and clamped to 1 at
 // least, are the pair_normalizer and the token_normalizer with which their gradients add up to that
