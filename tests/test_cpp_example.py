@@ -266,3 +266,16 @@ def test_a_torch_that_does_not_do_is_explained(
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert (done.returncode != 0) == required.endswith("REQUIRED")
         assert message in " ".join(done.stderr.split())
+
+
+def test_readme_shows_what_the_example_prints(program_of: Programs) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## C\+\+\n(.*?)(?=^## )", readme, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"linear_head/linear_head (.+)\n", section)
+    (shown,) = re.findall(r"^```text\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    printed = run(program_of("wheel"), *command.split())
+    number = re.compile(r"[\d.]+")
+    assert number.sub("#", printed) == number.sub("#", shown)
+    # Of other processors, other roundings.
+    numbers = [[float(each) for each in number.findall(text)] for text in (printed, shown)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)
