@@ -1,4 +1,4 @@
-"""Loads the compiled library, once: a second copy in one process would crash it."""
+"""Loads the compiled library, once: in one process, the ops of a second copy are not there."""
 
 from __future__ import annotations
 

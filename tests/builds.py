@@ -15,6 +15,9 @@ needs_libtorch = pytest.mark.skipif(
     reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
 )
 
+# Compiling a file that includes libtorch is most of what a test of a program takes.
+WITHOUT_DEBUG_INFO = ("-DCMAKE_CXX_FLAGS_DEBUG=-O0",)
+
 
 def run(*command: str | Path, **options: object) -> str:
     """The command's output; a failure shows all of it."""

@@ -1,4 +1,4 @@
-"""The C++ side: find_package(simpo_ext), the kernels under sanitizers, a build without Python."""
+"""The C++ side: a program's numbers and errors, the kernels under sanitizers, wrong builds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 import simpo_ext
 from batches import make_batch
-from builds import build, needs_libtorch, run, skip_unless_sanitizer_works
+from builds import WITHOUT_DEBUG_INFO, build, needs_libtorch, run, skip_unless_sanitizer_works
 from simpo_ext import _C
 from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES
 
@@ -35,6 +35,11 @@ OPTION_TABLE: list[dict[str, Any]] = [
     {"empty": "nan", "ignore_index": 3, "logit_scale": 0.5},
 ]
 
+
+# What consumer/main.cpp prints.
+BUILD_INFO = (
+    "version", "compiler", "cpu_capability", "torch_target", "cuda_archs", "cuda_runtime_version",
+)  # fmt: skip
 
 FLAT_TABLE: list[dict[str, Any]] = [
     {},
@@ -68,10 +73,42 @@ def flat_results(
     return results
 
 
+def sequence_results(
+    logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
+    layout: dict[str, torch.Tensor],
+) -> list[torch.Tensor]:  # fmt: skip
+    """What consumer/main.cpp's function of the same name comes to."""
+    leaf = simpo_ext.sequence_logps(logits, labels).detach().requires_grad_()
+    chosen, rejected = leaf.chunk(2)
+    losses = simpo_ext.simpo_loss_from_logps(
+        chosen,
+        rejected.double(),
+        pair_weight=torch.arange(1, len(chosen) + 1),
+        beta=2.5,
+        gamma=1.5,
+        label_smoothing=0.1,
+        alpha=0.3,
+    )
+    losses[0].sum().backward()
+    assert leaf.grad is not None
+    options: dict[str, Any] = {"ignore_index": 3}
+    sequences = {name: layout[name] for name in ("cu_seqlens", "pairs")}
+    counts = simpo_ext.count_pairs(labels, **options)
+    assert counts.pairs < len(chosen)
+    flat_counts = simpo_ext.count_pairs(labels.flatten(), **sequences, **options)
+    normalizer = (counts.pairs, counts.tokens * 2)
+    options |= {"sft_weight": 0.5, "sft_reduction": "token", "normalizer": normalizer}
+    out = simpo_ext.linear_simpo_loss(hidden, weight, labels, **options)
+    metrics = [torch.tensor(value, dtype=torch.float64) for value in out.metrics().values()]
+    return [*losses, leaf.grad, *counts, *flat_counts, out.loss, out.sft_loss, *metrics]
+
+
+@pytest.mark.cpu_only
 @needs_libtorch
 def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) -> None:
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
-    build(CPP / "consumer", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefixes}")
+    prefix_path = f"-DCMAKE_PREFIX_PATH={prefixes}"
+    build(CPP / "consumer", tmp_path / "build", *WITHOUT_DEBUG_INFO, prefix_path)
     # Labels without -100, so that each ignore_index of the table works; the first sequence is all
     # of 3s: empty under the last option.
     batch = make_batch(pairs=3, vocabulary=60)
@@ -91,7 +128,8 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
     }
     torch.save([*batch, *linear, *layout.values()], tmp_path / "batch.pt")
     printed = run(tmp_path / "build" / "consumer", tmp_path / "batch.pt", tmp_path / "results.pt")
-    assert printed.strip() == "ok"
+    info = simpo_ext.build_info()
+    assert printed.splitlines() == [str(info[name]) for name in BUILD_INFO]
 
     expected: list[torch.Tensor] = []
     for options in OPTION_TABLE:
@@ -112,6 +150,7 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
     expected += [sequences, leaf.grad]
     flat = (batch.logits.flatten(0, 1), linear[0].flatten(0, 1), linear[1], batch.labels.flatten())
     expected += flat_results(*flat, layout)
+    expected += sequence_results(batch.logits, linear[0], linear[1], batch.labels, layout)
     # weights_only refuses the lists that C++ writes; the file is our own.
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     for ours, theirs in zip(results, expected, strict=True):
@@ -145,47 +184,6 @@ def test_the_kernels_of_every_level_run_clean_under_a_sanitizer(
 ) -> None:
     environment = os.environ | {"SIMPO_CPU_CAPABILITY": level}
     assert run(kernels(sanitizer), env=environment).split() == [level, "ok"]
-
-
-PROGRAM = """
-#include <cstdio>
-extern "C" int simpo_ext_anchor();
-int main() { return simpo_ext_anchor() == 1 && std::puts("ok") > 0 ? 0 : 1; }
-"""
-PROJECT = """
-cmake_minimum_required(VERSION 3.24)
-project(app LANGUAGES CXX)
-find_package(Torch REQUIRED)
-find_package(simpo_ext 0.1 REQUIRED)
-add_executable(app app.cpp)
-target_link_libraries(app PRIVATE simpo_ext::simpo_ext)
-"""
-
-
-@needs_libtorch
-def test_a_build_without_python_installs_a_package_that_programs_find(tmp_path: Path) -> None:
-    prefix = tmp_path / "prefix"
-    build(
-        ROOT,
-        tmp_path / "build",
-        "-DSIMPO_PYTHON=OFF",
-        "-DSIMPO_CUDA=OFF",
-        "-DSIMPO_WERROR=ON",
-        f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
-        f"-DCMAKE_INSTALL_PREFIX={prefix}",
-    )
-    run("cmake", "--install", tmp_path / "build")
-    assert not list(prefix.rglob("*.py"))
-    assert not list(prefix.rglob("libtorch*"))
-
-    app = tmp_path / "app"
-    app.mkdir()
-    (app / "app.cpp").write_text(PROGRAM)
-    (app / "CMakeLists.txt").write_text(PROJECT)
-    prefixes = f"{torch.utils.cmake_prefix_path};{prefix}"
-    build(app, app / "build", f"-DCMAKE_PREFIX_PATH={prefixes}")
-    # Running it registers the ops with libtorch.
-    assert run(app / "build" / "app").strip() == "ok"
 
 
 def configuration_error(definitions: list[str], folder: Path) -> str:

@@ -6,12 +6,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 import simpo_ext
 from batches import make_batch
-from builds import build, needs_libtorch, run
+from builds import WITHOUT_DEBUG_INFO, build, needs_libtorch, run
 from simpo_ext.distributed import (
     VocabShard,
     vocab_parallel_linear_token_logps,
@@ -74,10 +75,11 @@ def on_threads(batch: list[Tensor], **options: Any) -> list[list[Tensor]]:
     return results
 
 
+@pytest.mark.cpu_only
 @needs_libtorch
 def test_a_program_with_collectives_by_hand_gets_python_s_numbers(tmp_path: Path) -> None:
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
-    build(PROGRAM, tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefixes}")
+    build(PROGRAM, tmp_path / "build", *WITHOUT_DEBUG_INFO, f"-DCMAKE_PREFIX_PATH={prefixes}")
     logits, labels = make_batch(pairs=3, vocabulary=60)
     batch = [logits, labels, torch.randn(*labels.shape, 5), torch.randn(60, 5), torch.randn(60)]
     batch.append(torch.randn(labels.shape))

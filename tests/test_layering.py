@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 IMPORT = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
 
+# But for build_info.h, which needs no torch.
+API_HEADERS = tuple(f"simpo_ext/{name}" for name in ("detail/", "options", "simpo_ext", "vocab"))
+
 
 # What the integrations are for, and what comes with it.
 TRAINERS = ("accelerate", "axolotl", "llamafactory", "peft", "pydantic", "transformers", "trl")
@@ -41,12 +44,13 @@ def test_kernels_include_neither_torch_nor_python(folder: str) -> None:
 @pytest.mark.parametrize(
     ("folder", "others"),
     [
-        ("csrc/core", ("cpu/", "cuda/", "ops/", "python/")),
-        ("csrc/cpu", ("cuda/", "ops/", "python/")),
-        ("csrc/cuda", ("cpu/", "ops/", "python/")),
-        ("csrc/ops", ("python/",)),
+        ("csrc/core", ("cpu/", "cuda/", "ops/", "python/", "simpo_ext/")),
+        ("csrc/cpu", ("cuda/", "ops/", "python/", "simpo_ext/")),
+        ("csrc/cuda", ("cpu/", "ops/", "python/", "simpo_ext/")),
+        ("csrc/ops", ("python/", *API_HEADERS)),
         ("csrc/python", ("core/", "cpu/", "cuda/", "ops/ops", "ops/checks")),
         ("csrc/include", ("core/", "cpu/", "cuda/", "ops/", "python/")),
+        ("csrc/examples", ("core/", "cpu/", "cuda/", "ops/", "python/", "simpo_ext/detail/")),
     ],
 )
 def test_kernels_include_only_what_lies_below_them(folder: str, others: tuple[str, ...]) -> None:

@@ -1,7 +1,7 @@
-"""README's examples in trainers: TRL's runs as printed and logs what is printed below it.
+"""README's examples in trainers run as printed; TRL's logs what is printed below it.
 
-The model is a small Llama with random weights, tokens and pairs are of the LICENSE: what the
-example finds as "my-model" and "pairs.jsonl".
+Its model is a small Llama with random weights, tokens and pairs are of the LICENSE: what the
+example finds as "my-model" and "pairs.jsonl". LLaMA-Factory and axolotl are their callers here.
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import functools
 import json
 import random
 import re
+import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import callers_axolotl
+import callers_llamafactory
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.compile(r"^## In your trainer\n(.*?)(?=^## )", re.MULTILINE | re.DOTALL)
@@ -107,3 +113,46 @@ def test_the_example_of_trl_logs_what_is_printed(
         assert list(ours) == list(printed)
         # Of other processors, other roundings, on which some steps of Adam have been taken.
         assert ours == pytest.approx(printed, rel=0.02, abs=0.02)
+
+
+def test_the_example_of_llama_factory_trains_with_the_mixin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from simpo_ext.integrations.llamafactory import SimPOMixin
+
+    (code,) = (text for language, text in blocks() if language == "python" and "patch()" in text)
+    trainer, _ = callers_llamafactory.install_package(
+        monkeypatch, callers_llamafactory.DPOTrainerCaller, is_imported_by_workflow=False
+    )
+    tuner, made = ModuleType("llamafactory.train.tuner"), []
+    tuner.run_exp = lambda: made.append(trainer.CustomDPOTrainer)
+    monkeypatch.setitem(sys.modules, tuner.__name__, tuner)
+    exec(compile(code, "README.md", "exec"), {})
+    (made_class,) = made
+    assert issubclass(made_class, SimPOMixin)
+    assert issubclass(made_class, callers_llamafactory.DPOTrainerCaller)
+
+
+def test_the_example_of_axolotl_has_the_plugin_s_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    (text,) = (text for language, text in blocks() if language == "yaml")
+
+    class Trainer:
+        def __init__(self, model: object, **_: object) -> None:
+            self.model = model
+
+    callers_axolotl.install_package(monkeypatch, Trainer)
+    from simpo_ext.integrations import axolotl
+
+    axolotl._simpo_plugin.cache_clear()
+    try:
+        run = callers_axolotl.Run(yaml.safe_load(text))
+        options = run.plugins[0].get_trainer_cls(run.cfg).options
+    finally:
+        axolotl._simpo_plugin.cache_clear()
+    assert options == {"fused_linear": True}
+    assert run.training_arguments() == {
+        "loss_type": "simpo",
+        "beta": 2.0,
+        "simpo_gamma": 1.0,
+        "cpo_alpha": 0.0,
+    }

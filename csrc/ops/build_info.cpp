@@ -8,26 +8,19 @@
 #endif
 
 namespace simpo_ext {
+namespace {
 
-BuildInfo build_info() {
-  BuildInfo info{
-      .version = SIMPO_VERSION,
-#if defined(__clang__)
-      .compiler = "Clang " __clang_version__,
-#else
-      .compiler = "GCC " __VERSION__,
-#endif
-      .cpu_capability = cpu::capability(),
-      .cpu_capabilities = cpu::capabilities(),
-      .torch_target = SIMPO_TORCH_TARGET,
-      .cuda_archs = SIMPO_CUDA_ARCHS,
-      .cuda_runtime_version = 0,
-  };
+int cuda_runtime_version() {
 #ifdef SIMPO_WITH_CUDA
-  info.cuda_runtime_version = cuda::runtime_version();
+  return cuda::runtime_version();
+#else
+  return 0;
 #endif
-  return info;
 }
+
+}  // namespace
+
+std::vector<std::string> cpu_capabilities() { return cpu::capabilities(); }
 
 int cuda_device_count() {
 #ifdef SIMPO_WITH_CUDA
@@ -38,3 +31,20 @@ int cuda_device_count() {
 }
 
 }  // namespace simpo_ext
+
+extern "C" __attribute__((visibility("default"))) const simpo_ext::BuildInfo*
+simpo_ext_build_info() {
+  static const simpo_ext::BuildInfo info{
+      .version = SIMPO_VERSION,
+#if defined(__clang__)
+      .compiler = "Clang " __clang_version__,
+#else
+      .compiler = "GCC " __VERSION__,
+#endif
+      .cpu_capability = simpo_ext::cpu::capability(),
+      .torch_target = SIMPO_TORCH_TARGET,
+      .cuda_archs = SIMPO_CUDA_ARCHS,
+      .cuda_runtime_version = simpo_ext::cuda_runtime_version(),
+  };
+  return &info;
+}

@@ -4,9 +4,11 @@
 // Enums cross as int (values in core/loss_math.h) and an absent softcap as 0: the stable ABI
 // carries no strings safely.
 
-#include <torch/csrc/stable/library.h>
+#include "ops/registration.h"
 
-STABLE_TORCH_LIBRARY(simpo_ext, m) {
+namespace simpo_ext::ops {
+
+void define_ops(Library& m) {
   m.def(
       "token_logps(Tensor logits, Tensor labels, int ignore_index, bool shift, float "
       "logit_scale, float softcap) -> (Tensor logps, Tensor max, Tensor sum_exp)");
@@ -92,6 +94,4 @@ STABLE_TORCH_LIBRARY(simpo_ext, m) {
       "sft_reduction, int reduction, int empty) -> Tensor");
 }
 
-// A C++ program refers to this symbol so that its linker keeps the library, which it otherwise
-// reaches only through the dispatcher.
-extern "C" __attribute__((visibility("default"))) int simpo_ext_anchor() { return 1; }
+}  // namespace simpo_ext::ops

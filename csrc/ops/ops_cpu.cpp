@@ -7,6 +7,7 @@
 #include "ops/checks.h"
 #include "ops/linear_ops.h"
 #include "ops/ops.h"
+#include "ops/registration.h"
 #include "ops/vocab_ops.h"
 
 namespace simpo_ext::ops {
@@ -174,10 +175,11 @@ class Cpu {
 };
 
 }  // namespace
-}  // namespace simpo_ext::ops
 
-STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CPU, m) {
-  simpo_ext::ops::register_ops<simpo_ext::ops::Cpu>(m);
-  simpo_ext::ops::register_linear_ops<simpo_ext::ops::Cpu>(m);
-  simpo_ext::ops::register_vocab_ops<simpo_ext::ops::Cpu>(m);
+void register_cpu_ops(Library& m) {
+  register_ops<Cpu>(m);
+  register_linear_ops<Cpu>(m);
+  register_vocab_ops<Cpu>(m);
 }
+
+}  // namespace simpo_ext::ops

@@ -4,6 +4,7 @@
 #include "ops/checks.h"
 #include "ops/linear_ops.h"
 #include "ops/ops.h"
+#include "ops/registration.h"
 #include "ops/vocab_ops.h"
 
 #ifdef SIMPO_WITH_CUDA
@@ -216,8 +217,12 @@ class Cuda {
 
 #endif
 
-STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CUDA, m) {
-  simpo_ext::ops::register_ops<simpo_ext::ops::Cuda>(m);
-  simpo_ext::ops::register_linear_ops<simpo_ext::ops::Cuda>(m);
-  simpo_ext::ops::register_vocab_ops<simpo_ext::ops::Cuda>(m);
+namespace simpo_ext::ops {
+
+void register_cuda_ops(Library& m) {
+  register_ops<Cuda>(m);
+  register_linear_ops<Cuda>(m);
+  register_vocab_ops<Cuda>(m);
 }
+
+}  // namespace simpo_ext::ops

@@ -22,6 +22,6 @@ PYBIND11_MODULE(_C, m) {
         PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
     return result;
   });
-  m.def("cpu_capabilities", [] { return simpo_ext::build_info().cpu_capabilities; });
+  m.def("cpu_capabilities", &simpo_ext::cpu_capabilities);
   m.def("cuda_device_count", &simpo_ext::cuda_device_count);
 }

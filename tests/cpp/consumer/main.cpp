@@ -1,45 +1,27 @@
 // A program that uses simpo_ext as C++ users do, through find_package(simpo_ext). It reads a batch
 // from the file named first, and writes the loss, its parts and the gradients to the file named
-// second, for the test to compare with Python's; errors it checks itself. Exits non-zero on the
-// first thing that is wrong.
+// second, for the test to compare with Python's; what it prints is what the library says it is.
+// Errors it checks itself, in errors.cpp. Exits non-zero on the first thing that is wrong.
 
 #include <simpo_ext/simpo_ext.h>
-#include <torch/script.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <string>
 #include <vector>
 
+#include "errors.h"
+#include "require.h"
+
 namespace {
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::exit(1);
-}
-
-template <typename Error, typename Function>
-void require_error(const std::string& message_part, const Function& function) {
-  try {
-    function();
-  } catch (const Error& error) {
-    require(std::string(error.what()).find(message_part) != std::string::npos, error.what());
-    return;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "wrong kind of error for '%s': %s\n", message_part.c_str(), error.what());
-    std::exit(1);
-  }
-  std::fprintf(stderr, "no error for '%s'\n", message_part.c_str());
-  std::exit(1);
-}
 
 std::vector<at::Tensor> load(const char* path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  const c10::IValue list = torch::pickle_load(bytes);
+  const c10::IValue list = torch::jit::pickle_load(bytes);
   std::vector<at::Tensor> tensors;
   for (const c10::IValue& value : list.toListRef()) {
     tensors.push_back(value.toTensor());
@@ -48,7 +30,7 @@ std::vector<at::Tensor> load(const char* path) {
 }
 
 void save(const char* path, const std::vector<at::Tensor>& tensors) {
-  const std::vector<char> bytes = torch::pickle_save(tensors);
+  const std::vector<char> bytes = torch::jit::pickle_save(tensors);
   std::ofstream(path, std::ios::binary)
       .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
@@ -117,32 +99,45 @@ std::vector<at::Tensor> flat_results(const at::Tensor& logits, const at::Tensor&
   return results;
 }
 
-void check_layout_errors(const at::Tensor& logits, const at::Tensor& labels,
-                         const simpo_ext::Layout& layout) {
-  const auto call = [&](const simpo_ext::Layout& wrong) {
-    return [&logits, &labels, wrong] { simpo_ext::simpo_loss(logits, labels, {}, wrong); };
-  };
-  const at::Tensor &ends = *layout.cu_seqlens, &pairs = *layout.pairs;
-  const auto with_ends = [&](const at::Tensor& wrong) {
-    return call({.cu_seqlens = wrong, .pairs = pairs});
-  };
-  require_error<c10::ValueError>("cu_seqlens[1]: expected at least", with_ends(ends.flip(0)));
-  require_error<c10::ValueError>("cu_seqlens[5]: expected at most", with_ends(ends + 9));
-  require_error<c10::ValueError>("[S + 1]", with_ends(ends.unsqueeze(0)));
-  require_error<c10::TypeError>("cu_seqlens: expected an integer dtype",
-                                with_ends(ends.to(at::kFloat)));
-  require_error<c10::ValueError>("even B", call({.cu_seqlens = ends}));
-  require_error<c10::IndexError>("pairs[0, 0] is out of range",
-                                 call({.cu_seqlens = ends, .pairs = pairs + 99}));
-  require_error<c10::ValueError>("[P, 2]", call({.cu_seqlens = ends, .pairs = pairs.t()}));
-  const auto with_weight = [&](const at::Tensor& wrong) {
-    return call({.cu_seqlens = ends, .pairs = pairs, .pair_weight = wrong});
-  };
-  require_error<c10::ValueError>("pair_weight: expected shape", with_weight(at::ones({1})));
-  require_error<c10::ValueError>("requires grad", with_weight(at::ones({4}).requires_grad_()));
-  require_error<c10::ValueError>("with cu_seqlens", [&] {
-    simpo_ext::simpo_loss(logits.unsqueeze(0), labels, {}, {.cu_seqlens = layout.cu_seqlens});
-  });
+// Losses of sequence log-probabilities, counts, and a loss that is divided by them.
+std::vector<at::Tensor> sequence_results(const at::Tensor& logits, const at::Tensor& hidden,
+                                         const at::Tensor& weight, const at::Tensor& labels,
+                                         const simpo_ext::Layout& layout) {
+  using namespace simpo_ext;
+  const at::Tensor leaf = sequence_logps(logits, labels).detach().requires_grad_();
+  const int64_t P = leaf.size(0) / 2;
+  const SimPOOutput out = simpo_loss_from_logps(
+      leaf.slice(0, 0, P), leaf.slice(0, P).to(at::kDouble),
+      {.beta = 2.5, .gamma = 1.5, .label_smoothing = 0.1, .alpha = 0.3}, at::arange(1, P + 1));
+  out.losses.sum().backward();
+  std::vector<at::Tensor> results{out.losses, out.chosen_rewards, out.rejected_rewards,
+                                  leaf.grad()};
+  require(at::equal(out.loss, out.losses.mean()), "the mean of all pairs");
+
+  const SimPOOptions options{.sft_weight = 0.5,
+                             .sft_reduction = SftReduction::kToken,
+                             .empty = Empty::kDrop,
+                             .tokens = {.ignore_index = 3}};
+  const Layout sequences{.cu_seqlens = layout.cu_seqlens, .pairs = layout.pairs};
+  const at::Tensor flat_hidden = hidden.flatten(0, 1), flat_labels = labels.flatten();
+  for (const PairCounts& counts :
+       {count_pairs(labels, options), count_pairs(flat_labels, options, sequences)}) {
+    results.insert(results.end(), {counts.pairs, counts.tokens});
+  }
+  SimPOOptions divided = options;
+  const PairCounts counts = count_pairs(labels, options);
+  divided.pair_normalizer = counts.pairs;
+  divided.token_normalizer = counts.tokens * 2;
+  const SimPOOutput by_counts = linear_simpo_loss(hidden, weight, labels, divided);
+  require(by_counts.loss.scalar_type() == at::kFloat, "the dtype of a divided loss");
+  results.insert(results.end(), {by_counts.loss, by_counts.sft_loss});
+
+  const std::map<std::string, double> metrics = by_counts.read_metrics();
+  require(metrics.size() == kMetricNames.size(), "a metric for each name");
+  for (const char* name : kMetricNames) {  // in the order of Python's names
+    results.push_back(at::scalar_tensor(metrics.at(name), at::kDouble));
+  }
+  return results;
 }
 
 at::Tensor gradient_of(const at::Tensor& logits, const at::Tensor& labels,
@@ -197,69 +192,6 @@ void check_linear(const at::Tensor& hidden, const at::Tensor& weight, const at::
   const at::Tensor narrowed =
       linear_token_logps(narrow(hidden), narrow(weight), labels, {}, {.bias = narrow(bias)});
   require(cast.scalar_type() == at::kFloat && at::equal(cast, narrowed), "autocast");
-
-  require_error<c10::ValueError>("[V, H]", [&] { linear_token_logps(hidden, weight.t(), labels); });
-  require_error<c10::ValueError>(
-      "[V]", [&] { linear_token_logps(hidden, weight, labels, {}, {.bias = bias.slice(0, 1)}); });
-  require_error<c10::TypeError>("weight: expected dtype",
-                                [&] { linear_token_logps(hidden, narrow(weight), labels); });
-  require_error<c10::ValueError>("logits_budget_bytes", [&] {
-    linear_token_logps(hidden, weight, labels, {}, {.logits_budget_bytes = -1});
-  });
-  require_error<c10::ValueError>("num_valid_tokens: expected at least", [&] {
-    linear_token_logps(hidden, weight, labels, {}, {.num_valid_tokens = 1});
-  });
-  require_error<c10::IndexError>("out of range", [&] {
-    linear_token_logps(hidden, weight, at::full_like(labels, weight.size(0)));
-  });
-  require_error<c10::ValueError>("even B", [&] {
-    simpo_ext::linear_simpo_loss(hidden.slice(0, 1), weight, labels.slice(0, 1));
-  });
-  const at::Tensor logps = linear_token_logps(x, weight, labels).sum();
-  require_error<c10::Error>("double backward", [&] {
-    torch::autograd::grad({logps}, {x}, {}, /*retain_graph=*/true, /*create_graph=*/true);
-  });
-}
-
-void check_errors(const at::Tensor& logits, const at::Tensor& labels) {
-  const auto call = [&](const simpo_ext::SimPOOptions& options) {
-    return [&, options] { simpo_ext::simpo_loss(logits, labels, options); };
-  };
-  require_error<c10::ValueError>("beta", call({.beta = 0.0}));
-  require_error<c10::ValueError>("label_smoothing", call({.label_smoothing = 0.6}));
-  require_error<c10::ValueError>("gamma", call({.gamma_beta_ratio = 0.5, .gamma = 1.0}));
-  require_error<c10::ValueError>("softcap", call({.tokens = {.softcap = -1.0}}));
-  require_error<c10::ValueError>(
-      "even B", [&] { simpo_ext::simpo_loss(logits.slice(0, 1), labels.slice(0, 1)); });
-  require_error<c10::ValueError>("[B, T]",
-                                 [&] { simpo_ext::token_logps(logits, labels.slice(1, 1)); });
-  require_error<c10::TypeError>("integer",
-                                [&] { simpo_ext::token_logps(logits, labels.to(at::kFloat)); });
-  require_error<c10::TypeError>("dtype",
-                                [&] { simpo_ext::token_logps(logits.to(at::kLong), labels); });
-  require_error<c10::IndexError>("out of range", [&] {
-    simpo_ext::token_logps(logits, at::full_like(labels, logits.size(2)));
-  });
-  const at::Tensor leaf = logits.clone().requires_grad_();
-  const simpo_ext::TokenLogpsOptions inplace{.inplace_backward = true};
-  require_error<c10::ValueError>("leaf", [&] { simpo_ext::token_logps(leaf, labels, inplace); });
-  require_error<c10::ValueError>("rows apart", [&] {
-    simpo_ext::token_logps((leaf.slice(0, 0, 1) * 1.0).expand_as(logits), labels, inplace);
-  });
-  require_error<c10::ValueError>("logit_scale", call({.tokens = {.logit_scale = 1e-46}}));
-  require_error<c10::ValueError>("token_normalizer", call({.token_normalizer = 3.0}));
-  require_error<c10::TypeError>("int64",
-                                [&] { simpo_ext::token_logps(logits, labels.to(at::kUInt16)); });
-  require_error<c10::Error>("CPU and CUDA tensors",
-                            [&] { simpo_ext::token_logps(logits.to(at::kMeta), labels); });
-
-  const at::Tensor loss = simpo_ext::simpo_loss(leaf * 1.0, labels).loss;
-  require_error<c10::Error>("double backward", [&] {
-    torch::autograd::grad({loss}, {leaf}, {}, /*retain_graph=*/true, /*create_graph=*/true);
-  });
-  const at::Tensor twice = simpo_ext::token_logps(leaf * 1.0, labels, inplace).sum();
-  twice.backward({}, /*retain_graph=*/true);
-  require_error<c10::Error>("modified by an inplace operation", [&] { twice.backward(); });
 }
 
 }  // namespace
@@ -296,11 +228,15 @@ int main(int argc, char** argv) {
   const std::vector<at::Tensor> of_flat =
       flat_results(flat_logits, hidden.flatten(0, 1), weight, flat_labels, layout);
   results.insert(results.end(), of_flat.begin(), of_flat.end());
+  const std::vector<at::Tensor> of_sequences =
+      sequence_results(logits, hidden, weight, labels, layout);
+  results.insert(results.end(), of_sequences.begin(), of_sequences.end());
   save(argv[2], results);
-  check_layout_errors(flat_logits, flat_labels, layout);
 
   check_linear(hidden, weight, bias, labels);
-  check_errors(logits, labels.clone());
-  std::puts("ok");
+  check_errors(batch);
+  const simpo_ext::BuildInfo info = simpo_ext::build_info();
+  std::printf("%s\n%s\n%s\n%s\n%s\n%d\n", info.version, info.compiler, info.cpu_capability,
+              info.torch_target, info.cuda_archs, info.cuda_runtime_version);
   return 0;
 }

@@ -4,7 +4,8 @@
 // Exits non-zero on the first thing that is wrong.
 
 #include <simpo_ext/vocab_parallel.h>
-#include <torch/script.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/jit/serialization/pickle.h>
 
 #include <array>
 #include <barrier>
@@ -124,7 +125,7 @@ void check_errors(const std::vector<at::Tensor>& batch) {
 std::vector<at::Tensor> load(const char* path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  const c10::IValue list = torch::pickle_load(bytes);
+  const c10::IValue list = torch::jit::pickle_load(bytes);
   std::vector<at::Tensor> tensors;
   for (const c10::IValue& value : list.toListRef()) tensors.push_back(value.toTensor());
   return tensors;
@@ -153,7 +154,7 @@ int main(int argc, char** argv) {
     for (const auto& of_rank : of_ranks)
       results.insert(results.end(), of_rank.begin(), of_rank.end());
   }
-  const std::vector<char> bytes = torch::pickle_save(results);
+  const std::vector<char> bytes = torch::jit::pickle_save(results);
   std::ofstream(argv[2], std::ios::binary)
       .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   check_errors(batch);

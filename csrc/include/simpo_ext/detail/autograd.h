@@ -2,7 +2,8 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/torch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <array>
 #include <exception>
@@ -10,18 +11,19 @@
 #include <string>
 #include <tuple>
 
+#include "simpo_ext/build_info.h"
 #include "simpo_ext/options.h"
-
-extern "C" int simpo_ext_anchor();  // in the library; a reference to it keeps the library linked
 
 namespace simpo_ext::detail {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+// The call into the library also keeps it linked: ops are reached through the dispatcher alone.
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  simpo_ext_anchor();
+  const char* error = simpo_ext_load_error();
+  TORCH_CHECK(error == nullptr, error);
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 

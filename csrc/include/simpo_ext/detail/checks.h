@@ -1,11 +1,16 @@
 // Argument checks: each error names the argument, what was expected and what came.
 #pragma once
 
-#include <torch/torch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/util/Exception.h>
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 
+#include "simpo_ext/build_info.h"
 #include "simpo_ext/options.h"
 
 namespace simpo_ext::detail {
@@ -15,13 +20,36 @@ inline void check_number(const char* name, double value, bool in_range, const ch
                     value);
 }
 
+// Whether the library has kernels for it; of a CUDA device, what torch and the library are built
+// for decides.
+inline void check_device(const char* name, const at::Device& device, bool torch_is_for_rocm,
+                         bool library_has_cuda) {
+  TORCH_CHECK(device.is_cpu() || device.is_cuda(), name,
+              ": simpo_ext has kernels for CPU and CUDA tensors, got a tensor on ", device,
+              "; move it with .cpu()");
+  if (device.is_cpu()) return;
+  TORCH_CHECK(!torch_is_for_rocm, name,
+              ": simpo_ext has kernels for NVIDIA GPUs and for CPUs, got a tensor on a GPU under "
+              "ROCm; move it with .cpu()");
+  TORCH_CHECK(library_has_cuda, name,
+              ": this build of simpo_ext has kernels for CPU tensors only, got a tensor on ",
+              device, "; move it with .cpu(), or build simpo_ext from source where nvcc is");
+}
+
 inline void check_tensor(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), name, ": expected a tensor, got an undefined one");
+  TORCH_CHECK_TYPE(!tensor.is_nested(), name, ": expected a dense tensor, got a nested one");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, ": expected a dense tensor, got layout ",
                    tensor.layout());
-  TORCH_CHECK(tensor.device().is_cpu() || tensor.device().is_cuda(), name,
-              ": simpo_ext has kernels for CPU and CUDA tensors, got a tensor on ", tensor.device(),
-              "; move it with .cpu()");
+  if (tensor.device().is_cpu()) return;
+  check_device(name, tensor.device(), at::detail::getCUDAHooks().hasROCM(),
+               build_info().cuda_runtime_version != 0);
+}
+
+inline void check_same_device(const char* name, const at::Tensor& tensor, const char* owner,
+                              const at::Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, ": expected device ", other.device(),
+                    " as of ", owner, ", got ", tensor.device());
 }
 
 // Logits whose memory the backward may overwrite with their gradient.
@@ -63,6 +91,7 @@ inline void check_labels(const at::Tensor& labels, const char* owner, const at::
   TORCH_CHECK_VALUE(
       labels.dim() == 2 && labels.size(0) == tokens.size(0) && labels.size(1) == tokens.size(1),
       "labels: expected shape [B, T] as of ", owner, " ", tokens.sizes(), ", got ", labels.sizes());
+  check_same_device("labels", labels, owner, tokens);
 }
 
 inline void check_token_options(const TokenLogpsOptions& options) {
@@ -85,8 +114,7 @@ inline void check_token_arguments(const at::Tensor& logits, const at::Tensor& la
 
 // As of hidden: what goes into the same product.
 inline void check_factor(const char* name, const at::Tensor& tensor, const at::Tensor& hidden) {
-  TORCH_CHECK_VALUE(tensor.device() == hidden.device(), name, ": expected device ", hidden.device(),
-                    " as of hidden, got ", tensor.device());
+  check_same_device(name, tensor, "hidden", hidden);
   TORCH_CHECK_TYPE(tensor.scalar_type() == hidden.scalar_type(), name, ": expected dtype ",
                    hidden.scalar_type(), " as of hidden, got ", tensor.scalar_type());
 }
@@ -113,6 +141,24 @@ inline void check_linear_shapes(const at::Tensor& hidden, const at::Tensor& weig
                     linear.num_valid_tokens.value_or(0));
 }
 
+inline void check_normalizer(const char* name, const std::optional<Normalizer>& normalizer,
+                             Reduction reduction) {
+  if (!normalizer.has_value()) return;
+  TORCH_CHECK_VALUE(reduction == Reduction::kMean, name,
+                    ": expected none without Reduction::kMean, which alone divides");
+  if (const double* number = normalizer->number()) {
+    check_number(name, *number, *number > 0.0, "a finite number > 0");
+    return;
+  }
+  const at::Tensor& tensor = *normalizer->tensor();
+  TORCH_CHECK_TYPE(tensor.defined(), name, ": expected a number or a tensor, got an undefined one");
+  TORCH_CHECK_VALUE(tensor.dim() == 0, name, ": expected a tensor of no dimension, got shape ",
+                    tensor.sizes());
+  const at::ScalarType dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(dtype != at::kBFloat16 && dtype != at::kHalf, name,
+                   ": expected a dtype that holds counts, such as float32, got ", dtype);
+}
+
 // The ratio gamma / beta.
 inline double check_simpo_options(const SimPOOptions& options) {
   check_number("beta", options.beta, options.beta > 0.0, "a finite number > 0");
@@ -131,15 +177,10 @@ inline double check_simpo_options(const SimPOOptions& options) {
   const bool token_wise_sft = options.sft_reduction == SftReduction::kToken;
   TORCH_CHECK_VALUE(!(token_wise_sft && options.reduction == Reduction::kNone),
                     "sft_reduction: expected kSequence with Reduction::kNone, got kToken");
-  for (const auto& normalizer : {options.pair_normalizer, options.token_normalizer}) {
-    if (!normalizer.has_value()) continue;
-    TORCH_CHECK_VALUE(options.reduction == Reduction::kMean,
-                      "normalizer: expected none without Reduction::kMean, got ", *normalizer);
-    check_number("normalizer", *normalizer, *normalizer > 0.0, "a finite number > 0");
-  }
+  check_normalizer("pair_normalizer", options.pair_normalizer, options.reduction);
+  check_normalizer("token_normalizer", options.token_normalizer, options.reduction);
   TORCH_CHECK_VALUE(options.pair_normalizer.has_value() || !options.token_normalizer.has_value(),
-                    "token_normalizer: expected a pair_normalizer beside it, got ",
-                    options.token_normalizer.value_or(0.0), " alone");
+                    "token_normalizer: expected a pair_normalizer beside it, got none");
   TORCH_CHECK_VALUE(
       !token_wise_sft ||
           options.token_normalizer.has_value() == options.pair_normalizer.has_value(),

@@ -2,7 +2,7 @@
 // are aligned where several sequences share a row.
 #pragma once
 
-#include <torch/torch.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <tuple>
@@ -26,8 +26,6 @@ struct Batch {
 // Tokens and labels of a flat layout, with the dimension of one row.
 inline std::pair<at::Tensor, at::Tensor> as_one_row(const char* name, const at::Tensor& tokens,
                                                     const at::Tensor& labels, int64_t token_dim) {
-  check_tensor(name, tokens);
-  check_tensor("labels", labels);
   const bool has_row = labels.dim() == 2;
   const int64_t dim = (has_row ? 2 : 1) + token_dim;
   const bool is_flat =
@@ -105,6 +103,8 @@ inline void check_layout_values(const at::Tensor& tokens, const Layout& layout) 
 // The layout of a batch of pairs, or of sequences; token_dim: how many dimensions a token has.
 inline Batch as_batch(const char* name, const at::Tensor& tokens, const at::Tensor& labels,
                       const Layout& layout, int64_t token_dim, bool of_pairs, bool shift) {
+  check_tensor(name, tokens);
+  check_tensor("labels", labels);
   Batch batch{tokens, labels, {}, shift};
   if (layout.cu_seqlens.has_value()) {
     std::tie(batch.tokens, batch.labels) = as_one_row(name, tokens, labels, token_dim);
@@ -115,7 +115,6 @@ inline Batch as_batch(const char* name, const at::Tensor& tokens, const at::Tens
     check_layout_values(batch.tokens, {layout.cu_seqlens, {}, {}});
     return batch;
   }
-  check_tensor(name, batch.tokens);
   TORCH_CHECK_VALUE(batch.tokens.dim() == 2 + token_dim, name, ": expected ", 2 + token_dim,
                     " dimensions, got ", batch.tokens.sizes());
   const int64_t S =
@@ -138,8 +137,7 @@ inline Batch as_batch(const char* name, const at::Tensor& tokens, const at::Tens
                       "pair_weight: expected constants, got a tensor that requires grad");
     TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == P, "pair_weight: expected shape [", P,
                       "], got ", weight.sizes());
-    TORCH_CHECK_VALUE(weight.device() == tokens.device(), "pair_weight: expected device ",
-                      tokens.device(), " as of ", name, ", got ", weight.device());
+    check_same_device("pair_weight", weight, name, tokens);
     batch.layout.pair_weight = weight.to(at::kDouble);
   }
   check_layout_values(batch.tokens, layout);

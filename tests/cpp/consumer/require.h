@@ -1,0 +1,28 @@
+// What a program that checks itself needs: each exits non-zero on the first thing that is wrong.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <string>
+
+inline void require(bool condition, const char* what) {
+  if (condition) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+template <typename Error, typename Function>
+void require_error(const std::string& message_part, const Function& function) {
+  try {
+    function();
+  } catch (const Error& error) {
+    require(std::string(error.what()).find(message_part) != std::string::npos, error.what());
+    return;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "wrong kind of error for '%s': %s\n", message_part.c_str(), error.what());
+    std::exit(1);
+  }
+  std::fprintf(stderr, "no error for '%s'\n", message_part.c_str());
+  std::exit(1);
+}
