@@ -362,6 +362,7 @@ def host_reads(trainer: Any, batch: Any) -> int:
     return ops.count + methods.count
 
 
+@pytest.mark.cpu_only
 def test_a_step_reads_its_metrics_once(trainers: Any) -> None:
     batch = trl.first_batch(trainers[STOCK])
     # What the model's own forward reads counts in all.
@@ -392,6 +393,7 @@ def largest_result(trainer: Any, batch: Any) -> int:
     return mode.elements
 
 
+@pytest.mark.cpu_only
 def test_the_fused_tier_makes_no_logits(trainers: Any, tmp_path: Path) -> None:
     batch = trl.first_batch(trainers[STOCK])
     logits = (

@@ -59,6 +59,8 @@ def run_with_ddp(tier: str, folder: Path, options: dict[str, Any]) -> Any:
         trainer = trl.make_trainer(tier, folder, **options)
         assert trainer.accelerator.num_processes == dist.get_world_size()
         run = trl.train(trainer)
+        if tier != STOCK:
+            assert trainer.fused_linear is (tier != "logits")
         return run._replace(trainer=None)
 
 
@@ -141,7 +143,7 @@ def test_ranks_that_drop_all_they_have_do_not_hang(tmp_path: Path, tier: str) ->
 
 
 def step_with_fsdp(tier: str, folder: Path, sharding: str, tied: bool) -> Any:
-    """By hand: accelerate's FSDP wants a GPU. Each rank has a batch of its own."""
+    """By hand, since accelerate shards on accelerators alone. Each rank has its own batch."""
     model = trl.make_model(tie_word_embeddings=tied)
     trainer = trl.make_trainer(tier, folder, model)
     batch = trl.batches(trainer)[dist.get_rank()]
@@ -155,10 +157,11 @@ def step_with_fsdp(tier: str, folder: Path, sharding: str, tied: bool) -> Any:
         with torch.no_grad():
             trainer.get_batch_loss_metrics(model.eval(), batch, train_eval="eval")
     step = trl.step(trainer, batch)
-    for gradients in (step["gradients"],):
-        for name, gradient in gradients.items():
-            assert isinstance(gradient, DTensor)
-            gradients[name] = gradient.full_tensor()
+    if tier != STOCK:
+        assert trainer.fused_linear is (tier != "logits")
+    for name, gradient in step["gradients"].items():
+        assert isinstance(gradient, DTensor)
+        step["gradients"][name] = gradient.full_tensor()
     return step
 
 
