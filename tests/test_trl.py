@@ -357,6 +357,7 @@ class HostCopies(TorchFunctionMode):
 
 
 def host_reads(trainer: Any, batch: Any) -> int:
+    trainer.get_batch_loss_metrics(trainer.model, batch)  # A trainer's first may look at the model.
     with HostReads() as ops, HostCopies() as methods:
         trainer.get_batch_loss_metrics(trainer.model, batch)
     return ops.count + methods.count
