@@ -126,7 +126,10 @@ class FusedHead:
             )
 
         def look(outputs: Any) -> Any:
-            seen.returned = outputs.logits
+            logits = outputs.logits
+            if isinstance(logits, LazyLogits):
+                seen.transform = logits.transform()
+                outputs.logits = logits.take_payload()
             return outputs
 
         devices = [input_ids.device] if input_ids.device.type == "cuda" else []
@@ -137,7 +140,9 @@ class FusedHead:
             _output_changed(causal_lm, look),
         ):
             model(input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
-        return cls(causal_lm, head, seen.transform())
+        if seen.obstacle or seen.calls != 1 or seen.transform is None:
+            raise seen.error()
+        return cls(causal_lm, head, seen.transform)
 
     def __call__(
         self,
@@ -197,16 +202,16 @@ class FusedHead:
             )
 
         def take_logps(outputs: Any) -> Any:
-            logits = seen.returned = outputs.logits
-            if not isinstance(logits, LazyLogits):
-                return outputs
-            seen.is_as_found = len(means) == 1 and logits.transform() == self.transform
-            outputs.logits = logits.take_payload() if seen.is_as_found else logits.formed()
+            logits = outputs.logits
+            if isinstance(logits, LazyLogits):
+                seen.transform = logits.transform() if seen.calls == 1 else None
+                is_fused = seen.transform == self.transform
+                outputs.logits = logits.take_payload() if is_fused else logits.formed()
             return outputs
 
         with _forward_replaced(self.head, forward), _output_changed(self.causal_lm, take_logps):
             outputs = model(input_ids, **kwargs)
-        if not seen.is_as_found:
+        if seen.transform != self.transform:
             raise seen.error(outputs)
         return FusedOutput(outputs.logits.squeeze(-1), means[0], outputs)
 
@@ -216,21 +221,18 @@ class _Seen:
 
     def __init__(self) -> None:
         self.obstacle = ""
-        self.is_as_found = False
-        self.returned: Any = None
+        self.transform: Transform | None = None  # None: none that the kernels know
         self._lazy: list[LazyLogits] = []
 
+    @property
+    def calls(self) -> int:
+        """Of lm_head."""
+        return len(self._lazy)
+
     def made(self, lazy: LazyLogits) -> LazyLogits:
+        """One of what it returned."""
         self._lazy.append(lazy)
         return lazy
-
-    def transform(self) -> Transform:
-        """What the model does to its logits."""
-        logits = self.returned
-        transform = logits.transform() if isinstance(logits, LazyLogits) else None
-        if self.obstacle or len(self._lazy) != 1 or transform is None:
-            raise self.error()
-        return transform
 
     def error(self, outputs: Any = None) -> CannotFuseError:
         """Why it cannot be fused, and the outputs if they have logits for all that."""
@@ -238,8 +240,8 @@ class _Seen:
         done = next((name for name in names if name), "")
         if self.obstacle:
             reason = self.obstacle
-        elif len(self._lazy) != 1:
-            reason = f"the model calls its output embeddings {len(self._lazy)} times, not once"
+        elif self.calls != 1:
+            reason = f"the model calls its output embeddings {self.calls} times, not once"
         elif done:
             reason = f"the model does more to its logits than the kernels can ({done})"
         else:

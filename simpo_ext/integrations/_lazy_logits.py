@@ -268,8 +268,14 @@ _NOTED: dict[Any, Callable[..., Any]] = {
 # What hooks of DDP, FSDP and DeepSpeed ask of any output, or do to it.
 _OF_THE_PAYLOAD = {
     Tensor.register_hook,
-    Tensor._is_view,
     Tensor.is_floating_point,
     torch.is_floating_point,
-    *(_getter(name) for name in ("requires_grad", "grad_fn", "is_leaf", "device", "is_cuda")),
+    Tensor._is_view,
+    *(
+        _getter(name)
+        for name in (
+            *("requires_grad", "grad_fn", "is_leaf", "_base", "_version"),
+            *("device", "layout", "is_cuda", "is_meta", "is_nested", "is_sparse"),
+        )
+    ),
 }
