@@ -71,7 +71,8 @@ def describe(wheel: Path) -> dict[str, Any]:
     """Name, size and SHA-256 of the wheel, and whether it has CUDA kernels."""
     content = wheel.read_bytes()
     with zipfile.ZipFile(wheel) as archive:
-        has_cuda = b".nv_fatbin\0" in archive.read(_LIBRARY)
+        has_library = _LIBRARY in archive.namelist()
+        has_cuda = has_library and b".nv_fatbin\0" in archive.read(_LIBRARY)
     return {
         "wheel": wheel.name,
         "bytes": len(content),
