@@ -343,12 +343,23 @@ def test_the_script_fails_where_a_check_or_a_test_does(
 
 
 def test_results_replace_those_of_the_same_wheel_alone(
-    wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "results.json"
-    other = {"wheel": "of another Python", "results": []}
-    file.write_text(json.dumps([{"wheel": NAME, "results": ["old"]}, other]))
+    other = {
+        "wheel": NAME.replace("cp311", "cp313"),
+        "bytes": 2**20,
+        "cuda_kernels": True,
+        "results": [{**smoke_result(ok=True), "python": "3.13.0"}],
+    }
+    file.write_text(json.dumps([{"wheel": NAME, "results": []}, other]))
     path = wheel.write(tmp_path)
     run_script(monkeypatch, smoke_result(ok=True), "--check", path, "--torch", "2", "--json", file)
     expected = {**wheel_checks.describe(path), "ok": True, "results": [smoke_result(ok=True)]}
     assert json.loads(file.read_text()) == [other, expected]
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("| cp313-manylinux_2_28_x86_64, CPU and CUDA, 1.0 MiB | 2.10.0+cu128 |")
+    assert "| 3.11.7 | 90 passed |" in second
