@@ -14,8 +14,11 @@ import torch  # noqa: F401
 # modules; this finds them there.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from . import distributed
+# Before what takes for granted that torch is new enough and the library is there.
 from ._library import _C
+
+# isort: split
+from . import distributed
 from .functional import (
     PairCounts,
     SimPOOutput,

@@ -1,22 +1,50 @@
-"""Loads the compiled library, once: in one process, the ops of a second copy are not there."""
+"""Loads the compiled library, where it can work and once: a second copy's ops are not registered."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
 import importlib.util
 import os
+import re
+import sys
 from pathlib import Path
 
 import torch
 
+# Of the stable ABI that the library speaks, as CMakeLists.txt has it.
+OLDEST_TORCH = (2, 10)
 
-def _refuse_second_copy() -> None:
+
+def _check_torch_version() -> None:
+    """An older torch lacks symbols of the library, and parts of what the package calls."""
+    # Compared as two numbers: 2.10.0a0+git, on the way to 2.10.0, has the stable ABI of 2.10.
+    version = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if version and (int(version[1]), int(version[2])) < OLDEST_TORCH:
+        raise ImportError(
+            f"simpo_ext: expected torch >= {'.'.join(map(str, OLDEST_TORCH))}, got torch "
+            f"{torch.__version__} from {Path(torch.__file__).parent}"
+        )
+
+
+def _find_module() -> Path:
+    """The compiled module that this Python would import."""
+    spec = importlib.util.find_spec(f"{__package__}._C")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin)
+    folders = list(sys.modules[__package__].__path__)
+    others = sorted(str(path) for folder in folders for path in Path(folder).glob("_C.*.so"))
+    found = f"found {', '.join(others)}, for another Python or machine" if others else "found none"
+    raise ImportError(
+        f"simpo_ext: expected its compiled module _C{importlib.machinery.EXTENSION_SUFFIXES[0]} "
+        f"in {' or '.join(folders)}, {found}; install it with this Python, by `pip install .` in "
+        "its source directory"
+    )
+
+
+def _refuse_second_copy(library: Path) -> None:
     if not torch._C._jit_get_schemas_for_operator("simpo_ext::token_logps"):
         return
-    spec = importlib.util.find_spec("simpo_ext._C")
-    if spec is None or spec.origin is None:
-        return
-    library = Path(spec.origin).parent / "lib" / "libsimpo_ext.so"
     try:
         # A program that links this very file may embed Python.
         ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
@@ -27,8 +55,17 @@ def _refuse_second_copy() -> None:
         ) from None
 
 
-_refuse_second_copy()
+_check_torch_version()
+_module = _find_module()
+_refuse_second_copy(_module.parent / "lib" / "libsimpo_ext.so")
 
-from . import _C  # noqa: E402
+try:
+    from . import _C
+except ImportError as error:
+    # The dynamic linker's words: a file or a symbol that is not there.
+    raise ImportError(
+        f"simpo_ext: its compiled module {_module} does not load with torch {torch.__version__}: "
+        f"{error}; install simpo_ext again with this Python and torch"
+    ) from error
 
 __all__ = ["_C"]

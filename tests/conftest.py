@@ -49,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "gpu: needs a GPU",
     ):
         config.addinivalue_line("markers", line)
+    # pytest-xdist hands out files as they come, not by how many tests they have.
+    config.option.loadscopereorder = False
     kernels = config.getoption("--kernels")
     if kernels == "emulated":
         folder = Path(config.cache.mkdir("emulated_ops"))
@@ -81,7 +83,7 @@ def load_emulated_ops(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedKernels]:
     """A build of the emulated kernels' test program, made when first asked for."""
-    return cache(lambda name: EmulatedKernels(tmp_path_factory.mktemp(name), name))
+    return cache(lambda name: EmulatedKernels(tmp_path_factory.mktemp("kernels"), name))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     selected = [item for item in items if is_selected(item)]
     config.hook.pytest_deselected(items=[item for item in items if not is_selected(item)])
-    items[:] = selected
+    # The longest come first: left for the end, they would leave all workers but one without work.
+    items[:] = sorted(selected, key=lambda item: item.get_closest_marker("emulation") is None)
 
 
 @pytest.fixture(autouse=True)

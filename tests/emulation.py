@@ -8,14 +8,27 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from builds import build, run, skip_unless_sanitizer_works
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 
-# What -fsanitize= gets in each build.
-SANITIZERS = {"plain": "", "asan": "address,undefined", "tsan": "thread"}
+
+class Build(NamedTuple):
+    sanitizer: str = ""  # what -fsanitize= gets
+    optimization: str = ""  # that of cuda_emulation/CMakeLists.txt
+
+
+# Without optimization a change is compiled in a quarter of the time.
+BUILDS = {
+    "plain": Build(),
+    "asan": Build("address,undefined"),
+    "tsan": Build("thread"),
+    "plain -O0": Build("", "-O0"),
+    "asan -O0": Build("address,undefined", "-O0"),
+}
 ENVIRONMENT = {
     **os.environ,
     # A fiber's stack is not one that AddressSanitizer could move frames away from.
@@ -28,15 +41,21 @@ class EmulatedKernels:
     """One build of cuda_emulation/kernels, whose sources can be changed for a while."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        sanitizer = SANITIZERS[name]
+        sanitizer, optimization = BUILDS[name]
         if sanitizer:
             skip_unless_sanitizer_works(sanitizer, folder)
         self._sources = folder / "csrc"
         self._build = folder / "build"
         self._is_current = True
         shutil.copytree(CSRC, self._sources)
-        definitions = (f"-DCSRC={self._sources}", f"-DSANITIZER={sanitizer}", "-DWERROR=OFF")
-        build(TESTS / "cuda_emulation", self._build, *definitions, target="kernels")
+        definitions = {
+            "CSRC": self._sources,
+            "SANITIZER": sanitizer,
+            "OPTIMIZATION": optimization,
+            "WERROR": "OFF",
+        }
+        flags = (f"-D{name}={value}" for name, value in definitions.items())
+        build(TESTS / "cuda_emulation", self._build, *flags, target="kernels")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Runs the program, after what changed has been compiled."""

@@ -174,9 +174,10 @@ inline void become_host(Context& context) {
 // Makes context a fiber that, when first switched to, calls entry, which must never return. Its
 // stack is never given back.
 inline void become_fiber(Context& context, void (*entry)(), unsigned index) {
-  // Reserved, not used: a sanitizer's report runs on this stack and needs more than a kernel does.
-  constexpr size_t kStackBytes = 256 * 1024;
   constexpr size_t kPage = 4096;
+  // Reserved, not used: a sanitizer's report runs on this stack and needs more than a kernel does.
+  // An odd number of pages: stacks a power of two apart would share a few sets of cache and TLB.
+  constexpr size_t kStackBytes = 65 * kPage;
   char* memory = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   // The lowest page faults, so that an overflow does not reach another stack.
