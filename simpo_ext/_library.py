@@ -1,4 +1,4 @@
-"""Loads the compiled library, where it can work and once: a second copy's ops are not registered."""
+"""Loads the compiled library, where it can work and once: a second copy's ops are not there."""
 
 from __future__ import annotations
 

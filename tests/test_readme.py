@@ -45,6 +45,6 @@ def test_the_settings_that_the_printed_demo_names_are_the_defaults(
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    (printed,) = blocks("text")
+    (printed,) = (text for text in blocks("text") if "Held-out pairs" in text)
     steps = re.search(r"after (\d+) steps", printed).group(1)
     assert f"--steps N default: {steps}" in text

@@ -288,9 +288,13 @@ def without_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ops of CUDA tensors as a build without nvcc has them, and nothing else."""
     folder = tmp_path_factory.mktemp("without_cuda")
     torch_folder, csrc = Path(torch.__file__).parent, ROOT / "csrc"
-    sources = [csrc / "ops" / name for name in ("library.cpp", "ops_cuda.cpp")]
+    names = ("library.cpp", "ops_cuda.cpp", "registration.cpp")
+    (folder / "no_cpu_ops.cpp").write_text(
+        '#include "ops/registration.h"\nvoid simpo_ext::ops::register_cpu_ops(Library&) {}\n'
+    )
+    sources = [folder / "no_cpu_ops.cpp", *(csrc / "ops" / name for name in names)]
     flags = ["-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{csrc}"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{csrc}", f"-I{csrc / 'include'}"]
     flags += ["-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}"]
     run("c++", *flags, *sources, "-ltorch", "-ltorch_cpu", "-o", folder / "libops.so")
     return folder
