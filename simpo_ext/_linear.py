@@ -114,13 +114,19 @@ def linear_token_logps(
     """
     shape = labels.shape if cu_seqlens is not None else None
     hidden, labels, cu_seqlens = as_batch("hidden", hidden, labels, cu_seqlens)
-    hidden, weight, labels, bias = _checked(hidden, weight, labels, bias)
-    options = resolve_token_options(
-        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
-    )
-    budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
-    targets, options = _ops.sequence_targets(labels, cu_seqlens, weight.shape[0], options)
-    logps = _linear_ops.linear_token_logps(hidden, weight, bias, targets, options, budget, count)
+    logps = score_labels(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        ignore_index=ignore_index,
+        shift=shift,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        logits_budget_bytes=logits_budget_bytes,
+        num_valid_tokens=num_valid_tokens,
+    ).logps
     return logps if shape is None else logps.view(shape)
 
 
@@ -159,6 +165,7 @@ def score_labels(
     labels: Tensor,  # [B, T]
     *,
     bias: Tensor | None = None,  # [V]
+    cu_seqlens: Tensor | None = None,  # [S + 1]
     ignore_index: int = -100,
     shift: bool = True,
     logit_scale: float = 1.0,
@@ -167,14 +174,18 @@ def score_labels(
     num_valid_tokens: int | None = None,
     report: Collection[ReportName] = (),
 ) -> ScoredTokens:
-    """:func:`linear_token_logps` with what :func:`linear_simpo_loss` reports, by token."""
+    """:func:`linear_token_logps` with what :func:`linear_simpo_loss` reports, by token.
+
+    Of a batch: a flat layout has become one of one row.
+    """
     hidden, weight, labels, bias = _checked(hidden, weight, labels, bias)
     options = resolve_token_options(
         ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
     )
     budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
     names = check_linear_report(report, softcap)
-    return _score(hidden, weight, bias, labels, options, budget, count, names)
+    targets, options = _ops.sequence_targets(labels, cu_seqlens, weight.shape[0], options)
+    return _score(hidden, weight, bias, targets, options, budget, count, names)
 
 
 def linear_simpo_loss(

@@ -9,11 +9,13 @@ tensors, which compare them with the CPU's.
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -84,6 +86,13 @@ def load_emulated_ops(folder: Path) -> None:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedKernels]:
     """A build of the emulated kernels' test program, made when first asked for."""
     return cache(lambda name: EmulatedKernels(tmp_path_factory.mktemp("kernels"), name))
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of bench/, which is found from the root of the repository."""
+    monkeypatch.syspath_prepend(EMULATION.parent.parent)
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.fixture(scope="module")

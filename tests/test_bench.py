@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -16,17 +15,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of bench/, which is found from the root of the repository."""
-    monkeypatch.syspath_prepend(ROOT)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"bench.{name}")
-
-    return load
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,24 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of bench/, which is found from the root of the repository."""
-    monkeypatch.syspath_prepend(ROOT)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"bench.{name}")
-
-    return load
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So little work is done before other threads are awake."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:

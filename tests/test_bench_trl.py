@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,17 +12,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of bench/, which is found from the root of the repository."""
-    monkeypatch.syspath_prepend(ROOT)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(f"bench.{name}")
-
-    return load
 
 
 @pytest.fixture

@@ -7,11 +7,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._checks import check_bool, check_choice
+from .._options import EMPTY_POLICIES, resolve_linear_options
 from ._causal_lm import CannotFuseError, FusedHead, FusedOutput, find_head
 
-__all__ = ["FusedTier"]
+__all__ = ["FusedTier", "check_options"]
 
 _logger = logging.getLogger(__name__)
+
+
+def check_options(fused_linear: object, empty: object, logits_budget_bytes: int | None) -> None:
+    """Options that both trainers have.
+
+    Raises:
+        TypeError: One is of the wrong type.
+        ValueError: One is out of range.
+    """
+    if fused_linear is not None:
+        check_bool("fused_linear", fused_linear)
+    check_choice("empty", empty, EMPTY_POLICIES)
+    resolve_linear_options(logits_budget_bytes, None)
 
 
 class FusedTier:

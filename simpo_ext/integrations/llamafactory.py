@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks, functional
-from .._options import EMPTY_POLICIES, EmptyPolicy, resolve_linear_options
+from .._options import EmptyPolicy
 from .._report import row_means, valid_tokens
 from ._causal_lm import FusedOutput
-from ._tier import FusedTier
+from ._tier import FusedTier, check_options
 
 __all__ = ["PairForward", "SimPOMixin", "get_batch_logps", "patch", "simpo_loss", "simpo_trainer"]
 
@@ -268,10 +268,7 @@ def simpo_trainer(
             "trainer_class: expected LLaMA-Factory's CustomDPOTrainer, with a "
             f"concatenated_forward, got {trainer_class!r}"
         )
-    if fused_linear is not None:
-        _checks.check_bool("fused_linear", fused_linear)
-    _checks.check_choice("empty", empty, EMPTY_POLICIES)
-    resolve_linear_options(logits_budget_bytes, None)
+    check_options(fused_linear, empty, logits_budget_bytes)
     _checks.check_bool("inplace_backward", inplace_backward)
     base = next(each for each in trainer_class.__mro__ if not issubclass(each, SimPOMixin))
     attributes = {

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .._checks import check_bool, check_choice
-from .._options import EMPTY_POLICIES, EmptyPolicy, resolve_linear_options
+from .._options import EmptyPolicy
 from .._presets import TrainerLossType
 from .._report import row_means
 from ._causal_lm import FusedOutput
-from ._tier import FusedTier
+from ._tier import FusedTier, check_options
 
 try:
     from trl.experimental.cpo import CPOTrainer
@@ -72,10 +71,7 @@ class SimPOMixin:
         **kwargs: Any,
     ) -> None:
         """See :class:`SimPOTrainer`."""
-        if fused_linear is not None:
-            check_bool("fused_linear", fused_linear)
-        check_choice("empty", empty, EMPTY_POLICIES)
-        resolve_linear_options(logits_budget_bytes, None)
+        check_options(fused_linear, empty, logits_budget_bytes)
         self._empty: EmptyPolicy = empty
         self._logits_budget_bytes = logits_budget_bytes
         self._has_warned_of_dropped_pairs = False

@@ -9,7 +9,7 @@
 #include <functional>
 #include <vector>
 
-#include "require.h"
+#include "../require.h"
 
 namespace {
 

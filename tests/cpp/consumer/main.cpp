@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "../require.h"
 #include "errors.h"
-#include "require.h"
 
 namespace {
 

@@ -17,27 +17,12 @@
 #include <thread>
 #include <vector>
 
+#include "../require.h"
+
 namespace {
 
 constexpr int kRanks = 3;
 constexpr std::array<int64_t, kRanks + 1> kCuts{0, 20, 20, 60};  // the second rank has no label
-
-void require(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::exit(1);
-}
-
-template <typename Error, typename Function>
-void require_error(const std::string& message_part, const Function& function) {
-  try {
-    function();
-  } catch (const Error& error) {
-    require(std::string(error.what()).find(message_part) != std::string::npos, error.what());
-    return;
-  }
-  require(false, ("no error for " + message_part).c_str());
-}
 
 // What the ranks exchange, each through a place of its own.
 class Ranks {
