@@ -93,6 +93,9 @@ def check_logps(kernels: Kernels, checks: Checks, case: Case) -> None:
 
 def _forward(run: _Run) -> None:
     case, outputs = run.case, run.outputs
+    is_plain = not case.report and not case.is_split
+    num_segments = run.kernels.shared_segments(case.dtype, case.N, case.V) if is_plain else 0
+    segments = run.device.out((num_segments, 3, case.N), "float64") if num_segments else None
     for i, part in enumerate(run.parts):
         if case.report != "all":  # the logits of a row that is not scored are not read
             unread = np.zeros(part.buffer.shape, bool)
@@ -108,6 +111,7 @@ def _forward(run: _Run) -> None:
             mean_logit=outputs.mean_logit if case.report else None,
             entropy=outputs.entropy if case.report else None,
             all_positions=case.report == "all",
+            segments=segments,
         )
 
 

@@ -11,6 +11,9 @@ from ..harness.buffers import Buffer, Device
 from ..interpreter.module import Array
 from .members import IGNORED
 
+# Columns of a segment of a row: csrc/cuda/rows.h.
+SEGMENT = {"float64": 8192, "float32": 16384, "float16": 32768, "bfloat16": 32768}
+
 
 class Case(NamedTuple):
     dtype: str
@@ -49,7 +52,12 @@ def make_logits(case: Case, rng: np.random.Generator) -> Array:
     """Logits [N, V], before they are rounded."""
     x = rng.standard_normal((case.N, case.V)) * case.amplitude
     if case.levels:
-        x = np.where(rng.random(x.shape) < 0.5, x - 724.0, x)
+        x[_low(case, rng)] -= 724.0
+    if case.V > SEGMENT[case.dtype]:
+        # Segments so far apart that exp of the distance is subnormal or 0.
+        x[0, : SEGMENT[case.dtype]] -= 720.0
+        x[1, -100:] -= 720.0
+        x[-1, : SEGMENT[case.dtype]] += 800.0
     x[case.N // 2] += 100.0
     x[-1, rng.random(case.V) < 0.3] = -np.inf
     if case.special:
@@ -58,6 +66,22 @@ def make_logits(case: Case, rng: np.random.Generator) -> Array:
         x[2, case.V - 1] = np.inf
         x[3] = 0.0
     return x
+
+
+def _low(case: Case, rng: np.random.Generator) -> Array:
+    """Which logits are at the lower level, in some pattern for each row."""
+    low = np.zeros((case.N, case.V), bool)
+    for i, row in enumerate(low):
+        if i % 4 == 0:
+            row[:] = rng.random(case.V) < 0.5
+        elif i % 4 == 1:  # the maximum rises when others have been added
+            row[: case.V // 2] = True
+        elif i % 4 == 2:  # at the edges of the row
+            row[1:-1] = True
+        else:
+            row[rng.integers(case.V, size=1 + case.V // 500)] = True
+            row[:] = ~row
+    return low
 
 
 def make_targets(case: Case, rng: np.random.Generator, x: Array) -> Array:
@@ -143,20 +167,27 @@ def cases(dtype: str) -> list[Case]:
     for V, cap, report in itertools.product(_LOOPS[dtype], (0.0, 8.0), ("", "all")):
         one = Case(dtype, V, B=1, cap=cap, report=report)
         found += [
-            one._replace(seed=30, scale=0.9, out_of_range=report == ""),
+            one._replace(seed=30, scale=0.9, shift=True, out_of_range=report == ""),
             one._replace(seed=31, special=True, T=5, dlogits_offset=1),
-            one._replace(seed=32, parts=(V - 20,), out_of_range=False),
+            one._replace(seed=32, parts=(20, V - 20), out_of_range=False),
         ]
-    if dtype == "float64":
-        found += _cases_of_subnormals()
-    two = Case(dtype, 12 * 1024 + 5, B=1, T=2, out_of_range=False, report="all", seed=11)
-    found += [
-        two._replace(num_masked=0, cap=30.0),
-        two._replace(num_masked=1),
-        two._replace(num_masked=0, V=9001 if dtype == "float64" else 33000, report="", seed=9),
-        Case(dtype, 600, amplitude=30.0 if dtype == "float16" else 60.0, seed=10),
-    ]
+    found += _cases_of_levels(dtype) + _cases_of_segments(dtype)
+    found.append(Case(dtype, 600, amplitude=30.0 if dtype == "float16" else 60.0, seed=10))
     return found
+
+
+def _cases_of_segments(dtype: str) -> list[Case]:
+    """Rows of several segments, which blocks share where there is no report."""
+    V = 2 * SEGMENT[dtype]
+    one = Case(dtype, V + 77, B=1, T=4, out_of_range=False, num_masked=1, offset=1, seed=11)
+    return [
+        one._replace(dlogits_offset=0),
+        one._replace(V=V, cap=1500.0, T=5, out_of_range=True),
+        one._replace(report="all"),
+        one._replace(report="all", cap=1500.0),
+        one._replace(parts=(V - 5,)),
+        one._replace(parts=(V - 5,), cap=1500.0),
+    ]
 
 
 def _cases_of_size(dtype: str, V: int) -> list[Case]:
@@ -183,19 +214,20 @@ def _cases_of_size(dtype: str, V: int) -> list[Case]:
     return found
 
 
-def _cases_of_subnormals() -> list[Case]:
-    """Where results of exp are subnormal or 0."""
-    wide = Case("float64", 600, amplitude=200.0, report="all", seed=33, out_of_range=False)
-    levels = Case("float64", 100, seed=34, out_of_range=False, levels=True)
-    return [
-        *(
-            wide._replace(V=V, cap=cap, offset=1)
-            for V, cap in itertools.product((600, 1501, 7003), (0.0, 700.0))
-        ),
-        *(
-            levels._replace(V=V, report=report, parts=parts, cap=cap)
-            for V, report, parts, cap in itertools.product(
-                (100, 1501, 7003), ("", "all"), ((), (50,)), (0.0, 4000.0)
-            )
-        ),
+def _cases_of_levels(dtype: str) -> list[Case]:
+    """Where results of exp of a double are subnormal or 0."""
+    levels = Case(dtype, 100, seed=34, out_of_range=False, levels=True)
+    forms = list(itertools.product(("", "all"), (0.0, 4000.0)))
+    found = [levels._replace(report=report, parts=(50,), cap=cap) for report, cap in forms]
+    if dtype != "float64":  # there, only merged sums are scaled by an exp of a double
+        return found
+    found += [
+        levels._replace(V=V, report=report, parts=parts, cap=cap)
+        for V, parts in ((100, ()), (1501, ()), (1501, (50,)), (7003, ()), (7003, (50,)))
+        for report, cap in forms
     ]
+    wide = Case(dtype, 600, amplitude=200.0, report="all", seed=33, out_of_range=False, offset=1)
+    found += [
+        wide._replace(V=V, cap=cap) for V, cap in itertools.product((600, 1501, 7003), (0.0, 700.0))
+    ]
+    return found

@@ -89,6 +89,13 @@ class Kernels:
         self._require_restored_mode(name)
         return code
 
+    def shared_segments(self, dtype: str, N: int, V: int) -> int:
+        """Into how many segments token_logps cuts a row that blocks share; 0: none is shared."""
+        function = self._library._ZN9simpo_ext4cuda15shared_segmentsENS_5DTypeEll
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        function.restype = ctypes.c_int64
+        return int(function(DTYPE_CODES[dtype], N, V))
+
     def use_device(self, index: int) -> int:
         """Makes a device the current one: 0, or an error."""
         self._library.set_callbacks(*self._callbacks)
@@ -96,7 +103,7 @@ class Kernels:
         self._require_restored_mode("use_device")
         return code
 
-    def set_device_as_captured(self, index: int) -> int:
+    def set_device_unguarded(self, index: int) -> int:
         """Calls the runtime without the project's code around it: 0, or an error."""
         return int(self._library.cudaSetDevice(index))
 

@@ -78,14 +78,14 @@ def reciprocal_approx_f64(x: Any) -> Any:
     return (result.view(np.uint64) & upper).view(np.float64)
 
 
-def moved(exact: Any, ulp: int, generator: np.random.Generator) -> Any:
+def moved(exact: Any, ulp: int, kept: float, generator: np.random.Generator) -> Any:
     """Results of an approximate instruction, each off by at most so many ulp, at random.
 
-    Infinities, NaN and zeros stay, and 1, which the PTX manual lists as the exact result of ex2.
+    Infinities, NaN, zeros and results of exactly kept stay.
     """
     steps = generator.integers(-ulp, ulp + 1, exact.shape).astype(np.int32)
     result = (exact.view(np.int32) + steps).view(np.float32)
-    stays = (exact == 1) | ~np.isfinite(exact) | ~np.isfinite(result)
+    stays = (exact == kept) | ~np.isfinite(exact) | ~np.isfinite(result)
     return np.where(stays | (np.abs(exact) < 2 * _SMALLEST_NORMAL), exact, result)
 
 

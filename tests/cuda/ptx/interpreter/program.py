@@ -34,6 +34,7 @@ SHARED_BASE = 0x400  # so that no variable lies at address 0
 _GAP = 32  # bytes out of bounds around each variable
 _BLOCK_ENDS = ("bra", "ret", "exit", "bar")  # which the machine executes, not the program
 _CACHE_HINTS = ("L1::no_allocate", "cs", "nc")  # which change no value
+_ULP = {"ex2": 2, "rcp": 1}  # of .approx.ftz.f32: the largest error, says the PTX manual
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Rounding:
 
     # Sums take products of which PTX does not ask that they are rounded, as ptxas has them do.
     contracts: bool = False
-    # Results of ex2.approx and rcp.approx (float32) are off by at most so many ulp, at random.
-    approximation_ulp: int = 0
+    # Results of approximate instructions are off at random, by as much as the PTX manual allows.
+    perturbs: bool = False
 
 
 class Group:
@@ -132,8 +133,10 @@ class Program:
         if len(sources) != len(operation.sources):
             raise NotImplementedError(str(instruction))
         write = self._writer(result, operation.result, instruction)
+        narrows = instruction.opcode == "cvt"  # which may take the low bits of a register
         reads = [
-            self.reader(*each, instruction) for each in zip(sources, operation.sources, strict=True)
+            self.reader(*each, instruction, narrows)
+            for each in zip(sources, operation.sources, strict=True)
         ]
         function = self._function(instruction, operation.function)
         # A loop over the sources would take longer than many an operation.
@@ -151,10 +154,12 @@ class Program:
         )
 
     def _function(self, instruction: Instruction, exact: Callable[..., Any]) -> Callable[..., Any]:
-        ulp, generator = self._rounding.approximation_ulp, self._generator
-        if not ulp or instruction.modifiers != ("approx", "ftz", "f32"):
+        if not self._rounding.perturbs or instruction.modifiers != ("approx", "ftz", "f32"):
             return exact
-        return lambda *sources: floats.moved(exact(*sources), ulp, generator)
+        ulp, generator = _ULP[instruction.opcode], self._generator
+        # The manual lists 1 as the result of ex2 for 0.
+        kept = 1.0 if instruction.opcode == "ex2" else 0.0
+        return lambda *sources: floats.moved(exact(*sources), ulp, kept, generator)
 
     def _multiply_add(self, instruction: Instruction, place: int, product: Instruction) -> Step:
         """A sum or difference whose term at that place is a product that is not rounded before."""
