@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .cases import far_rows, logps, preference, sequences, shards, token_rows
-from .cases.logps_cases import Case
+from .cases.logps_cases import SEGMENT, Case
 from .families import Check
 from .harness.checks import Checks
 from .harness.kernels import Kernels
@@ -21,8 +21,21 @@ def _logps(kernels: Kernels, checks: Checks) -> None:
         logps.check_logps(kernels, checks, Case("bfloat16", V, seed=1, offset=offset))
 
 
+def _sure(kernels: Kernels, checks: Checks) -> None:
+    logps.check_logps(kernels, checks, Case("bfloat16", 100, sure=True, scale=0.7))
+
+
+def _segments(kernels: Kernels, checks: Checks) -> None:
+    """A block works on all segments of a row, for blocks do not share parts of a vocabulary."""
+    V = 2 * SEGMENT["float32"] + 7
+    case = Case("float32", V, B=1, T=2, num_masked=0, out_of_range=False, parts=(V - 1,))
+    logps.check_logps(kernels, checks, case)
+
+
 def _reports(kernels: Kernels, checks: Checks) -> None:
-    logps.check_logps(kernels, checks, Case("float32", 1001, seed=1, report="all"))
+    V = 2 * SEGMENT["float32"] + 7
+    case = Case("float32", V, B=1, T=2, num_masked=1, out_of_range=False, report="all")
+    logps.check_logps(kernels, checks, case)
 
 
 def _far_logps(kernels: Kernels, checks: Checks) -> None:
@@ -34,7 +47,7 @@ def _select(kernels: Kernels, checks: Checks) -> None:
 
 
 def _gather(kernels: Kernels, checks: Checks) -> None:
-    token_rows.check_gather_and_scatter(kernels, checks, "bfloat16", 4099, 0, True)
+    token_rows.check_gather_and_scatter(kernels, checks, "bfloat16", 4104, 0, True)
 
 
 def _hidden(kernels: Kernels, checks: Checks) -> None:
@@ -54,7 +67,9 @@ def _pairs(kernels: Kernels, checks: Checks) -> None:
     rows = preference.Case(sequences.Layout((8, 21), seed=3), {})
     indices = np.random.default_rng(0).integers(0, 6, (600, 2))
     shared = preference.Case(sequences.Layout((6, 9), seed=7), {}, indices, has_weights=True)
-    for case in (rows, shared):
+    # More sequences than blocks.
+    many = preference.Case(sequences.Layout((1100, 2), seed=7), {}, indices[:300])
+    for case in (rows, shared, many):
         preference.check_case(kernels, checks, "float32", case)
 
 
@@ -63,8 +78,8 @@ BACKWARD = "token_logps_backward_kernel<BFloat16, ScaledLogits<float>, 128, 4>"
 
 # Kernels whose barriers are removed, one at a time.
 BARRIERS: dict[str, Check] = {
-    FORWARD: _logps,
-    "token_logps_kernel<float, ScaledLogits<float>, 128, 4, true>": _reports,
+    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false>": _segments,
+    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, true>": _reports,
     "select_tokens_kernel<float>": _select,
     "sequence_logps_kernel<float>": _sequences,
     "sum_sequences_kernel<float>": _pairs,
@@ -85,8 +100,14 @@ BUGS = [
     Bug("a shuffle from the wrong lane", FORWARD, ", 16, 31, -1;", ", 8, 31, -1;", _logps),
     Bug("the smaller one of two logits", FORWARD, r"max\.bf16x2", "min.bf16x2", _logps),
     Bug("log2(e) with three digits", FORWARD, "0f3FB8AA3B", "0f3FB87000", _logps),
-    Bug("sums of warps in global memory", FORWARD, r"st\.shared\.f32", "st.global.f32", _logps),
-    Bug("a sum that begins with nothing", FORWARD, r"mov\.b64\s+%\w+, 0d0{16};", "", _logps),
+    Bug(
+        "sums of warps behind their array",
+        FORWARD,
+        r"(st\.shared\.f32\s+\[%\w+)\]",
+        r"\1+16]",
+        _logps,
+    ),
+    Bug("a sum that begins with nothing", FORWARD, r"mov\.[bf]64\s+%\w+, 0d0{16};", "", _logps),
     Bug(
         "halves of a word swapped",
         BACKWARD,
@@ -125,8 +146,10 @@ BUGS = [
         "setp.gt.f32",
         _merge,
     ),
-    Bug("the other branch", "score_pairs_kernel<float>", r"setp\.leu\.f32", "setp.gt.f32", _pairs),
+    Bug("the smaller of two logs", "score_pairs_kernel<float>", r"max\.f64", "min.f64", _pairs),
 ]
+# A bug only where products are fused with sums.
+FUSED_BUG = Bug("a product that may be fused", FORWARD, r"mul\.rn\.f32", "mul.f32", _sure)
 
 
 def plant(kernels: Kernels, bug: Bug) -> None:

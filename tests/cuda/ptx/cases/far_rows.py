@@ -75,7 +75,7 @@ def _check(kernels: Kernels, checks: Checks, case: Case, has_report: bool) -> No
     kernels.last_blocks = None
 
     name = f"{dtype} V={V} cap={case.cap}"
-    allowed = rows.z_error + 2.0 * ROUNDING[compute] * np.abs(rows.logps)
+    allowed = rows.logps_error + 2.0 * rows.eps * np.abs(rows.logps)
     checks.close("logps of far rows", name, logps.get(), rows.logps, allowed)
     want = rows.gradient(grads.get())
     error = 1.01 * ROUNDING[dtype] + rows.gradient_error

@@ -117,12 +117,12 @@ def _forward(run: _Run) -> None:
 
 def _check_forward(run: _Run) -> None:
     case, rows, outputs = run.case, run.rows, run.outputs
-    error, eps = rows.z_error, ROUNDING[compute_of(case.dtype)]
+    error, eps = rows.z_error, rows.eps
     run.close("max", outputs.max.get(), rows.where_scored(rows.max), error)
     has_sum = ~rows.scored | (~np.isneginf(rows.max) & ~np.isnan(rows.z).any(axis=1))
     want = rows.where_scored(rows.sum_exp)
-    run.close("sum_exp", outputs.sum_exp.get(), want, rows.sum_exp * error + 1e-300, has_sum)
-    allowed = error + 2.0 * eps * np.abs(np.nan_to_num(rows.logps, neginf=0.0))
+    run.close("sum_exp", outputs.sum_exp.get(), want, rows.sum_error, has_sum)
+    allowed = rows.logps_error + 2.0 * eps * np.abs(np.nan_to_num(rows.logps, neginf=0.0))
     if not case.is_split:
         run.close("logps", outputs.logps.get(), rows.logps, allowed)
         return
@@ -162,7 +162,7 @@ def _write_logps(run: _Run) -> Buffer:
 def _check_report(run: _Run) -> None:
     """Mean and entropy; of a vocabulary in parts, the two sums that they come from."""
     case, rows = run.case, run.rows
-    eps = ROUNDING[compute_of(case.dtype)]
+    eps = rows.eps
     scored, masked = rows.scored, rows.masked
     distances = rows.z - rows.max[:, None]
     products = np.where(np.isneginf(distances), 0.0, rows.shares * distances)

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     special: bool = False  # some rows hold infinities and NaN
     num_masked: int = 2
     out_of_range: bool = True  # some labels are
+    sure: bool = False  # labels are far above all others, at a large offset
     levels: bool = False  # logits 724 apart, between which exp of a double is subnormal
 
     @property
@@ -85,7 +86,7 @@ def _low(case: Case, rng: np.random.Generator) -> Array:
 
 
 def make_targets(case: Case, rng: np.random.Generator, x: Array) -> Array:
-    """The label that each row is scored with [N]."""
+    """The label that each row is scored with [N], whose logit may be raised."""
     targets = rng.integers(0, case.V, case.N)
     finite = np.flatnonzero(np.isfinite(x[-1]))
     if len(finite):
@@ -99,6 +100,10 @@ def make_targets(case: Case, rng: np.random.Generator, x: Array) -> Array:
             targets[row] = label
     if case.shift:
         targets.reshape(case.B, case.T)[:, -1] = IGNORED
+    if case.sure:
+        scored = np.flatnonzero((targets >= 0) & (targets < case.V))
+        x += 1000.0
+        x[scored, targets[scored]] += 60.0
     return targets
 
 
@@ -198,6 +203,8 @@ def _cases_of_size(dtype: str, V: int) -> list[Case]:
         one._replace(cap=5.0, dlogits_offset=1, offset=2, seed=2),
         one._replace(report="all", scale=1.3, seed=3),
         one._replace(report="valid", cap=15.0, scale=0.5, seed=4, padding=1),
+        one._replace(sure=True, scale=0.7, seed=12),
+        one._replace(sure=True, scale=0.7, seed=13, cap=50.0),
     ]
     if V >= 7:
         parts = one._replace(parts=(V // 3, V // 3, V - 2), out_of_range=False)

@@ -74,30 +74,45 @@ class Rows:
     # ---- how far results may be off
 
     @property
+    def eps(self) -> float:
+        return ROUNDING[compute_of(self.case.dtype)]
+
+    @property
     def z_error(self) -> Array:
         """Of z - max: some roundings of both, of their difference, and of the softcap's tanh."""
-        eps = ROUNDING[compute_of(self.case.dtype)]
 
         def largest(values: Array) -> Array:
             return np.where(np.isfinite(values), np.abs(values), 0.0).max(axis=1)
 
         size, spread = largest(self.z), largest(self.z - self.max[:, None])
-        return eps * (2.0 * size + 2.0 * spread + 6.0 * self.case.cap + 8.0)
+        return self.eps * (2.0 * size + 2.0 * spread + 6.0 * self.case.cap + 8.0)
+
+    @property
+    def sum_error(self) -> Array:
+        """Of sum_exp. The largest term is exactly 1, however large z is.
+
+        Some terms next to it are added to it in the dtype of z, which rounds each sum.
+        """
+        return (self.sum_exp - 1.0) * self.z_error + 16.0 * self.eps * self.sum_exp
+
+    @property
+    def logps_error(self) -> Array:
+        """Before they are rounded. The distance of the largest z from itself is exactly 0."""
+        of_distance = np.where(self.label_z == self.max, 0.0, self.z_error)
+        return of_distance + self.sum_error / self.sum_exp
 
     @property
     def gradient_error(self) -> Array:
         """Of an element of the gradient before it is rounded, relative to it [N, V]."""
-        eps = ROUNDING[compute_of(self.case.dtype)]
-        relative = (2.0 * self.z_error + 8.0 * eps)[:, None] + np.zeros_like(self.z)
+        relative = (2.0 * self.z_error + 8.0 * self.eps)[:, None] + np.zeros_like(self.z)
         if self.case.cap:
             # 1 - tanh^2 is as far off as its terms' roundings, however small it is.
             slope = 1.0 / np.cosh(np.where(np.isfinite(self.z), self.cap_argument, 0.0)) ** 2
-            relative += 8.0 * eps / np.maximum(slope, eps)
-        # 1 - exp(logp) of a sure label has the error of its log-probability.
-        sure = np.maximum(-np.nan_to_num(self.logps), 1e-6)
-        relative[np.arange(len(self.z)), self.labels] += np.where(
-            self.scored, 4.0 * self.z_error / sure, 0.0
-        )
+            relative += 8.0 * self.eps / np.maximum(slope, self.eps)
+        # The label's element is 1 - exp(logp).
+        of_label = 2.0 * self.logps_error / np.maximum(-self.logps, 1e-300)
+        rows = np.flatnonzero(self.scored & self.is_distribution)
+        relative[rows, self.labels[rows]] += of_label[rows]
         return relative
 
     @property

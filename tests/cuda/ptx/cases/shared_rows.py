@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..harness.buffers import ROUNDING, Buffer, Device, compute_of
+from ..harness.buffers import Buffer, Device, compute_of
 from ..harness.checks import Checks
 from ..harness.kernels import Kernels
 from ..interpreter.module import Array
@@ -76,7 +76,7 @@ def _check(kernels: Kernels, checks: Checks, case: Case) -> None:
     of_rows = labels.reshape(-1)
     scored = np.flatnonzero(of_rows != IGNORED)
     rows = reference(case, logits.get()[scored % _T], of_rows[scored])
-    allowed = rows.z_error + 2.0 * ROUNDING[compute] * np.abs(np.nan_to_num(rows.logps, neginf=0.0))
+    allowed = rows.logps_error + 2.0 * rows.eps * np.abs(np.nan_to_num(rows.logps, neginf=0.0))
     want = np.zeros(case.N)
     want[scored] = rows.logps
     of_all = np.ones(case.N)

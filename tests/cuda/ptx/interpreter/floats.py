@@ -78,15 +78,19 @@ def reciprocal_approx_f64(x: Any) -> Any:
     return (result.view(np.uint64) & upper).view(np.float64)
 
 
-def moved(exact: Any, ulp: int, kept: float, generator: np.random.Generator) -> Any:
-    """Results of an approximate instruction, each off by at most so many ulp, at random.
+def perturbed(exact: Any, ulp: int, keeps_powers: bool) -> Any:
+    """Results of an approximate instruction, each off by at most so many ulp.
 
-    Infinities, NaN, zeros and results of exactly kept stay.
+    Equal results have equal errors, which look random. Infinities, NaN and zeros stay and, if that
+    is asked for, powers of two.
     """
-    steps = generator.integers(-ulp, ulp + 1, exact.shape).astype(np.int32)
+    hashed = (exact.view(np.uint32) * np.uint32(0x9E3779B1)) >> np.uint32(16)
+    steps = (hashed % np.uint32(2 * ulp + 1)).astype(np.int32) - np.int32(ulp)
     result = (exact.view(np.int32) + steps).view(np.float32)
-    stays = (exact == kept) | ~np.isfinite(exact) | ~np.isfinite(result)
-    return np.where(stays | (np.abs(exact) < 2 * _SMALLEST_NORMAL), exact, result)
+    stays = ~np.isfinite(exact) | ~np.isfinite(result) | (np.abs(exact) < 2 * _SMALLEST_NORMAL)
+    if keeps_powers:
+        stays |= np.frexp(exact)[0] == 0.5
+    return np.where(stays, exact, result)
 
 
 # ---- 16-bit floats, as bits

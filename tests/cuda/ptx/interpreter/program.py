@@ -43,7 +43,7 @@ class Rounding:
 
     # Sums take products of which PTX does not ask that they are rounded, as ptxas has them do.
     contracts: bool = False
-    # Results of approximate instructions are off at random, by as much as the PTX manual allows.
+    # Results of approximate instructions are off by up to what the PTX manual allows.
     perturbs: bool = False
 
 
@@ -71,7 +71,6 @@ Write: TypeAlias = Callable[["Batch", Group, Any], None]
 class Program:
     def __init__(self, kernel: Kernel, rounding: Rounding | None = None) -> None:
         self.kernel, self._rounding = kernel, rounding or Rounding()
-        self._generator = np.random.default_rng(0)
         self._products = Products()
         self._blocks: dict[int, tuple[list[Step], int]] = {}
         # Registers of one width are the rows of one array.
@@ -156,10 +155,10 @@ class Program:
     def _function(self, instruction: Instruction, exact: Callable[..., Any]) -> Callable[..., Any]:
         if not self._rounding.perturbs or instruction.modifiers != ("approx", "ftz", "f32"):
             return exact
-        ulp, generator = _ULP[instruction.opcode], self._generator
-        # The manual lists 1 as the result of ex2 for 0.
-        kept = 1.0 if instruction.opcode == "ex2" else 0.0
-        return lambda *sources: floats.moved(exact(*sources), ulp, kept, generator)
+        ulp = _ULP[instruction.opcode]
+        # The toolkit's own exp of a double takes ex2 of integers to be exact.
+        keeps_powers = instruction.opcode == "ex2"
+        return lambda source: floats.perturbed(exact(source), ulp, keeps_powers)
 
     def _multiply_add(self, instruction: Instruction, place: int, product: Instruction) -> Step:
         """A sum or difference whose term at that place is a product that is not rounded before."""
