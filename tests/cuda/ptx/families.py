@@ -6,7 +6,16 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from .cases import far_rows, logps, logps_cases, preference, sequences, shards, shared_rows, token_rows
+from .cases import (
+    far_rows,
+    logps,
+    logps_cases,
+    preference,
+    sequences,
+    shards,
+    shared_rows,
+    token_rows,
+)
 from .harness.buffers import DTYPES
 from .harness.checks import Checks
 from .harness.coverage import coverage

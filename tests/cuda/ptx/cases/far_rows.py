@@ -1,4 +1,7 @@
-"""The last rows of a batch of more than 2^32 rows, where offsets need 64 bits. The rest is absent."""
+"""The last rows of a batch of more than 2^32 rows, where offsets need 64 bits.
+
+The other rows do not exist.
+"""
 
 from __future__ import annotations
 

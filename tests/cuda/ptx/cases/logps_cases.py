@@ -54,7 +54,7 @@ def make_logits(case: Case, rng: np.random.Generator) -> Array:
     x = rng.standard_normal((case.N, case.V)) * case.amplitude
     if case.levels:
         x[_low(case, rng)] -= 724.0
-    if case.V > SEGMENT[case.dtype]:
+    if SEGMENT[case.dtype] < case.V:
         # Segments so far apart that exp of the distance is subnormal or 0.
         x[0, : SEGMENT[case.dtype]] -= 720.0
         x[1, -100:] -= 720.0

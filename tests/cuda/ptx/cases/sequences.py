@@ -110,9 +110,7 @@ def check_sequences(kernels: Kernels, checks: Checks) -> None:
             Layout(lengths=(0, 3, 1200, 40, 1), seed=2),
         ):
             check_sequence_logps(kernels, checks, dtype, average, layout)
-    for shift, lengths in itertools.product(
-        (False, True), ((3, 0, 1, 40), (700, 2500), (2, 4086))
-    ):
+    for shift, lengths in itertools.product((False, True), ((3, 0, 1, 40), (700, 2500), (2, 4086))):
         check_sequence_targets(kernels, checks, lengths, shift)
     for dtype in ("float32", "float64"):
         check_absent_sequences(kernels, checks, dtype)

@@ -22,7 +22,7 @@ def check_token_rows(kernels: Kernels, checks: Checks) -> None:
     for dtype in DTYPES:
         # Less than a vector, some vectors, and several turns of the loop; aligned and not.
         for H, offset in itertools.product((1, 2, 3, 4, 8, 40, 1001, 4099, 17008), (0, 1)):
-            check_gather_and_scatter(kernels, checks, dtype, H, offset, H % 2 == offset)
+            check_gather_and_scatter(kernels, checks, dtype, H, offset, offset == H % 2)
         check_label_gradients(kernels, checks, dtype)
         for count, offset, is_first in itertools.product((1, 1000, 20003), (0, 1), (True, False)):
             check_add_partial(kernels, checks, dtype, count, offset, is_first)

@@ -18,6 +18,9 @@ from .layouts import write_layouts
 
 ROOT = Path(__file__).resolve().parents[4]
 CSRC = ROOT / "csrc"
+# nvcc has one compiler for architectures before 100, and another from there on. The PTX of 90 is
+# in the library, for GPUs without machine code there.
+ARCHITECTURES = ("90", "100")
 FAKE_RUNTIME = Path(__file__).with_name("fake_cudart.cpp")
 FLAGS = ("-O3", "-DNDEBUG", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
 

@@ -105,10 +105,15 @@ class Kernels:
 
     def set_device_unguarded(self, index: int) -> int:
         """Calls the runtime without the project's code around it: 0, or an error."""
+        self._library.set_callbacks(*self._callbacks)
         return int(self._library.cudaSetDevice(index))
 
+    def capture_mode(self) -> int:
+        """That of this thread."""
+        return int(self._library.current_capture_mode())
+
     def _require_restored_mode(self, name: str) -> None:
-        mode = self._library.current_capture_mode()
+        mode = self.capture_mode()
         if mode != CAPTURE_MODE_GLOBAL:
             raise RuntimeError(f"{name}: left the thread in capture mode {mode}")
 

@@ -184,9 +184,7 @@ def _bit_field(opcode: str, modifiers: Modifiers) -> Operation | None:
 def _copysign(opcode: str, modifiers: Modifiers) -> Operation | None:
     """The sign is that of the first source."""
     (kind,) = modifiers
-    return Operation(
-        kind, (kind, kind), lambda sign, magnitude: np.copysign(magnitude, sign)
-    )
+    return Operation(kind, (kind, kind), lambda sign, magnitude: np.copysign(magnitude, sign))
 
 
 @_operation("selp")

@@ -88,7 +88,9 @@ class Batch:
         memory = Memory("param", self.program.params_size, PARAM_BASE, tracks_threads=False)
         for variable, value in zip(self.kernel.parameters, parameters, strict=True):
             if len(value) != variable.size:
-                raise ValueError(f"{variable.name}: expected {variable.size} bytes, got {len(value)}")
+                raise ValueError(
+                    f"{variable.name}: expected {variable.size} bytes, got {len(value)}"
+                )
             address = self.program.symbols[variable.name]
             memory.bytes_at(address, variable.size)[:] = np.frombuffer(value, np.uint8)
             memory.state_at(address, variable.size)[:] = READABLE | WRITTEN
@@ -221,9 +223,7 @@ class Batch:
                 for threads in waiting:
                     self._go(where, threads)
 
-    def _stall_incomplete(
-        self, start: int, shuffle: Instruction, group: Group
-    ) -> Group | None:
+    def _stall_incomplete(self, start: int, shuffle: Instruction, group: Group) -> Group | None:
         """The threads whose shuffle all lanes of its mask have reached. The others wait."""
         read = self.program.reader(shuffle.operands[4], "u32", shuffle)
         mask = np.broadcast_to(read(self, group), group.threads.shape)

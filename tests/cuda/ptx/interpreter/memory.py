@@ -71,9 +71,7 @@ class Memory:
             rows[places, i] = value
         self.state.reshape(-1, size)[places] |= WRITTEN
 
-    def _places(
-        self, addresses: Array, size: int, needed: int, threads: Array, verb: str
-    ) -> Array:
+    def _places(self, addresses: Array, size: int, needed: int, threads: Array, verb: str) -> Array:
         """The addresses in units of size, once they are known to be good."""
 
         def require(good: Array, problem: str) -> None:
