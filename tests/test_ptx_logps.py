@@ -8,8 +8,8 @@ compiles for a GPU, launched by the project's own host code, and so also covers
   that are read before they are written;
 - the layout of the kernels' arguments, grids, blocks and `__launch_bounds__`.
 
-It says nothing of what comes after PTX: ptxas, caches, the memory model beyond "no two threads touch
-an address without a barrier between them", and time.
+It says nothing of what comes after PTX: ptxas, caches, time, and the memory model beyond "no two
+threads touch an address without a barrier between them".
 
 Every test prints its comparisons and the coverage of each kernel; pytest shows them with -rP.
 """

@@ -35,6 +35,7 @@ class Family(NamedTuple):
     sources: tuple[str, ...]  # files of csrc/cuda
     check: Check
     dtype: str = ""  # of logits, if the family is the sources' kernels of one dtype
+    not_measured: str = ""  # a kernel that the coverage leaves out
 
     def names(self, kernels: Kernels) -> list[str]:
         """The mangled names of its kernels."""
@@ -49,12 +50,14 @@ class Family(NamedTuple):
         """Runs the kernels, and prints the comparisons and the coverage."""
         checks, names = Checks(), self.names(kernels)
         self.check(kernels, checks)
-        found = coverage(kernels, names)
+        measured = [n for n in names if kernels.names[n].split("<")[0] != self.not_measured]
+        found = coverage(kernels, measured)
         print(checks.summary(), found.report(), sep="\n")
         assert not checks.failures, "\n".join(checks.failures)
+        never_launched = [kernels.names[name] for name in names if name not in kernels.profiles]
+        assert names and not never_launched, never_launched
         reports = {report for name in names for report in kernels.profiles[name].reports}
         assert not reports, "\n".join(sorted(reports))
-        assert names and not found.never_launched, found.never_launched
         assert found.share >= LEAST_COVERAGE, found.report()
 
 
@@ -81,7 +84,10 @@ LOGPS_FAMILIES = {
     for dtype in DTYPES
 }
 OTHER_FAMILIES = {
-    "token rows": Family(("token_rows",), _check_token_rows),
+    # For compute_100, nvcc unrolls the loops over a short row, of at most 8 elements, 16 times.
+    "token rows": Family(
+        ("token_rows",), _check_token_rows, not_measured="gather_short_rows_kernel"
+    ),
     "shards": Family(("vocab_shards",), shards.check_shards),
     "sequences": Family(("sequence_logps", "sequence_targets"), sequences.check_sequences),
     "pairs": Family(("preference_loss",), preference.check_preference),

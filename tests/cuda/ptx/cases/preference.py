@@ -105,6 +105,8 @@ def check_preference(kernels: Kernels, checks: Checks) -> None:
         for case in cases():
             check_case(kernels, checks, dtype, case)
         check_absent_pairs(kernels, checks, dtype)
+        for has_indices, empty in itertools.product((False, True), ("drop", "nan")):
+            check_many_pairs(kernels, checks, dtype, has_indices, empty)
 
 
 @np.errstate(all="ignore")
@@ -273,3 +275,49 @@ def check_absent_pairs(kernels: Kernels, checks: Checks, dtype: str) -> None:
     gradient = _backward(kernels, batch, dtype, common, outputs, grads, is_each=True).reshape(-1)
     is_nan = np.array([np.isnan(gradient[span]).all() for span in batch.spans()])
     checks.equal("absent pairs' gradient", dtype, is_nan, [False, False, True, False])
+
+
+def check_many_pairs(
+    kernels: Kernels, checks: Checks, dtype: str, has_indices: bool, empty: str
+) -> None:
+    """The backward of more pairs than its loops take in one turn, for the last sequences.
+
+    Sequences are of one token, so that slopes are gradients but for their denominator.
+    """
+    rng, P, num_blocks = np.random.default_rng(2), 256 * 15 + 10, 8
+    batch = make_batch(dtype, Layout((2 * P, 1), seed=2, density=0.9))
+    S, num_all_blocks = 2 * P, 1024
+    indices = np.stack([np.arange(P), P + np.arange(P)], axis=1) if has_indices else None
+    options = oracle.PreferenceOptions(empty=empty)
+    common = _members(batch, dtype, options, indices, None, P)
+    valid = batch.valid[:, 0]
+    is_counted = (valid[:P] & valid[P:]) | (empty == "nan")
+    slopes = rng.standard_normal(S) * np.tile(is_counted, 2)
+    put, out = batch.device.put, batch.gradient_out(dtype)
+    stored, gradient = put(slopes, dtype), put(0.75, dtype)
+    kernels.last_blocks = num_blocks
+    kernels.call(
+        "preference_loss_backward",
+        batch.device.memory,
+        **common,
+        slopes=stored,
+        counts=put(valid, "int64"),
+        grad_loss=gradient,
+        grad_loss_stride=0,
+        grad_losses=None,
+        grad_losses_stride=0,
+        grad_logps=None,
+        grad_logps_stride=0,
+        grad_sft_loss=None,
+        grad_sft_loss_stride=0,
+        grad_token_logps=out,
+    )
+    kernels.last_blocks = None
+    of_last_blocks = np.arange(S) % num_all_blocks >= num_all_blocks - num_blocks
+    name = f"{dtype} indices={has_indices} empty={empty}"
+    written = out.written()[:, 0]
+    checks.equal("sequences of the last blocks", name, written, of_last_blocks)
+    want = np.where(valid, 0.75 * stored.get() / is_counted.sum(), 0.0)
+    got = out.get(whole=False)[:, 0][written]
+    allowed = 4.0 * ROUNDING[dtype] * np.abs(want[written])
+    checks.close("gradient of many pairs", name, got, want[written], allowed)

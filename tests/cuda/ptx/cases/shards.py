@@ -1,4 +1,4 @@
-"""A vocabulary in shards: their rows merged, and the labels' shares of dhidden."""
+"""A vocabulary in shards: rows merged, the labels' shares of dhidden, and dhidden."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from ..harness.buffers import DTYPES, ROUNDING, Device, compute_of, rounded
 from ..harness.checks import Checks
 from ..harness.kernels import Kernels
 from .members import IGNORED, targets
+from .token_rows import put_positions, where_written
 
 
 def check_shards(kernels: Kernels, checks: Checks) -> None:
@@ -19,6 +20,8 @@ def check_shards(kernels: Kernels, checks: Checks) -> None:
         check_merge_shards(kernels, checks, dtype, K, has_positions)
     for dtype, H in itertools.product(DTYPES, (300, 1400)):
         check_label_shares(kernels, checks, dtype, H)
+    for dtype, H, offset in itertools.product(DTYPES, (1, 4, 40, 1001), (0, 1)):
+        check_scatter(kernels, checks, dtype, H, offset)
 
 
 @np.errstate(all="ignore")
@@ -118,3 +121,17 @@ def check_label_shares(kernels: Kernels, checks: Checks, dtype: str, H: int) -> 
     shares = np.where(here, gradients.get(), 0.0)[:, None] * of_labels
     allowed = 2.0 * ROUNDING[compute] * (np.abs(before) + np.abs(shares)) + 1e-300
     checks.close("add_label_shares", f"{dtype} H={H}", sums.get(), before + shares, allowed)
+
+
+def check_scatter(kernels: Kernels, checks: Checks, dtype: str, H: int, offset: int) -> None:
+    rng, R, N = np.random.default_rng(H), 12, 21
+    device = Device((1 << 16) + 64 * N * (H + 8))
+    of_rows = put_positions(device, rng, R, N)
+    values = device.put(rng.standard_normal((R, H)), compute_of(dtype))
+    to = device.out((N, H), dtype, offset)
+    kernels.call(
+        "scatter_rows", device.memory, dtype=dtype, H=H, R=R, positions=of_rows, rows=values, to=to
+    )
+    want, here = np.full((N, H), np.nan), of_rows.get() >= 0
+    want[of_rows.get()[here]] = rounded(values.get()[here], dtype)
+    checks.equal("scatter_rows", f"{dtype} H={H} offset={offset}", where_written(to), want)

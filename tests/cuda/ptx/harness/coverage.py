@@ -13,7 +13,6 @@ class Coverage:
     num_executed: int = 0
     num_instructions: int = 0
     lines: list[str] = field(default_factory=list)  # one a kernel, and its gaps
-    never_launched: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -30,7 +29,7 @@ def coverage(kernels: Kernels, names: Iterable[str]) -> Coverage:
     for name in names:
         profile = kernels.profiles.get(name)
         if profile is None:
-            found.never_launched.append(kernels.names[name])
+            found.lines.append(f"never launched  {kernels.names[name]}")
             continue
         instructions = profile.kernel.instructions
         missing = [i for i, count in enumerate(profile.executed) if not count]

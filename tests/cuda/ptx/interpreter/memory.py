@@ -32,7 +32,7 @@ class Memory:
     def allocate(
         self, size: int, alignment: int = 16, offset: int = 0, state: int = READABLE | WRITABLE
     ) -> int:
-        """An address, offset bytes behind an aligned one. At least 16 bytes around it are unused."""
+        """An address, offset bytes behind an aligned one, with unused bytes around."""
         start = -(-self._free // alignment) * alignment + offset
         if start + size + 16 > self.size:
             raise MemoryError(f"{self.name} memory of {self.size} bytes is full")
