@@ -204,11 +204,14 @@ def test_no_kernel_costs_more_per_logit_than_recorded(
     assert set(found) == set(loop_counts.all_subjects({k.architecture for k in compiled}))
     is_recorded_compiler = machine_code.compilers(LIBRARY) == {record.compiler}
     # An architecture that only this build has is not in the record.
-    faults = {
-        subject: loop_counts.faults(found[subject], record.counts[subject], is_recorded_compiler)
-        for subject in found.keys() & record.counts.keys()
-    }
-    assert not {subject: said for subject, said in faults.items() if said}
+    said = [
+        f"{subject.architecture} {subject.name}: {fault}"
+        for subject in sorted(found.keys() & record.counts.keys())
+        for fault in loop_counts.faults(
+            found[subject], record.counts[subject], is_recorded_compiler
+        )
+    ]
+    assert not said, "\n".join(said)
 
 
 def test_the_record_is_whole_and_readme_has_its_table(load, tmp_path: Path) -> None:
