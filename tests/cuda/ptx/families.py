@@ -23,8 +23,8 @@ from .harness.kernels import Kernels
 
 Check: TypeAlias = Callable[[Kernels, Checks], None]
 
-# What remains are branches for rows beyond 2^32 in kernels that the other checks reach only with
-# fewer, and special cases of the toolkit's exp and log.
+# Most of the rest cannot be reached: several segments in kernels for short rows, blocks that share
+# rows in kernels with a report, and special cases of the toolkit's exp and log.
 LEAST_COVERAGE = 0.95
 
 # What the template argument for logits is called in a kernel's name.

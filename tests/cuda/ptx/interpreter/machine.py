@@ -160,7 +160,6 @@ class Batch:
             group = whole
         steps, end = self.program.block(start)
         self.profile.executed[start:end] += len(group.threads)
-        self.profile.steps += end - start
         for i, step in enumerate(steps):
             try:
                 step(self, group)

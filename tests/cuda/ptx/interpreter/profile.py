@@ -13,7 +13,6 @@ from .module import Array, Kernel
 class Profile:
     kernel: Kernel
     executed: Array = field(init=False)  # how many threads have executed each instruction
-    steps: int = 0  # instructions, each executed for a group of threads
     reports: set[str] = field(default_factory=set)  # what is wrong and did not stop the kernel
 
     def __post_init__(self) -> None:
