@@ -60,7 +60,7 @@ REPORT_MUTANTS = (
     Mutant(
         "the report of the parts before forgotten",
         FORWARD,
-        "        report = {load(args.mean_logit + row), load(args.entropy + row)};\n",
+        "        report_before = {load(args.mean_logit + row), load(args.entropy + row)};\n",
         "",
         "report",
     ),

@@ -116,9 +116,10 @@ struct Variant {
 template <int kThreads, int kUnroll>
 Variant variant() {
   using Logits = simpo_ext::ScaledLogits<float>;
-  return {kThreads, kUnroll,
-          &simpo_ext::cuda::launch_token_logps<BFloat16, Logits, kThreads, kUnroll, false>,
-          &simpo_ext::cuda::launch_token_logps_backward<BFloat16, Logits, kThreads, kUnroll>};
+  return {
+      kThreads, kUnroll,
+      &simpo_ext::cuda::launch_token_logps<BFloat16, Logits, kThreads, kUnroll, false, false>,
+      &simpo_ext::cuda::launch_token_logps_backward<BFloat16, Logits, kThreads, kUnroll, false>};
 }
 
 std::vector<Variant> all_variants() {

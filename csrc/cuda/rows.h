@@ -114,14 +114,18 @@ inline unsigned blocks_per_row(int64_t N, int num_segments) {
   return static_cast<unsigned>((num_segments + segments_each - 1) / segments_each);
 }
 
-// The segments of a row of V logits. Block z of the row takes a share of them, in order.
-template <typename T>
+// The segments of a row of V logits: just one, or as many as num_segments says. Blocks that share a
+// row, blockIdx.z from 0 on, take equal shares of them, in order.
+template <typename T, bool kIsOne, bool kMayBeShared>
 class RowSegments {
  public:
-  SIMPO_DEVICE explicit RowSegments(int64_t V) : V_(V), count_(num_segments<T>(V)) {}
+  SIMPO_DEVICE explicit RowSegments(int64_t V) : V_(V), count_(kIsOne ? 1 : num_segments<T>(V)) {}
 
-  SIMPO_DEVICE int begin_of_block() const { return static_cast<int>(blockIdx.z) * each(); }
+  SIMPO_DEVICE int begin_of_block() const {
+    return kIsOne || !kMayBeShared ? 0 : static_cast<int>(blockIdx.z) * each();
+  }
   SIMPO_DEVICE int end_of_block() const {
+    if (kIsOne || !kMayBeShared) return count_;
     const int end = begin_of_block() + each();
     return end < count_ ? end : count_;
   }

@@ -13,9 +13,9 @@ int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream) {
     using Logits = typename decltype(logits)::type;
     constexpr int kUnroll = kVectorsInFlight<T, Logits>;
     if (is_large_row<T, Logits>(args.V)) {
-      error = launch_token_logps_backward<T, Logits, kLargeBlock, kUnroll>(args, stream);
+      error = launch_token_logps_backward<T, Logits, kLargeBlock, kUnroll, false>(args, stream);
     } else {
-      error = launch_token_logps_backward<T, Logits, kSmallBlock, kUnroll>(args, stream);
+      error = launch_token_logps_backward<T, Logits, kSmallBlock, kUnroll, true>(args, stream);
     }
   });
   return error;

@@ -61,7 +61,7 @@ SIMPO_DEVICE void write_vectors(const Vector16* x, Vector16* dx, int64_t first, 
   }
 }
 
-template <typename T, class Logits, int kThreads, int kUnroll>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kIsOneSegment>
 __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThreads)
     token_logps_backward_kernel(TokenLogpsBackwardArgs args, Logits logits) {
   using Scalar = Compute<T>;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   if (row >= targets.B * targets.T) return;
   const Token token = token_of_row(row, targets.T);
   const int64_t tid = threadIdx.x;
-  const RowSegments<T> segments(args.V);
+  const RowSegments<T, kIsOneSegment, true> segments(args.V);
   const int64_t first_column = segments.first_column_of_block();
   const int64_t V = segments.columns_of_block();
   T* dx =
@@ -154,12 +154,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
 
 // ---- launches: 0 or an error code -----------------------------------------------------------
 
-template <typename T, class Logits, int kThreads, int kUnroll>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kIsOneSegment>
 int launch_token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream) {
   const int64_t N = args.targets.B * args.targets.T;
-  return launch(token_logps_backward_kernel<T, Logits, kThreads, kUnroll>,
-                grid_of_rows(N, blocks_per_row(N, num_segments<T>(args.V))), dim3(kThreads), stream,
-                args, Logits(args.transform));
+  const unsigned blocks = kIsOneSegment ? 1 : blocks_per_row(N, num_segments<T>(args.V));
+  return launch(token_logps_backward_kernel<T, Logits, kThreads, kUnroll, kIsOneSegment>,
+                grid_of_rows(N, blocks), dim3(kThreads), stream, args, Logits(args.transform));
 }
 
 }  // namespace simpo_ext::cuda

@@ -161,18 +161,17 @@ SIMPO_DEVICE void write_segment(const TokenLogpsArgs& args, int segment, int64_t
   store(result + 2 * N, static_cast<double>(label_z));
 }
 
-template <typename T>
-SIMPO_DEVICE void write_segments_of_block(const TokenLogpsArgs& args,
-                                          const RowSegments<T>& segments, int64_t row,
-                                          Compute<T> value) {
+template <typename Scalar, class Segments>
+SIMPO_DEVICE void write_segments_of_block(const TokenLogpsArgs& args, const Segments& segments,
+                                          int64_t row, Scalar value) {
   for (int i = segments.begin_of_block(); i < segments.end_of_block(); ++i) {
-    write_segment(args, i, row, LogSumExp<Compute<T>>{value, static_cast<double>(value)}, value);
+    write_segment(args, i, row, LogSumExp<Scalar>{value, static_cast<double>(value)}, value);
   }
 }
 
 // A row is summed segment by segment, and the segments are merged in order, by one thread. So its
 // bits are the same whether one block works on all segments or several share them.
-template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kIsOneSegment, bool kReports>
 __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logits>
                                                       : kForwardThreadsPerSM<Logits>) /
                                                 kThreads)
@@ -183,16 +182,17 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   if (row >= targets.B * targets.T) return;
   const Token token = token_of_row(row, targets.T);
   const bool is_part = args.label_z != nullptr;
-  const bool is_shared = !kReports && args.segments != nullptr;
+  constexpr bool kMayBeShared = !kIsOneSegment && !kReports;
+  const bool is_shared = kMayBeShared && args.segments != nullptr;
   const int64_t tid = threadIdx.x;
-  const RowSegments<T> segments(args.V);
+  const RowSegments<T, kIsOneSegment, kMayBeShared> segments(args.V);
 
   const int64_t label = uniform_label_at(targets, token);
   if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {
     const bool is_masked = label == targets.ignore_index;
     const Scalar nothing = is_masked ? Scalar(0) : std::numeric_limits<Scalar>::quiet_NaN();
     if (is_shared) {  // the kernel that merges segments knows masked rows
-      if (!is_masked && tid == 0) write_segments_of_block<T>(args, segments, row, nothing);
+      if (!is_masked && tid == 0) write_segments_of_block(args, segments, row, nothing);
       return;
     }
     if (tid == 0) {
@@ -210,24 +210,27 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   // Loaded first, so that it has come when the row is done. NaN where this block has no label: then
   // nothing but it has to be remembered while columns are added.
   T label_x = Elements<T>::narrow(std::numeric_limits<Scalar>::quiet_NaN());
-  // Thread 0's. In shared memory, as registers are scarce while columns are added.
+  // Thread 0's: the LogSumExp and the RowReport of the row so far. In shared memory, as registers
+  // are scarce while columns are added.
   SIMPO_SHARED(Scalar, row_max, 1);
-  SIMPO_SHARED(double, row_sum, 1);
-  [[maybe_unused]] RowReport report;
+  SIMPO_SHARED(double, row_sums, 3);
   if (tid == 0) {
     const int64_t column = label - args.first_label - segments.first_column_of_block();
     if (is_in_vocabulary(column, segments.columns_of_block())) {
       label_x = load(x + segments.first_column_of_block() + column);
     }
     LogSumExp<Scalar> before;
+    [[maybe_unused]] RowReport report_before;
     if (args.continues) {
       before = {load(static_cast<const Scalar*>(args.max) + row), load(args.sum_exp + row)};
       if constexpr (kReports) {
-        report = {load(args.mean_logit + row), load(args.entropy + row)};
+        report_before = {load(args.mean_logit + row), load(args.entropy + row)};
       }
     }
     row_max[0] = before.max;
-    row_sum[0] = before.sum;
+    row_sums[0] = before.sum;
+    row_sums[1] = report_before.sum_z;
+    row_sums[2] = report_before.sum_exp_z;
   }
 
   const int end = segments.end_of_block();
@@ -241,7 +244,10 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
       const RowReport report_of_segment =
           reduce_block_of_reports<Scalar, kThreads>(sum, report_of_mine);
       if (tid == 0) {
-        report.merge(LogSumExp<Scalar>{row_max[0], row_sum[0]}, report_of_segment, of_segment);
+        RowReport so_far{row_sums[1], row_sums[2]};
+        so_far.merge(LogSumExp<Scalar>{row_max[0], row_sums[0]}, report_of_segment, of_segment);
+        row_sums[1] = so_far.sum_z;
+        row_sums[2] = so_far.sum_exp_z;
       }
     }
     if (tid == 0 && is_shared) {
@@ -251,16 +257,16 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
                     is_first ? transformed(logits, Elements<T>::widen(label_x))
                              : std::numeric_limits<Scalar>::quiet_NaN());
     } else if (tid == 0) {
-      LogSumExp<Scalar> so_far{row_max[0], row_sum[0]};
+      LogSumExp<Scalar> so_far{row_max[0], row_sums[0]};
       so_far.merge(of_segment);
       row_max[0] = so_far.max;
-      row_sum[0] = so_far.sum;
+      row_sums[0] = so_far.sum;
     }
     if (segment + 1 < end) __syncthreads();  // the next segment writes shared memory again
   }
   if (tid != 0 || is_shared) return;
 
-  const LogSumExp<Scalar> of_row{row_max[0], row_sum[0]};
+  const LogSumExp<Scalar> of_row{row_max[0], row_sums[0]};
   const Scalar label_z = transformed(logits, Elements<T>::widen(label_x));
   if (!is_part) {
     store(static_cast<Scalar*>(args.logps) + row,
@@ -271,6 +277,7 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   store(static_cast<Scalar*>(args.max) + row, of_row.max);
   store(args.sum_exp + row, of_row.sum);
   if constexpr (kReports) {
+    const RowReport report{row_sums[1], row_sums[2]};
     store(args.mean_logit + row,
           is_part ? report.sum_z : report.sum_z / static_cast<double>(args.V));
     store(args.entropy + row, is_part ? report.sum_exp_z : report.entropy(of_row.sum));
@@ -279,13 +286,13 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
 
 // ---- launches: 0 or an error code -----------------------------------------------------------
 
-template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
+template <typename T, class Logits, int kThreads, int kUnroll, bool kIsOneSegment, bool kReports>
 int launch_token_logps(const TokenLogpsArgs& args, Stream stream) {
   const int64_t N = args.targets.B * args.targets.T;
-  const bool is_shared = !kReports && args.segments != nullptr;
+  const bool is_shared = !kIsOneSegment && !kReports && args.segments != nullptr;
   const unsigned blocks = is_shared ? blocks_per_row(N, num_segments<T>(args.V)) : 1;
-  return launch(token_logps_kernel<T, Logits, kThreads, kUnroll, kReports>, grid_of_rows(N, blocks),
-                dim3(kThreads), stream, args, Logits(args.transform));
+  return launch(token_logps_kernel<T, Logits, kThreads, kUnroll, kIsOneSegment, kReports>,
+                grid_of_rows(N, blocks), dim3(kThreads), stream, args, Logits(args.transform));
 }
 
 // token_logps of a batch that is not empty, with a report; in a file of its own, as these kernels
@@ -300,10 +307,11 @@ int dispatch_token_logps(const TokenLogpsArgs& args, Stream stream) {
     using T = typename decltype(element)::type;
     using Logits = typename decltype(logits)::type;
     constexpr int kUnroll = kVectorsInFlight<T, Logits>;
+    static_assert(kLargeRowBytes<T, Logits> <= kSegmentBytes);
     if (is_large_row<T, Logits>(args.V)) {
-      error = launch_token_logps<T, Logits, kLargeBlock, kUnroll, kReports>(args, stream);
+      error = launch_token_logps<T, Logits, kLargeBlock, kUnroll, false, kReports>(args, stream);
     } else {
-      error = launch_token_logps<T, Logits, kSmallBlock, kUnroll, kReports>(args, stream);
+      error = launch_token_logps<T, Logits, kSmallBlock, kUnroll, true, kReports>(args, stream);
     }
   });
   return error;

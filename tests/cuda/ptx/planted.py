@@ -73,7 +73,7 @@ def _pairs(kernels: Kernels, checks: Checks) -> None:
         preference.check_case(kernels, checks, "float32", case)
 
 
-FORWARD = "token_logps_kernel<BFloat16, ScaledLogits<float>, 128, 4, false>"
+FORWARD = "token_logps_kernel<BFloat16, ScaledLogits<float>, 128, 4, true, false>"
 BACKWARD = "token_logps_backward_kernel<BFloat16, ScaledLogits<float>, 128, 4>"
 
 
@@ -85,10 +85,10 @@ class Barriers(NamedTuple):
 
 
 BARRIERS = {
-    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false>": Barriers(_segments),
+    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, false>": Barriers(_segments),
     # A block reduces each segment twice, in two arrays that take turns. So the barrier between
     # segments, which the kernel without a report needs, is one too many.
-    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, true>": Barriers(_reports, 1),
+    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, true>": Barriers(_reports, 1),
     "select_tokens_kernel<float>": Barriers(_select),
     "sequence_logps_kernel<float>": Barriers(_sequences),
     "sum_sequences_kernel<float>": Barriers(_pairs),
