@@ -58,7 +58,8 @@ class EmulatedCublas:
 
 @pytest.fixture
 def cublas(request: pytest.FixtureRequest) -> Iterator[EmulatedCublas]:
-    folder = Path(request.config.cache.mkdir("emulated_ops"))
+    kernels = request.config.getoption("--kernels")
+    folder = Path(request.config.cache.mkdir(f"{kernels}_ops"))
     emulated = EmulatedCublas(ctypes.CDLL(str(folder / "libemulated_ops.so")))
     yield emulated
     emulated.set_available(True)
