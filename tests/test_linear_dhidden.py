@@ -70,8 +70,12 @@ def gradients(batch: LinearBatch) -> list[Tensor | None]:
 
 
 def dhidden(batch: LinearBatch) -> Tensor:
-    gradient = gradients(batch)[1]
-    assert gradient is not None
+    """With the weight as it lies in memory, of which a clone might be contiguous."""
+    hidden = batch.hidden.detach().requires_grad_()
+    logps = linear_token_logps(
+        hidden, batch.weight, batch.labels, bias=batch.bias, logits_budget_bytes=0
+    )
+    (gradient,) = torch.autograd.grad(logps, hidden, upstream_of(batch.labels).to(logps.dtype))
     return gradient
 
 
