@@ -125,7 +125,7 @@ def test_no_product_is_added_without_a_gradient_asked_for(
 
 
 def strided(weight: Tensor, layout: str) -> Tensor:
-    """The same values, laid out as views of weights are."""
+    """The same values, laid out as views of weights are; or others, in rows that share memory."""
     vocabulary, width = weight.shape
     if layout == "columns":
         return weight.t().contiguous().t()
@@ -135,11 +135,14 @@ def strided(weight: Tensor, layout: str) -> Tensor:
         return weight.new_empty(width, vocabulary + 3)[:, 2:-1].t().copy_(weight)
     if layout == "neither dimension":
         return weight.new_empty(vocabulary, width, 2)[:, :, 0].copy_(weight)
+    if layout == "overlapping rows":
+        return weight.flatten()[: vocabulary + width - 1].unfold(0, width, 1)
     return weight
 
 
 LAYOUTS = [
-    "columns", "rows of a wider matrix", "columns of a taller matrix", "neither dimension"
+    "columns", "rows of a wider matrix", "columns of a taller matrix", "neither dimension",
+    "overlapping rows",
 ]  # fmt: skip
 
 
