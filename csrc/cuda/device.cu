@@ -1,6 +1,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/device.h"
+#include "cuda/platform.h"
 
 namespace simpo_ext::cuda {
 
@@ -18,6 +19,7 @@ int device_count() {
 }
 
 int use_device(int index) {
+  const CaptureModeRelaxed relaxed;
   int current = -1;
   const cudaError_t error = cudaGetDevice(&current);
   if (error != cudaSuccess) return static_cast<int>(error);

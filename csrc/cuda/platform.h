@@ -17,6 +17,22 @@ using Stream = void*;  // cudaStream_t
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
 
+// Blocks that keep the memory busy: five on each of an H200's 132 multiprocessors.
+constexpr int64_t kBusyBlocks = 660;
+
+// While one of these lives, this thread may initialize the runtime and load code although a CUDA
+// graph is being captured. The first call of a process does both.
+class CaptureModeRelaxed {
+ public:
+  CaptureModeRelaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~CaptureModeRelaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  CaptureModeRelaxed(const CaptureModeRelaxed&) = delete;
+  CaptureModeRelaxed& operator=(const CaptureModeRelaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the thread's own mode
+};
+
 // Enqueues the kernel; 0, or the cudaError_t of a launch that did not happen.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
@@ -25,13 +41,9 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
   config.gridDim = grid;
   config.blockDim = block;
   config.stream = static_cast<cudaStream_t>(stream);
-  // The first launch of a kernel loads its code, which a capture of a graph in another mode
-  // forbids.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaThreadExchangeStreamCaptureMode(&mode);
+  const CaptureModeRelaxed relaxed;
   const cudaError_t error =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  cudaThreadExchangeStreamCaptureMode(&mode);
   if (error != cudaSuccess) cudaGetLastError();  // reported here, and not once more by the next
   return static_cast<int>(error);
 }
@@ -85,6 +97,17 @@ SIMPO_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+
+// 1 / x within 1 ulp; 0 of an infinity.
+SIMPO_DEVICE float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// A product that is never fused with a sum.
+SIMPO_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+SIMPO_DEVICE double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
 
 SIMPO_DEVICE float widen_float16(uint16_t bits) {
   float result;

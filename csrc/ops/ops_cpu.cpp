@@ -127,6 +127,7 @@ class Cpu {
   static constexpr bool adds_products() { return false; }
   void add_product(const Tensor&, const Tensor&, const Tensor&, bool) const {}
 
+  int64_t shared_segments(DType, int64_t, int64_t) const { return 0; }
   void token_logps(const TokenLogpsArgs& args) const {
     check_labels_in_range(cpu::token_logps(args, kTorchThreads), args.targets.ignore_index,
                           args.num_labels);

@@ -134,6 +134,9 @@ class Cuda {
     cublas::add_product(cublas.gemm, handle, sum, a, b, is_first);
   }
 
+  int64_t shared_segments(DType dtype, int64_t N, int64_t V) const {
+    return cuda::shared_segments(dtype, N, V);
+  }
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, stream_));
   }
@@ -226,6 +229,7 @@ class Cuda {
   }
   static constexpr bool adds_products() { return false; }
   void add_product(const Tensor&, const Tensor&, const Tensor&, bool) const {}
+  int64_t shared_segments(DType, int64_t, int64_t) const { return 0; }
   void token_logps(const TokenLogpsArgs&) const {}
   void token_logps_backward(const TokenLogpsBackwardArgs&) const {}
   int64_t select_tokens(const SelectTokensArgs&) const { return 0; }

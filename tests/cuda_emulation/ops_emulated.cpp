@@ -42,6 +42,9 @@ class EmulatedCuda {
     cublas::add_product(emulation::gemm_ex, nullptr, sum, a, b, is_first);
   }
 
+  int64_t shared_segments(DType dtype, int64_t N, int64_t V) const {
+    return cuda::shared_segments(dtype, N, V);
+  }
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, nullptr));
   }
