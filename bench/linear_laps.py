@@ -21,7 +21,7 @@ from bench.linear_reference import LinearReference, Truth
 from bench.linear_subjects import LIGER_COMPILED, LinearCandidate
 from bench.workers import first_line
 from bench.workload import IGNORE_INDEX
-from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES
+from simpo_ext._options import default_logits_budget
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 
@@ -139,7 +139,7 @@ def describe(each: LinearBatch, device: torch.device) -> dict[str, Any]:
         "compacted_bytes": each.compacted_bytes,
         "chunk_bytes": chunk,
         "all_chunks_bytes": all_chunks,
-        "default_budget": DEFAULT_LOGITS_BUDGET_BYTES,
+        "default_budget": default_logits_budget(device),
     }
 
 

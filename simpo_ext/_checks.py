@@ -17,6 +17,8 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 INDEX_DTYPES = LABEL_DTYPES
 # "meta" tensors carry shapes only and run the fake kernels.
 DEVICES = ("cpu", "cuda", "meta")
+# Asked once: Dynamo cannot trace a call into the compiled module.
+_HAS_CUDA_KERNELS = bool(_C.build_info()["cuda_runtime_version"])
 
 
 def _names(dtypes: Iterable[torch.dtype]) -> str:
@@ -65,7 +67,7 @@ def check_device(name: str, device: torch.device) -> None:
             f"{name}: simpo_ext has kernels for NVIDIA GPUs and for CPUs, got a tensor on a GPU "
             "under ROCm; move it with .cpu()"
         )
-    if not _C.build_info()["cuda_runtime_version"]:
+    if not _HAS_CUDA_KERNELS:
         raise RuntimeError(
             f"{name}: this build of simpo_ext has kernels for CPU tensors only, got a tensor on "
             f"{device}; move it with .cpu(), or build simpo_ext from source where nvcc is"

@@ -78,7 +78,7 @@ def linear_token_logps(
 
     With logits [R, V] of e bytes, forward and backward cost 6 R V H operations, and 2 R V H more
     for the part that is not kept. Memory, besides arguments and gradients: the logits that the
-    budget allows, one chunk at least, and three times [R, H], one of them float32.
+    budget allows, one chunk at least, and three times [R, H] (twice on a GPU), one of them float32.
 
     Args:
         hidden: [B, T, H] float64, float32, bfloat16 or float16: the last hidden states, as they go
@@ -93,7 +93,8 @@ def linear_token_logps(
             position is masked. False: with ``labels[:, t]``.
         logit_scale: Factor on the logits, at least 1e-30.
         softcap: Bound of the logits, in [1e-30, 1e30], or None.
-        logits_budget_bytes: How much of the logits may be held at a time, >= 0. Default: 1 GiB.
+        logits_budget_bytes: How much of the logits may be held at a time, >= 0. Default: a
+            sixteenth of the GPU's memory, and 1 GiB on CPUs.
         num_valid_tokens: An upper bound of the number of valid tokens. On a GPU, nothing waits for
             the device if it is given, and the call can be captured in a graph; rows are computed
             for so many. Without it they are counted, or, in a capture and under ``torch.compile``,
@@ -145,7 +146,7 @@ def _score(
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [B, T]
     options: TokenOptions,
-    budget: int,
+    budget: int | None,
     count: int | None,
     report: tuple[str, ...],
 ) -> ScoredTokens:

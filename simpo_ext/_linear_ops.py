@@ -20,7 +20,7 @@ from ._ops import (
     compute_dtype,
     is_plain_call,
 )
-from ._options import TokenOptions
+from ._options import TokenOptions, default_logits_budget
 
 # Of numbers that a compiler may hold as symbols, without a guard on their order.
 _sym_max: Callable[[int, int], int] = torch.sym_max
@@ -167,7 +167,7 @@ def linear_token_logps(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [B, T]
     options: TokenOptions,
-    logits_budget_bytes: int,
+    logits_budget_bytes: int | None,
     num_valid_tokens: int | None,
 ) -> Tensor:  # [B, T]
     """token_logps of the logits hidden @ weight.T + bias."""
@@ -190,7 +190,7 @@ def linear_token_logps_report(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [B, T]
     options: TokenOptions,
-    logits_budget_bytes: int,
+    logits_budget_bytes: int | None,
     num_valid_tokens: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [B, T] each
     """linear_token_logps, mean_logit and entropy; the latter float64, detached, 0 where masked."""
@@ -214,7 +214,7 @@ def _call_linear_token_logps(
     bias: Tensor | None,
     labels: Tensor,
     options: TokenOptions,
-    logits_budget_bytes: int,
+    logits_budget_bytes: int | None,
     num_valid_tokens: int | None,
 ) -> tuple[Tensor, ...]:
     for tensor in (hidden, weight, bias):
@@ -230,10 +230,17 @@ def _call_linear_token_logps(
         bias,
         labels,
         *options,
-        logits_budget_bytes if needs_gradient else 0,
+        budget_of_call(logits_budget_bytes, hidden.device, needs_gradient),
         _bound_of_valid_tokens(labels, options, num_valid_tokens),
     )
     return outputs
+
+
+def budget_of_call(given: int | None, device: torch.device, needs_gradient: bool) -> int:
+    """The op's ``logits_budget_bytes``: without a backward to come, nothing is kept for one."""
+    if not needs_gradient:
+        return 0
+    return default_logits_budget(device) if given is None else given
 
 
 def _bound_of_valid_tokens(labels: Tensor, options: TokenOptions, given: int | None) -> int:
@@ -242,7 +249,8 @@ def _bound_of_valid_tokens(labels: Tensor, options: TokenOptions, given: int | N
     most = scored.numel()
     if given is not None:
         return min(given, most)
-    is_capturing = labels.is_cuda and torch.cuda.is_current_stream_capturing()
-    if labels.is_meta or is_capturing or not is_plain_call(labels):
+    if labels.is_meta or not is_plain_call(labels):
+        return most
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
         return most
     return int(torch.count_nonzero(scored != options.ignore_index))

@@ -31,7 +31,24 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 SFT_REDUCTIONS = {"sequence": 0, "token": 1}
 EMPTY_POLICIES = {"drop": 0, "nan": 1}
 
+# How much of the logits is held at a time unless the caller says: on a GPU, one part in so many of
+# its memory; elsewhere, and for a GPU that this machine lacks, so many bytes.
+DEFAULT_LOGITS_BUDGET_SHARE = 16
 DEFAULT_LOGITS_BUDGET_BYTES = 1 << 30
+
+
+def _gpu_memory(device: torch.device) -> int | None:
+    """In bytes. None: fake tensors are on a GPU, and this machine has none."""
+    if not torch.cuda.is_available():
+        return None
+    memory: int = torch.cuda.get_device_properties(device).total_memory
+    return memory
+
+
+def default_logits_budget(device: torch.device) -> int:
+    """The default of ``logits_budget_bytes``. Under ``torch.compile`` it is a constant."""
+    memory = _gpu_memory(device) if device.type == "cuda" else None
+    return DEFAULT_LOGITS_BUDGET_BYTES if memory is None else memory // DEFAULT_LOGITS_BUDGET_SHARE
 
 
 def name_of(value: int, names: dict[str, int]) -> str:
@@ -184,11 +201,9 @@ def _resolve_margin(beta: float, gamma_beta_ratio: float | None, gamma: float | 
 
 def resolve_linear_options(
     logits_budget_bytes: int | None, num_valid_tokens: int | None
-) -> tuple[int, int | None]:
-    """Checks the keywords of linear_token_logps that token_logps has not."""
-    if logits_budget_bytes is None:
-        logits_budget_bytes = DEFAULT_LOGITS_BUDGET_BYTES
-    else:
+) -> tuple[int | None, int | None]:
+    """Checks the keywords that linear_token_logps has and token_logps has not."""
+    if logits_budget_bytes is not None:
         logits_budget_bytes = check_count("logits_budget_bytes", logits_budget_bytes)
     if num_valid_tokens is not None:
         num_valid_tokens = check_count("num_valid_tokens", num_valid_tokens)

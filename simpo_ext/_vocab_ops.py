@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._linear_ops import _bound_of_valid_tokens, _kept_logits_shape
+from ._linear_ops import _bound_of_valid_tokens, _kept_logits_shape, budget_of_call
 from ._ops import (
     Ctx,
     _call,
@@ -324,7 +324,7 @@ def linear_token_logps_of_shards(
     labels: Tensor,  # [B, T]
     shard: Shard,
     options: TokenOptions,
-    logits_budget_bytes: int,
+    logits_budget_bytes: int | None,
     num_valid_tokens: int | None,
 ) -> Tensor:  # [B, T]
     """token_logps_of_shards of the logits hidden @ weight.T + bias."""
@@ -339,7 +339,7 @@ def linear_token_logps_of_shards(
         labels,
         shard,
         options,
-        logits_budget_bytes if needs_gradient else 0,
+        budget_of_call(logits_budget_bytes, hidden.device, needs_gradient),
         _bound_of_valid_tokens(labels, options, num_valid_tokens),
     )
     return logps

@@ -17,7 +17,7 @@ import simpo_ext
 from batches import make_batch
 from builds import WITHOUT_DEBUG_INFO, build, needs_libtorch, run, skip_unless_sanitizer_works
 from simpo_ext import _C
-from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES
+from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES, DEFAULT_LOGITS_BUDGET_SHARE
 
 CPP = Path(__file__).resolve().parent / "cpp"
 ROOT = CPP.parent.parent
@@ -158,9 +158,10 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
 
 
 def test_the_header_has_python_s_default_budget() -> None:
-    header = (ROOT / "csrc/include/simpo_ext/options.h").read_text()
+    header = (ROOT / "csrc/include/simpo_ext/detail/budget.h").read_text()
     assert "kDefaultLogitsBudgetBytes = int64_t{1} << 30;" in header
     assert DEFAULT_LOGITS_BUDGET_BYTES == 1 << 30
+    assert f"kDefaultLogitsBudgetShare = {DEFAULT_LOGITS_BUDGET_SHARE};" in header
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,15 @@
 //   forward   logits = rows weight[chunk]^T, folded into each row's maximum and sum
 //   backward  dlogits of the chunk from its logits, kept or formed again;
 //             dweight[chunk] = dlogits^T rows, at once over all rows, so that it is rounded once;
-//             dhidden += dlogits weight[chunk], added up in the compute dtype
+//             dhidden += dlogits weight[chunk], added up in the compute dtype: inside the product
+//             where Device can, or else after each product has been rounded
 // For dhidden the label's element of dlogits is left out, which outweighs all others: its share is
 // added at the end, unrounded. That makes up for the rounding of a chunk's product.
 //
 // Memory besides arguments and results: one chunk of logits and those kept (LogitsPlan), the rows
-// [R, H], and in the backward two more of that shape, one of them of the compute dtype.
+// [R, H], and in the backward the sum [R, H] of the compute dtype and, unless Device adds inside
+// the products, one more [R, H]. A vocabulary of one chunk needs no sum, and one more [R, H]
+// anyway.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -104,7 +107,10 @@ class LinearOps {
       const Rows& rows = gradients.rows;
       dhidden = device.new_large_for_writing(hidden, {problem.B, problem.T, problem.H});
       torch::stable::zero_(dhidden);
-      if (problem.V > 0) {
+      if (problem.V > 0 && gradients.sums_all) {
+        add_label_shares(device, problem, gradients, 0);
+        scatter_rows(device, problem.dtype, rows, gradients.sum, dhidden);
+      } else if (problem.V > 0) {
         device.hidden_gradient({
             .dtype = problem.dtype,
             .T = problem.T,
@@ -118,7 +124,7 @@ class LinearOps {
             .weight_stride_v = weight.stride(0),
             .weight_stride_h = weight.stride(1),
             .partial = gradients.partial.const_data_ptr(),
-            .sum = gradients.has_sum ? gradients.sum.const_data_ptr() : nullptr,
+            .sum = gradients.sum.numel() > 0 ? gradients.sum.const_data_ptr() : nullptr,
             .dhidden = dhidden.mutable_data_ptr(),
         });
       }
@@ -377,9 +383,11 @@ class LinearOps {
   struct Gradients {
     Rows rows;
     Tensor of_labels;  // [R] compute: the labels' elements of dlogits
-    Tensor partial;    // [R, H]: the last chunk's share of dhidden, without the labels' elements
-    Tensor sum;        // [R, H] compute: that of the chunks before or, with sums_all, of all
-    bool has_sum;
+    // Shares of dhidden, without the labels' elements. With sums_all, sum has all of them, and
+    // partial is without meaning.
+    Tensor partial;  // [R, H]: the last chunk's
+    Tensor sum;      // [R, H] compute: those of the chunks before; [0] if there are none
+    bool sums_all;
     Tensor dweight, dbias;  // [V, H], [V]
   };
 
@@ -387,7 +395,7 @@ class LinearOps {
                                       const Tensor& grad_logps, const Tensor& hidden,
                                       const Tensor& max, const Tensor& sum_exp,
                                       const Tensor& kept_logits, LogitTransform transform,
-                                      const Needs& needs, bool sums_all) {
+                                      const Needs& needs, bool wants_sum) {
     const int64_t B = problem.B, T = problem.T, V = problem.V, H = problem.H;
     const Tensor& weight = problem.weight;
     STD_TORCH_CHECK(problem.bias.has_value() || !needs.bias,
@@ -425,8 +433,9 @@ class LinearOps {
     const Tensor dweight = needs.weight ? device.new_large_for_writing(weight, {V, H}) : nothing();
     const Tensor dbias = needs.bias ? new_empty(hidden, {1, V}) : nothing();
     const Tensor ones = new_ones(hidden, needs.bias ? rows.count : 0);
-    const Tensor partial = needs.hidden ? new_empty(hidden, {R, H}) : nothing();
-    const bool needs_sum = needs.hidden && (sums_all || plan.chunks > 1);
+    const bool needs_sum = needs.hidden && (wants_sum || plan.chunks > 1);
+    const bool adds_products = needs_sum && device.adds_products();
+    const Tensor partial = needs.hidden && !adds_products ? new_empty(hidden, {R, H}) : nothing();
     const Tensor sum = needs_sum ? new_empty(hidden, {R, H}, problem.compute) : nothing();
 
     for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
@@ -453,9 +462,11 @@ class LinearOps {
           .label_gradients = label_gradients.mutable_data_ptr(),
       });
       const Tensor slopes = columns.of(dlogits, rows.count);
-      if (needs.hidden) {
+      if (adds_products) {
+        device.add_product(rows.first(sum), slopes, columns.of_labels(weight), chunk == 0);
+      } else if (needs.hidden) {
         multiply_into(rows.first(partial), slopes, columns.of_labels(weight));
-        if (sums_all || chunk + 1 < plan.chunks) {
+        if (wants_sum || chunk + 1 < plan.chunks) {
           device.add_partial({
               .dtype = problem.dtype,
               .count = rows.count * H,
@@ -491,9 +502,42 @@ class LinearOps {
             label_gradients,
             partial,
             sum,
-            needs_sum,
+            wants_sum || adds_products,
             dweight,
             needs.bias ? torch::stable::select(dbias, 0, 0) : dbias};
+  }
+
+  // gradients.sum += the labels' shares, of those labels that are among first_label + [0, V).
+  static void add_label_shares(const Device& device, const Problem& problem,
+                               const Gradients& gradients, int64_t first_label) {
+    const Rows& rows = gradients.rows;
+    device.add_label_shares({
+        .dtype = problem.dtype,
+        .H = problem.H,
+        .R = rows.count,
+        .first_label = first_label,
+        .V = problem.V,
+        .ignore_index = rows.ignore_index,
+        .labels = rows.labels.template const_data_ptr<int64_t>(),
+        .label_gradients = gradients.of_labels.const_data_ptr(),
+        .weight = problem.weight.const_data_ptr(),
+        .weight_stride_v = problem.weight.stride(0),
+        .weight_stride_h = problem.weight.stride(1),
+        .sum = gradients.sum.mutable_data_ptr(),
+    });
+  }
+
+  // from [R, H] compute, each row to its position in to [B, T, H] of dtype, rounded once.
+  static void scatter_rows(const Device& device, DType dtype, const Rows& rows, const Tensor& from,
+                           const Tensor& to) {
+    device.scatter_rows({
+        .dtype = dtype,
+        .H = to.size(2),
+        .R = rows.count,
+        .positions = rows.positions.template const_data_ptr<int64_t>(),
+        .rows = from.const_data_ptr(),
+        .to = to.mutable_data_ptr(),
+    });
   }
 
   static Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }

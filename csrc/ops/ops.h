@@ -5,6 +5,8 @@
 //   check(tensor, name)         refuses a tensor that lies elsewhere than the first
 //   new_large(like, sizes)      memory for something of the size of logits, zeros where that is
 //   free new_large_for_writing(like, sizes)    the same for what is written whole
+//   adds_products()             whether add_product(sum, a, b, is_first) can do sum += a b inside
+//                               the matrix product
 //   token_logps(args), ...      the kernels of core/kernels.h, with their errors thrown
 #pragma once
 

@@ -123,6 +123,10 @@ class Cpu {
     return new_on_huge_pages(like, sizes, bytes);
   }
 
+  // Torch's product of bfloat16 matrices on a CPU has a bfloat16 result.
+  static constexpr bool adds_products() { return false; }
+  void add_product(const Tensor&, const Tensor&, const Tensor&, bool) const {}
+
   int64_t shared_segments(DType, int64_t, int64_t) const { return 0; }
   void token_logps(const TokenLogpsArgs& args) const {
     check_labels_in_range(cpu::token_logps(args, kTorchThreads), args.targets.ignore_index,

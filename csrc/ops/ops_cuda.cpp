@@ -2,6 +2,7 @@
 
 #include "core/kernels.h"
 #include "ops/checks.h"
+#include "ops/cublas.h"
 #include "ops/linear_ops.h"
 #include "ops/ops.h"
 #include "ops/registration.h"
@@ -24,6 +25,13 @@ extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int3
 namespace simpo_ext::ops {
 namespace {
 
+// A function of libtorch_cuda or of a library that it is linked to. Null: this torch lacks it.
+template <class Function>
+Function function_of_torch(const char* name) {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  return reinterpret_cast<Function>(dlsym(library != nullptr ? library : RTLD_DEFAULT, name));
+}
+
 // ROCm's tensors come under CUDA's dispatch key.
 bool is_torch_for_rocm() {
   static const bool is_loaded = dlopen("libtorch_hip.so", RTLD_NOLOAD | RTLD_LAZY) != nullptr;
@@ -34,10 +42,7 @@ cuda::Stream current_stream(int32_t device_index) {
   using GetStream = int32_t (*)(int32_t, void**);
   static const GetStream get_stream = [] {
     if (aoti_torch_get_current_cuda_stream != nullptr) return &aoti_torch_get_current_cuda_stream;
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    void* symbol =
-        dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
-    return reinterpret_cast<GetStream>(symbol);
+    return function_of_torch<GetStream>("aoti_torch_get_current_cuda_stream");
   }();
   STD_TORCH_CHECK(get_stream != nullptr,
                   "the torch of this process does not say which CUDA stream is current; expected "
@@ -48,6 +53,22 @@ cuda::Stream current_stream(int32_t device_index) {
                   device_index);
   return stream;
 }
+
+// The cuBLAS that torch multiplies with, and the handle that torch has for the current device and
+// stream. A torch that has cuBLAS linked in statically does not show cublasGemmEx.
+struct CuBlas {
+  using GetHandle = int32_t (*)(void** handle);
+
+  GetHandle get_handle = function_of_torch<GetHandle>("torch_get_current_cuda_blas_handle");
+  cublas::GemmEx gemm = function_of_torch<cublas::GemmEx>("cublasGemmEx");
+
+  bool is_available() const { return get_handle != nullptr && gemm != nullptr; }
+
+  static const CuBlas& of_torch() {
+    static const CuBlas cublas;
+    return cublas;
+  }
+};
 
 // The kernels use bfloat16 instructions of it.
 constexpr int kLeastCapability = 80;
@@ -81,8 +102,8 @@ void check_launch(int error) {
 
 class Cuda {
  public:
-  // Wide enough that a product keeps every multiprocessor busy for many waves, and that adding up
-  // the chunks' shares of dhidden stays a few percent.
+  // Wide enough that a product keeps every multiprocessor busy for many waves, and that reading and
+  // writing the sum of dhidden for each chunk stays a few percent of the products.
   static constexpr int64_t kChunkColumns = 8192;
 
   Cuda(const Tensor& tensor, const char* name)
@@ -102,6 +123,15 @@ class Cuda {
   }
   Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes) const {
     return new_empty(like, sizes);
+  }
+
+  static bool adds_products() { return CuBlas::of_torch().is_available(); }
+  void add_product(const Tensor& sum, const Tensor& a, const Tensor& b, bool is_first) const {
+    const CuBlas& cublas = CuBlas::of_torch();
+    void* handle = nullptr;
+    STD_TORCH_CHECK(cublas.get_handle(&handle) == 0, "torch has no cuBLAS handle of device ",
+                    device_index_);
+    cublas::add_product(cublas.gemm, handle, sum, a, b, is_first);
   }
 
   int64_t shared_segments(DType dtype, int64_t N, int64_t V) const {
@@ -197,6 +227,8 @@ class Cuda {
   Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t>) const {
     return like;
   }
+  static constexpr bool adds_products() { return false; }
+  void add_product(const Tensor&, const Tensor&, const Tensor&, bool) const {}
   int64_t shared_segments(DType, int64_t, int64_t) const { return 0; }
   void token_logps(const TokenLogpsArgs&) const {}
   void token_logps_backward(const TokenLogpsBackwardArgs&) const {}

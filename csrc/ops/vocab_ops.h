@@ -240,20 +240,7 @@ class LinearShardOps : LinearOps<Device> {
         Tensor others = torch::stable::narrow(sum, 0, written, rows.R - written);
         torch::stable::zero_(others);
       }
-      device.add_label_shares({
-          .dtype = problem.dtype,
-          .H = problem.H,
-          .R = rows.count,
-          .first_label = first_label,
-          .V = problem.V,
-          .ignore_index = ignore_index,
-          .labels = rows.labels.template const_data_ptr<int64_t>(),
-          .label_gradients = gradients.of_labels.const_data_ptr(),
-          .weight = weight.const_data_ptr(),
-          .weight_stride_v = weight.stride(0),
-          .weight_stride_h = weight.stride(1),
-          .sum = gradients.sum.mutable_data_ptr(),
-      });
+      Base::add_label_shares(device, problem, gradients, first_label);
     }
     return {gradients.sum, gradients.dweight, gradients.dbias};
   }
@@ -276,14 +263,7 @@ class LinearShardOps : LinearOps<Device> {
     const typename Base::Rows rows(device, hidden, targets, dtype, from.size(0), nullptr);
     Tensor to = device.new_large_for_writing(hidden, {targets.B, targets.T, H});
     torch::stable::zero_(to);
-    device.scatter_rows({
-        .dtype = dtype,
-        .H = H,
-        .R = rows.count,
-        .positions = rows.positions.template const_data_ptr<int64_t>(),
-        .rows = from.const_data_ptr(),
-        .to = to.mutable_data_ptr(),
-    });
+    Base::scatter_rows(device, dtype, rows, from, to);
     return to;
   }
 };

@@ -1,15 +1,23 @@
 // The CUDA kernels, emulated, as the ops on CPU tensors: loaded after simpo_ext, this library takes
 // the place of the CPU kernels, so that every test of the Python API tests the CUDA kernels
-// instead.
+// instead. Products are torch's of CPU tensors, but for those that cuBLAS adds up: gemm.h has them.
 
 #include "core/kernels.h"
+#include "gemm.h"
 #include "ops/checks.h"
+#include "ops/cublas.h"
 #include "ops/linear_ops.h"
 #include "ops/ops.h"
 #include "ops/vocab_ops.h"
 
 namespace simpo_ext::ops {
 namespace {
+
+bool has_cublas = true;
+
+struct Calls {
+  int64_t add_product = 0, add_partial = 0;
+} calls;
 
 class EmulatedCuda {
  public:
@@ -26,6 +34,12 @@ class EmulatedCuda {
   }
   Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes) const {
     return new_empty(like, sizes);
+  }
+
+  static bool adds_products() { return has_cublas; }
+  void add_product(const Tensor& sum, const Tensor& a, const Tensor& b, bool is_first) const {
+    ++calls.add_product;
+    cublas::add_product(emulation::gemm_ex, nullptr, sum, a, b, is_first);
   }
 
   int64_t shared_segments(DType dtype, int64_t N, int64_t V) const {
@@ -53,6 +67,7 @@ class EmulatedCuda {
     check_launch(cuda::put_label_gradients(args, nullptr));
   }
   void add_partial(const AddPartialArgs& args) const {
+    ++calls.add_partial;
     check_launch(cuda::add_partial(args, nullptr));
   }
   void hidden_gradient(const HiddenGradientArgs& args) const {
@@ -91,6 +106,20 @@ class EmulatedCuda {
 
 }  // namespace
 }  // namespace simpo_ext::ops
+
+// For tests, by ctypes: whether there is a cublasGemmEx, as on a GPU with torch's usual builds; and
+// how often the two ways of adding up dhidden were taken since the last call.
+extern "C" __attribute__((visibility("default"))) void emulated_cublas(bool is_available) {
+  simpo_ext::ops::has_cublas = is_available;
+}
+
+extern "C" __attribute__((visibility("default"))) void take_emulated_calls(int64_t* add_product,
+                                                                           int64_t* add_partial) {
+  using simpo_ext::ops::calls;
+  *add_product = calls.add_product;
+  *add_partial = calls.add_partial;
+  calls = {};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CPU, m) {
   simpo_ext::ops::register_ops<simpo_ext::ops::EmulatedCuda>(m);

@@ -60,15 +60,14 @@ struct TokenLogpsOptions {
   bool inplace_backward = false;
 };
 
-constexpr int64_t kDefaultLogitsBudgetBytes = int64_t{1} << 30;
-
 // Of the functions from hidden states, for which inplace_backward is without effect.
 struct LinearOptions {
   // [V], of hidden's dtype and device: lm_head's.
   std::optional<at::Tensor> bias{};
   // How many bytes of logits are held at a time, >= 0, one chunk of the vocabulary at least; what
-  // is not kept for the backward is computed again there.
-  int64_t logits_budget_bytes = kDefaultLogitsBudgetBytes;
+  // is not kept for the backward is computed again there. Default: default_logits_budget_bytes of
+  // hidden's device, which is a sixteenth of a GPU's memory, and 1 GiB on CPUs.
+  std::optional<int64_t> logits_budget_bytes{};
   // An upper bound of the number of valid tokens, >= 0. On a GPU, the count waits for the device
   // where it is not given, which a stream that is being captured forbids. Too small a bound is a
   // c10::ValueError on CPUs; on a GPU, log-probabilities of the tokens too many are NaN.

@@ -44,6 +44,7 @@
 #include <utility>
 
 #include "simpo_ext/detail/autograd.h"
+#include "simpo_ext/detail/budget.h"
 #include "simpo_ext/detail/checks.h"
 #include "simpo_ext/detail/layout.h"
 #include "simpo_ext/options.h"
@@ -82,7 +83,12 @@ inline LinearInputs linear_inputs(const at::Tensor& hidden, const at::Tensor& we
   const int64_t rows = linear.num_valid_tokens.has_value()
                            ? std::min(*linear.num_valid_tokens, scored.numel())
                            : scored.ne(options.ignore_index).sum().item<int64_t>();
-  return {x, w, b, needs_gradient ? linear.logits_budget_bytes : int64_t{0}, rows};
+  int64_t budget = 0;  // nothing is kept where no backward follows
+  if (needs_gradient) {
+    budget = linear.logits_budget_bytes.has_value() ? *linear.logits_budget_bytes
+                                                    : default_logits_budget_bytes(x.device());
+  }
+  return {x, w, b, budget, rows};
 }
 
 inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor& weight,

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../require.h"
+#include "budget.h"
 #include "errors.h"
 
 namespace {
@@ -235,6 +236,7 @@ int main(int argc, char** argv) {
 
   check_linear(hidden, weight, bias, labels);
   check_errors(batch);
+  check_default_budget();
   const simpo_ext::BuildInfo info = simpo_ext::build_info();
   std::printf("%s\n%s\n%s\n%s\n%s\n%d\n", info.version, info.compiler, info.cpu_capability,
               info.torch_target, info.cuda_archs, info.cuda_runtime_version);

@@ -134,8 +134,9 @@ inline void check_linear_shapes(const at::Tensor& hidden, const at::Tensor& weig
                       linear.bias->sizes());
   }
   check_labels(labels, "hidden", hidden);
-  TORCH_CHECK_VALUE(linear.logits_budget_bytes >= 0,
-                    "logits_budget_bytes: expected 0 or more, got ", linear.logits_budget_bytes);
+  TORCH_CHECK_VALUE(linear.logits_budget_bytes.value_or(0) >= 0,
+                    "logits_budget_bytes: expected 0 or more, got ",
+                    linear.logits_budget_bytes.value_or(0));
   TORCH_CHECK_VALUE(linear.num_valid_tokens.value_or(0) >= 0,
                     "num_valid_tokens: expected 0 or more, got ",
                     linear.num_valid_tokens.value_or(0));
