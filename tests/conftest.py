@@ -40,6 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="what stands behind the ops on CPU tensors",
     )
+    parser.addoption(
+        "--exhaustive", action="store_true", help="also the tests that take minutes each"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "cpu_only: holds for the CPU kernels alone",
         "cuda_only: holds for the CUDA kernels alone, emulated or not",
         "gpu: needs a GPU",
+        "exhaustive: takes minutes, and is left out without --exhaustive",
     ):
         config.addinivalue_line("markers", line)
     # pytest-xdist hands out files as they come, not by how many tests they have.
@@ -109,6 +113,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def is_selected(item: pytest.Item) -> bool:
         marks = {mark.name for mark in item.iter_markers()}
+        if "exhaustive" in marks and not config.getoption("--exhaustive"):
+            return False
         if kernels == "cpu":
             return "cuda_only" not in marks
         if kernels == "emulated":
