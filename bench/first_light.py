@@ -36,11 +36,11 @@ from bench.first_light_checks import Case
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_case(case: Case, device: torch.device) -> dict[str, Any]:
+def run_case(case: Case, device: torch.device, kind: str) -> dict[str, Any]:
     """The record of one case."""
     began = time.perf_counter()
     record: dict[str, Any] = {
-        "kind": "first light",
+        "kind": kind,
         "name": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
     }
@@ -77,6 +77,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--select", choices=("all", "sanitizer"), default="all", help="sanitizer: fewer layouts"
     )
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl", help="also appended to it")
+    parser.add_argument("--kind", default="first light", help="of what is recorded")
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--failures", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = [case for case in all_cases() if options.select == "all" or case.for_sanitizer]
     failures = options.failures
     for index in range(options.first, len(cases)):
-        record = run_case(cases[index], device)
+        record = run_case(cases[index], device, options.kind)
         records.write(record, options.record)
         failures += record["status"] != "right"
         if record["status"] == "failed" and not _is_usable(device):
