@@ -2,9 +2,10 @@
 
 ``pytest`` tests the installed package as it is. ``pytest --kernels=emulated`` runs the tests marked
 ``kernels`` again, unchanged and on the same CPU tensors, after the CUDA kernels in the emulator
-have taken the place of the CPU kernels. ``pytest --kernels=cuda`` runs the whole suite with the CPU
-ops sending their tensors to the GPU and back; not the emulator's own tests, nor those of CUDA
-tensors, which compare them with the CPU's.
+have taken the place of the CPU kernels. ``pytest --kernels=contracted`` does the same with kernels
+whose products and sums the compiler has fused, as NVIDIA's assembler may. ``pytest --kernels=cuda``
+runs the whole suite with the CPU ops sending their tensors to the GPU and back; not the emulator's
+own tests, nor those of CUDA tensors, which compare them with the CPU's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kernels",
-        choices=("cpu", "emulated", "cuda"),
+        choices=("cpu", "emulated", "contracted", "cuda"),
         default="cpu",
         help="what stands behind the ops on CPU tensors",
     )
@@ -58,10 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest-xdist hands out files as they come, not by how many tests they have.
     config.option.loadscopereorder = False
     kernels = config.getoption("--kernels")
-    if kernels == "emulated":
-        folder = Path(config.cache.mkdir("emulated_ops"))
+    if kernels in ("emulated", "contracted"):
+        folder = Path(config.cache.mkdir(f"{kernels}_ops"))
         if not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers come after
-            build_emulated_ops(folder)
+            build_emulated_ops(folder, contract=kernels == "contracted")
         load_emulated_ops(folder)
     elif kernels == "cuda":
         from cuda_routing import route_cpu_ops_to_cuda
@@ -73,10 +74,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"kernels behind the ops on CPU tensors: {config.getoption('--kernels')}"
 
 
-def build_emulated_ops(folder: Path) -> None:
-    """Builds the emulated CUDA kernels as ops."""
+def build_emulated_ops(folder: Path, *, contract: bool = False) -> None:
+    """Builds the emulated CUDA kernels as ops; with ``contract``, products and sums are fused."""
     torch_dir = Path(torch.__file__).parent
-    build(EMULATION, folder, f"-DTORCH_DIR={torch_dir}", target="emulated_ops")
+    definitions = (f"-DTORCH_DIR={torch_dir}", f"-DCONTRACT={'ON' if contract else 'OFF'}")
+    build(EMULATION, folder, *definitions, target="emulated_ops")
 
 
 def load_emulated_ops(folder: Path) -> None:
@@ -117,7 +119,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return False
         if kernels == "cpu":
             return "cuda_only" not in marks
-        if kernels == "emulated":
+        if kernels in ("emulated", "contracted"):
             return "kernels" in marks and "cpu_only" not in marks
         return not marks & {"cpu_only", "emulation", "gpu"}
 

@@ -22,7 +22,8 @@ class Mutant(NamedTuple):
     build: str = "plain"  # or asan or tsan
 
 
-TOKENS = "cuda/token_logps.cuh"
+FORWARD = "cuda/token_logps_forward.cuh"
+BACKWARD = "cuda/token_logps_backward.cuh"
 ROWS = "cuda/rows.h"
 WARP = "cuda/warp.h"
 
@@ -30,7 +31,7 @@ LOGPS_MUTANTS = (
     # ---- every barrier, removed: races
     Mutant(
         "no barrier before the sums of the warps are read",
-        TOKENS,
+        FORWARD,
         "    warp_sums[warp] = of_my_warp.sum;\n  }\n  __syncthreads();\n",
         "    warp_sums[warp] = of_my_warp.sum;\n  }\n",
         "values",
@@ -39,14 +40,14 @@ LOGPS_MUTANTS = (
     # ---- barriers and shuffles that not all threads reach
     Mutant(
         "a barrier only some threads reach",
-        TOKENS,
+        FORWARD,
         "    warp_sums[warp] = of_my_warp.sum;\n  }\n  __syncthreads();\n",
         "    warp_sums[warp] = of_my_warp.sum;\n    __syncthreads();\n  }\n",
         "values",
     ),
     Mutant(
         "a shuffle only half a warp reaches",
-        TOKENS,
+        FORWARD,
         "  if (warp == 0) {\n    if (lane < kWarps)",
         "  if (warp == 0 && lane < 16) {\n    if (lane < kWarps)",
         "values",
@@ -63,7 +64,7 @@ LOGPS_MUTANTS = (
     # ---- shared memory
     Mutant(
         "shared memory read that no warp has written",
-        TOKENS,
+        FORWARD,
         "    if (lane < kWarps) of_block = {",
         "    if (lane <= kWarps) of_block = {",
         "values",
@@ -71,14 +72,14 @@ LOGPS_MUTANTS = (
     ),
     Mutant(
         "stale shared memory: the last warp's sum is not written",
-        TOKENS,
+        FORWARD,
         "  if (lane == 0) {\n    warp_maxima[warp]",
         "  if (lane == 0 && warp + 1 < kWarps) {\n    warp_maxima[warp]",
         "values",
     ),
     Mutant(
         "a shared array one entry short",
-        TOKENS,
+        FORWARD,
         "SIMPO_SHARED(double, warp_sums, kWarps);",
         "SIMPO_SHARED(double, warp_sums, kWarps - 1);",
         "values",
@@ -87,28 +88,27 @@ LOGPS_MUTANTS = (
     # ---- offsets and grids
     Mutant(
         "32-bit offset of a row of logits, forward",
-        TOKENS,
+        FORWARD,
         "  const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, "
-        "token.t);\n  const int64_t column",
+        "token.t);\n",
         "  const T* x = static_cast<const T*>(args.logits) + static_cast<int32_t>("
-        "args.logits_strides.offset(token.b, token.t));\n  const int64_t column",
+        "args.logits_strides.offset(token.b, token.t));\n",
         "offsets",
     ),
     Mutant(
         "32-bit offset of a row of logits, backward",
-        TOKENS,
-        "  const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, "
-        "token.t);\n  const Scalar common_grad",
-        "  const T* x = static_cast<const T*>(args.logits) + static_cast<int32_t>("
-        "args.logits_strides.offset(token.b, token.t));\n  const Scalar common_grad",
+        BACKWARD,
+        "static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, token.t) +",
+        "static_cast<const T*>(args.logits) + "
+        "static_cast<int32_t>(args.logits_strides.offset(token.b, token.t)) +",
         "offsets",
     ),
     Mutant(
         "32-bit offset of a row of gradients",
-        TOKENS,
-        "  T* dx = static_cast<T*>(args.dlogits) + args.dlogits_strides.offset(token.b, token.t);",
-        "  T* dx = static_cast<T*>(args.dlogits) + "
-        "static_cast<int32_t>(args.dlogits_strides.offset(token.b, token.t));",
+        BACKWARD,
+        "static_cast<T*>(args.dlogits) + args.dlogits_strides.offset(token.b, token.t) +",
+        "static_cast<T*>(args.dlogits) + "
+        "static_cast<int32_t>(args.dlogits_strides.offset(token.b, token.t)) +",
         "offsets",
     ),
     Mutant(
@@ -120,7 +120,7 @@ LOGPS_MUTANTS = (
     ),
     Mutant(
         "rows beyond the last one, forward",
-        TOKENS,
+        FORWARD,
         "  if (row >= targets.B * targets.T) return;\n  const Token token = "
         "token_of_row(row, targets.T);\n  const bool is_part",
         "  const Token token = token_of_row(row, targets.T);\n  const bool is_part",
@@ -152,7 +152,7 @@ LOGPS_MUTANTS = (
     ),
     Mutant(
         "a batch of loads too many, forward",
-        TOKENS,
+        FORWARD,
         "i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {\n    add_vectors",
         "i + (kUnroll - 1) * kThreads <= num_vectors; i += kUnroll * kThreads) {\n    add_vectors",
         "values",
@@ -160,14 +160,14 @@ LOGPS_MUTANTS = (
     ),
     Mutant(
         "the last batch of loads lost, backward",
-        TOKENS,
+        BACKWARD,
         "    if (i < num_vectors) {\n      write_vectors",
         "    if (i + kThreads < num_vectors) {\n      write_vectors",
         "values",
     ),
     Mutant(
         "rows taken for aligned alike",
-        TOKENS,
+        BACKWARD,
         "      (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(dx)) % 16 == 0;",
         "      true;",
         "values",
@@ -198,14 +198,14 @@ LOGPS_MUTANTS = (
     ),
     Mutant(
         "the label's logit read after it was overwritten",
-        TOKENS,
-        "    const Scalar label_z = logits.z(label_x);\n",
-        "    const Scalar label_z = logits.z(Elements<T>::widen(load(x + column)));\n",
+        BACKWARD,
+        "    const Scalar label_z = transformed(logits, label_x);\n",
+        "    const Scalar label_z = transformed(logits, Elements<T>::widen(load(x + column)));\n",
         "values",
     ),
     Mutant(
         "the label's gradient written by a thread that another overwrites",
-        TOKENS,
+        BACKWARD,
         "      tid == (is_aligned_alike ? cut.thread_of_element(column, kThreads) : "
         "column % kThreads);",
         "      tid == 0;",
@@ -215,19 +215,18 @@ LOGPS_MUTANTS = (
     # ---- what is read and written
     Mutant(
         "masked rows read",
-        TOKENS,
-        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {\n"
-        "    if (tid == 0) {\n",
-        "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {\n"
+        FORWARD,
+        "    const bool is_masked = label == targets.ignore_index;\n",
+        "    const bool is_masked = label == targets.ignore_index;\n"
         "    load(static_cast<const T*>(args.logits) + "
-        "args.logits_strides.offset(token.b, token.t));\n    if (tid == 0) {\n",
+        "args.logits_strides.offset(token.b, token.t));\n",
         "bytes",
     ),
     Mutant(
         "rows without a gradient read",
-        TOKENS,
-        "  if (grad == Scalar(0)) {\n    fill_row",
-        "  if (is_masked) {\n    fill_row",
+        BACKWARD,
+        "  if (!is_scored || grad == Scalar(0)) {\n    fill_row",
+        "  if (!is_scored) {\n    fill_row",
         "bytes",
     ),
     Mutant(
@@ -240,7 +239,7 @@ LOGPS_MUTANTS = (
     ),
     Mutant(
         "every vector loaded twice",
-        TOKENS,
+        FORWARD,
         "  Vector16 maxima = v[0];\n",
         "  Vector16 maxima = load_streaming(vectors + first);\n",
         "bytes",
@@ -248,7 +247,7 @@ LOGPS_MUTANTS = (
     # ---- the running maximum
     Mutant(
         "the sum not rescaled when the maximum rises",
-        TOKENS,
+        FORWARD,
         "    sum.sum *= static_cast<double>(fast_exp(sum.max - new_max));\n",
         "",
         "values",
@@ -262,94 +261,131 @@ LOGPS_MUTANTS = (
     ),
     Mutant(
         "absent vectors count as zeros in the maximum",
-        TOKENS,
+        FORWARD,
         ": minus_infinities<T>();",
         ": Vector16{{0, 0, 0, 0}};",
         "values",
     ),
+    # ---- segments of a row
+    Mutant(
+        "no barrier before the next segment writes shared memory",
+        FORWARD,
+        "    if (segment + 1 < end) __syncthreads();  // the next segment writes shared memory "
+        "again\n",
+        "",
+        "values",
+        "tsan",
+    ),
+    Mutant(
+        "every block of a row starts at its first segment",
+        ROWS,
+        "begin_of_block() const { return static_cast<int>(blockIdx.z) * each(); }",
+        "begin_of_block() const { return 0; }",
+        "values",
+    ),
+    Mutant(
+        "the last segment lost where blocks have unequal shares",
+        ROWS,
+        "    return blocks == 1 ? count_ : (count_ + blocks - 1) / blocks;",
+        "    return count_ / blocks;",
+        "values",
+    ),
+    Mutant(
+        "a label's z in every segment of its block",
+        FORWARD,
+        "      const bool has_its_label = segments.has(segment, column);",
+        "      const bool has_its_label = has_label;",
+        "values",
+    ),
+    Mutant(
+        "segments not merged",
+        FORWARD,
+        "      so_far.merge(of_segment);\n",
+        "      so_far = of_segment;\n",
+        "values",
+    ),
+    Mutant(
+        "the segments of masked rows written",
+        FORWARD,
+        "      if (!is_masked && tid == 0) write_segments",
+        "      if (tid == 0) write_segments",
+        "bytes",
+    ),
     # ---- parts of the vocabulary
     Mutant(
         "the parts before forgotten",
-        TOKENS,
-        "    if (args.continues) sum = {load(max), load(sum_exp)};\n",
+        FORWARD,
+        "      before = {load(static_cast<const Scalar*>(args.max) + row), "
+        "load(args.sum_exp + row)};\n",
         "",
         "parts",
     ),
     Mutant(
-        "the parts before counted once for each thread",
-        TOKENS,
-        "  if (tid == 0) {\n    if (has_label) label_x = load(x + column);\n"
-        "    if (args.continues) sum",
-        "  if (tid == 0 && has_label) label_x = load(x + column);\n  {\n"
-        "    if (args.continues) sum",
-        "parts",
-    ),
-    Mutant(
         "a label of another part taken for one out of range, forward",
-        TOKENS,
+        FORWARD,
         "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {",
         "  if (label == targets.ignore_index || !is_in_vocabulary(label, args.V)) {",
         "parts",
     ),
     Mutant(
         "a label of another part taken for one out of range, backward",
-        TOKENS,
+        BACKWARD,
         "  const bool is_scored = !is_masked && is_in_vocabulary(label, args.num_labels);",
         "  const bool is_scored = !is_masked && is_in_vocabulary(label, args.V);",
         "parts",
     ),
     Mutant(
         "a label of another part followed, forward",
-        TOKENS,
+        FORWARD,
         "    if (has_label) label_x = load(x + column);",
         "    label_x = load(x + column);",
         "bytes",
     ),
     Mutant(
         "a label of another part followed, backward",
-        TOKENS,
+        BACKWARD,
         "      has_label &&\n      tid ==",
         "      tid ==",
         "parts",
     ),
     Mutant(
         "the label's z lost in the parts behind",
-        TOKENS,
-        "    } else if (has_label || !args.continues) {",
-        "    } else {",
+        FORWARD,
+        "  } else if (has_label || !args.continues) {",
+        "  } else {",
         "parts",
     ),
     Mutant(
         "the label's z not set before its part",
-        TOKENS,
-        "    } else if (has_label || !args.continues) {",
-        "    } else if (has_label) {",
+        FORWARD,
+        "  } else if (has_label || !args.continues) {",
+        "  } else if (has_label) {",
         "parts",
     ),
     Mutant(
         "the label's gradient left among the others",
-        TOKENS,
+        BACKWARD,
         "row_of_block(), value);\n      value = 0;\n",
         "row_of_block(), value);\n",
         "parts",
     ),
     Mutant(
         "the label's gradient rounded",
-        TOKENS,
+        BACKWARD,
         "row_of_block(), value);\n      value = 0;\n",
         "row_of_block(), Elements<T>::widen(Elements<T>::narrow(value)));\n      value = 0;\n",
         "parts",
     ),
     Mutant(
         "no label's gradient of rows without one",
-        TOKENS,
+        BACKWARD,
         "    if (tid == 0 && has_label && args.label_gradients != nullptr) {",
         "    if (false) {",
         "parts",
     ),
     Mutant(
         "a label's gradient of rows without one from every part",
-        TOKENS,
+        BACKWARD,
         "    if (tid == 0 && has_label && args.label_gradients != nullptr) {",
         "    if (tid == 0 && is_scored && args.label_gradients != nullptr) {",
         "parts",

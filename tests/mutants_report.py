@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutants import TOKENS, Mutant
+from mutants import FORWARD, Mutant
 
 REPORT = "cuda/row_report.cuh"
 
@@ -17,14 +17,14 @@ REPORT_MUTANTS = (
     ),
     Mutant(
         "the report not moved when the maximum rises",
-        TOKENS,
+        FORWARD,
         "    if (largest > sum.max) move_report(report, sum, largest);\n",
         "",
         "report",
     ),
     Mutant(
         "the report of an edge not moved when the maximum rises",
-        TOKENS,
+        FORWARD,
         "      if (z > sum.max) move_report(report, sum, z);\n",
         "",
         "report",
@@ -59,9 +59,9 @@ REPORT_MUTANTS = (
     ),
     Mutant(
         "the report of the parts before forgotten",
-        TOKENS,
-        "    if (kReports && args.continues) {",
-        "    if (false) {",
+        FORWARD,
+        "        report = {load(args.mean_logit + row), load(args.entropy + row)};\n",
+        "",
         "report",
     ),
     Mutant(

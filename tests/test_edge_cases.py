@@ -165,6 +165,37 @@ def test_softcap_bounds_infinite_logits(label: int, dtype: torch.dtype) -> None:
     assert (grad != 0).tolist() == [[[False, False, True]]]
 
 
+# Times its own rounded inverse, each of these is not 1: in float32, and the last in float64.
+@pytest.mark.parametrize("softcap", [41.0, 47.0, 49.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_saturated_logit_has_no_gradient(dtype: torch.dtype, softcap: float) -> None:
+    logits = torch.tensor([[[3e4, -3e4, 3e4, 0.0]]], dtype=dtype)
+    _, grad = _logps_and_grad(logits, torch.tensor([[0]]), shift=False, softcap=softcap)
+    assert grad[0, 0, :3].tolist() == [0.0, 0.0, 0.0]
+
+
+# A product logit_scale * x that is rounded in one place and fused with a sum in another would put
+# half an ulp of z, 3e-5 at 700, into the log-probability of a sure label.
+@pytest.mark.parametrize(("scale", "top", "gap"), [(0.7, 1003.3, 30.0), (1 / 0.9, 21.3, 18.0)])
+@pytest.mark.parametrize("softcap", [None, 1e4])
+def test_a_sure_label_keeps_its_digits_at_any_scale(
+    softcap: float | None, scale: float, top: float, gap: float
+) -> None:
+    logits = torch.full((1, 1, 100), top - gap)
+    logits[0, 0, 3] = top
+    options: dict[str, Any] = {"shift": False, "logit_scale": scale, "softcap": softcap}
+    logps, grad = _logps_and_grad(logits, torch.tensor([[3]]), **options)
+    z = logits[0, 0].double() * float(np.float32(scale))
+    slope = scale
+    if softcap is not None:
+        slope *= 1.0 - math.tanh(z[3].item() / softcap) ** 2
+        z = softcap * (z / softcap).tanh()
+    exact = z.log_softmax(0)[3].item()
+    # Beside the label's term, which is 1, float32 loses up to half its ulp of the others.
+    assert logps.item() == pytest.approx(exact, rel=1e-3, abs=2.0**-24)
+    assert grad[0, 0, 3].item() == pytest.approx(-math.expm1(exact) * slope, rel=1e-3, abs=2.0**-24)
+
+
 def test_a_huge_softcap_bounds_nothing() -> None:
     batch = _batch(torch.float32)
     torch.testing.assert_close(token_logps(*batch, softcap=1e30), token_logps(*batch))

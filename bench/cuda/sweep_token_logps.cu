@@ -22,7 +22,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/token_logps.cuh"
+#include "cuda/token_logps_backward.cuh"
+#include "cuda/token_logps_forward.cuh"
 
 namespace {
 

@@ -46,6 +46,10 @@ struct TokenLogpsArgs {
   double* entropy = nullptr;     // [B, T] contiguous: of softmax(z), in nats
   // Masked rows are read, too, for their mean_logit; otherwise that is 0, as is their entropy.
   bool all_positions = false;
+
+  // CUDA: scratch for rows that several blocks share, where cuda::shared_segments asks for it and
+  // there is neither a report nor a part of the vocabulary; otherwise null.
+  double* segments = nullptr;  // [shared_segments, 3, B * T] contiguous
 };
 
 // Backward: dlogits[b, t, :] = grad_logps[b, t] * (onehot(label) - softmax) * d transform.
@@ -337,6 +341,9 @@ namespace cuda {
 // bounds.
 using Stream = void*;  // cudaStream_t
 int token_logps(const TokenLogpsArgs& args, Stream stream);
+// Into how many segments token_logps cuts a row so that several blocks share it; 0: no block
+// shares.
+int64_t shared_segments(DType dtype, int64_t N, int64_t V);
 int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream);
 
 int select_tokens(const SelectTokensArgs& args, Stream stream);

@@ -32,6 +32,10 @@ struct LogSumExp {
   SIMPO_HOST_DEVICE void add_terms(double terms) { sum += terms; }
 
   SIMPO_HOST_DEVICE void merge(const LogSumExp& other) {
+    if (sum == 0.0 && max == -std::numeric_limits<Scalar>::infinity()) {  // empty
+      *this = other;
+      return;
+    }
     raise_max(other.max);
     if (other.sum == 0.0) return;  // whose max may be -inf, as this one's
     sum += other.sum * exp(static_cast<double>(other.max) - static_cast<double>(max));

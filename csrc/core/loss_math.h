@@ -28,7 +28,7 @@ struct LogitTransform {
 // Either form of the transform, at the precision of Scalar: z(x), and below it dz/dx from z itself,
 // as the product of a factor that all logits share and one of their own. What has to be divided is
 // divided once, here. Both are increasing, so that the largest z is that of the largest x. A Value
-// is a Scalar, or a vector of them with the same operators and a tanh.
+// is a Scalar, or a type of one or more of them with the same operators, an abs and a tanh.
 
 template <typename Scalar>
 class ScaledLogits {
@@ -96,12 +96,13 @@ class CappedLogits {
   }
   SIMPO_HOST_DEVICE Scalar common_slope() const { return scale_; }
 
-  // 1 - (z / cap)^2. As (1 - r)(1 + r), which keeps the digits that 1 - r * r loses where the cap
-  // saturates.
+  // 1 - (z / cap)^2. As (1 - |r|)(1 + |r|), which keeps the digits that 1 - r * r loses where the
+  // cap saturates. 1 - |r| is formed as (cap - |z|) / cap: exactly 0 where z is the cap.
   template <typename Value>
   SIMPO_HOST_DEVICE Value own_slope(Value z) const {
-    const Value one(Scalar(1)), ratio = z * Value(inverse_cap_);
-    return (one - ratio) * (one + ratio);
+    using std::abs;
+    const Value one(Scalar(1)), inverse_cap(inverse_cap_), magnitude = abs(z);
+    return ((Value(cap_) - magnitude) * inverse_cap) * (one + magnitude * inverse_cap);
   }
 
  private:

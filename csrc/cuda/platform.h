@@ -17,6 +17,9 @@ using Stream = void*;  // cudaStream_t
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
 
+// Blocks that keep the memory busy: six on each of an H200's 132 multiprocessors.
+constexpr int64_t kBusyBlocks = 792;
+
 // While one of these lives, this thread may initialize the runtime and load code although a CUDA
 // graph is being captured. The first call of a process does both.
 class CaptureModeRelaxed {
@@ -94,6 +97,17 @@ SIMPO_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+
+// 1 / x within 1 ulp; 0 of an infinity.
+SIMPO_DEVICE float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// A product that is never fused with a sum.
+SIMPO_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+SIMPO_DEVICE double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
 
 SIMPO_DEVICE float widen_float16(uint16_t bits) {
   float result;

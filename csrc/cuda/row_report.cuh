@@ -10,6 +10,7 @@
 #include "core/row_report.h"
 #include "cuda/elements.h"
 #include "cuda/platform.h"
+#include "cuda/rounded.h"
 #include "cuda/rows.h"
 #include "cuda/warp.h"
 
@@ -108,7 +109,7 @@ SIMPO_DEVICE double sum_z_of_vectors(const Vector16* vectors, int64_t first, int
     if (kGuarded && first + u * kThreads >= num_vectors) break;
     SIMPO_UNROLL
     for (int k = 0; k < Elements<T>::kWidth; ++k) {
-      sums[k % 2] += logits.z(Elements<T>::get(v[u], k));
+      sums[k % 2] += transformed(logits, Elements<T>::get(v[u], k));
     }
   }
   return static_cast<double>(sums[0] + sums[1]);
@@ -126,10 +127,12 @@ SIMPO_DEVICE double sum_z_of_row(const T* x, int64_t V, const Logits& logits) {
     sum += sum_z_of_vectors<T, Logits, kThreads, kUnroll, false>(vectors, i, num_vectors, logits);
   }
   if (i < num_vectors) {
-    sum += sum_z_of_vectors<T, Logits, kThreads, kUnroll, true>(vectors, i, num_vectors, logits);
+    sum +=
+        sum_z_of_vectors<T, Logits, kThreads, kUnroll - 1, true>(vectors, i, num_vectors, logits);
   }
   if (tid < cut.num_edges()) {
-    sum += static_cast<double>(logits.z(Elements<T>::widen(load(x + cut.element_of_edge(tid)))));
+    sum += static_cast<double>(
+        transformed(logits, Elements<T>::widen(load(x + cut.element_of_edge(tid)))));
   }
   return sum;
 }

@@ -11,7 +11,7 @@ namespace simpo_ext::cuda {
 
 // One block for each of count rows, count > 0. The second grid dimension takes what the first
 // cannot hold, in equal shares, so that at most gridDim.y blocks are in excess.
-// z: blocks for each row, which share it.
+// z: blocks for each row.
 inline dim3 grid_of_rows(int64_t count, unsigned z = 1) {
   const int64_t y = (count + kMaxGridX - 1) / kMaxGridX;
   const int64_t x = (count + y - 1) / y;
@@ -53,40 +53,101 @@ SIMPO_DEVICE bool is_in_part(int64_t label, int64_t first_label, int64_t V) {
 
 // A row cut for 16-byte access: up to kWidth - 1 elements in front of the first aligned one, whole
 // vectors, and up to kWidth - 1 elements behind. Vector i belongs to thread i % kThreads, and edge
-// i (of those in front and behind, counted through) to thread i.
-template <typename T>
+// i (of those in front and behind, counted through) to thread i. Index is int where a row is short
+// enough: that takes fewer registers.
+template <typename T, typename Index = int64_t>
 class RowCut {
  public:
   static constexpr int kWidth = Elements<T>::kWidth;
 
-  SIMPO_DEVICE RowCut(const T* row, int64_t V) : V_(V) {
+  SIMPO_DEVICE RowCut(const T* row, Index V) : V_(V) {
     const auto address = reinterpret_cast<uintptr_t>(row);
-    const int64_t to_boundary = static_cast<int64_t>((16 - address % 16) % 16 / sizeof(T));
+    const Index to_boundary = static_cast<Index>((16 - address % 16) % 16 / sizeof(T));
     head_ = to_boundary < V ? to_boundary : V;
     num_vectors_ = (V - head_) / kWidth;
   }
 
-  SIMPO_DEVICE int64_t num_vectors() const { return num_vectors_; }
-  SIMPO_DEVICE int64_t num_edges() const { return V_ - num_vectors_ * kWidth; }
+  SIMPO_DEVICE Index num_vectors() const { return num_vectors_; }
+  SIMPO_DEVICE Index num_edges() const { return V_ - num_vectors_ * kWidth; }
 
   SIMPO_DEVICE const Vector16* vectors(const T* row) const {
     return reinterpret_cast<const Vector16*>(row + head_);
   }
   SIMPO_DEVICE Vector16* vectors(T* row) const { return reinterpret_cast<Vector16*>(row + head_); }
 
-  SIMPO_DEVICE int64_t element_of_edge(int64_t edge) const {
+  SIMPO_DEVICE Index element_of_edge(Index edge) const {
     return edge < head_ ? edge : edge + num_vectors_ * kWidth;
   }
 
-  SIMPO_DEVICE int64_t thread_of_element(int64_t element, int64_t num_threads) const {
+  SIMPO_DEVICE Index thread_of_element(Index element, Index num_threads) const {
     if (element < head_) return element;
-    const int64_t vector = (element - head_) / kWidth;
+    const Index vector = (element - head_) / kWidth;
     if (vector < num_vectors_) return vector % num_threads;
     return element - num_vectors_ * kWidth;
   }
 
  private:
-  int64_t V_, head_, num_vectors_;
+  Index V_, head_, num_vectors_;
+};
+
+// ---- segments of a row, which blocks may share ----------------------------------------------
+
+constexpr int64_t kSegmentBytes = 65536;
+
+template <typename T>
+constexpr int64_t kSegmentColumns = kSegmentBytes / static_cast<int64_t>(sizeof(T));
+
+// Of a row of V logits: at least one. It depends on V alone, and so do the bits of a row's sum.
+template <typename T>
+SIMPO_HOST_DEVICE inline int num_segments(int64_t V) {
+  return V <= kSegmentColumns<T>
+             ? 1
+             : static_cast<int>((V + kSegmentColumns<T> - 1) / kSegmentColumns<T>);
+}
+
+// With fewer rows than kBusyBlocks, several blocks share each.
+inline unsigned blocks_per_row(int64_t N, int num_segments) {
+  if (N == 0 || N >= kBusyBlocks) return 1;
+  const int64_t wanted = (kBusyBlocks + N - 1) / N;
+  const int64_t blocks = wanted < num_segments ? wanted : num_segments;
+  const int64_t segments_each = (num_segments + blocks - 1) / blocks;
+  return static_cast<unsigned>((num_segments + segments_each - 1) / segments_each);
+}
+
+// The segments of a row of V logits. Block z of the row takes a share of them, in order.
+template <typename T>
+class RowSegments {
+ public:
+  SIMPO_DEVICE explicit RowSegments(int64_t V) : V_(V), count_(num_segments<T>(V)) {}
+
+  SIMPO_DEVICE int begin_of_block() const { return static_cast<int>(blockIdx.z) * each(); }
+  SIMPO_DEVICE int end_of_block() const {
+    const int end = begin_of_block() + each();
+    return end < count_ ? end : count_;
+  }
+
+  SIMPO_DEVICE int64_t first_column(int segment) const { return segment * kSegmentColumns<T>; }
+  SIMPO_DEVICE int columns(int segment) const {
+    return static_cast<int>(segment + 1 < count_ ? kSegmentColumns<T> : V_ - first_column(segment));
+  }
+  SIMPO_DEVICE bool has(int segment, int64_t column) const {
+    return is_in_vocabulary(column - first_column(segment), columns(segment));
+  }
+
+  SIMPO_DEVICE int64_t first_column_of_block() const { return first_column(begin_of_block()); }
+  SIMPO_DEVICE int64_t columns_of_block() const {
+    const int64_t end = end_of_block() < count_ ? first_column(end_of_block()) : V_;
+    return end - first_column_of_block();
+  }
+
+ private:
+  SIMPO_DEVICE int each() const {
+    const int blocks = static_cast<int>(gridDim.z);
+    return blocks == 1 ? count_ : (count_ + blocks - 1) / blocks;
+  }
+
+  int64_t V_;
+  int count_;
 };
 
 // row[0, V) = value, by the kThreads threads of a block.

@@ -1,7 +1,7 @@
 // token_logps_backward: which kernel a call takes. See token_logps.cuh.
 
 #include "core/dispatch.h"
-#include "cuda/token_logps.cuh"
+#include "cuda/token_logps_backward.cuh"
 
 namespace simpo_ext::cuda {
 
@@ -12,10 +12,10 @@ int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream) {
     using T = typename decltype(element)::type;
     using Logits = typename decltype(logits)::type;
     constexpr int kUnroll = kVectorsInFlight<T, Logits>;
-    if (args.V * static_cast<int64_t>(sizeof(T)) >= kLargeRowBytes) {
-      error = launch_token_logps_backward<T, Logits, 256, kUnroll>(args, stream);
+    if (is_large_row<T, Logits>(args.V)) {
+      error = launch_token_logps_backward<T, Logits, kLargeBlock, kUnroll>(args, stream);
     } else {
-      error = launch_token_logps_backward<T, Logits, 128, kUnroll>(args, stream);
+      error = launch_token_logps_backward<T, Logits, kSmallBlock, kUnroll>(args, stream);
     }
   });
   return error;

@@ -1,6 +1,6 @@
 // token_logps with a report. See token_logps.cuh.
 
-#include "cuda/token_logps.cuh"
+#include "cuda/token_logps_forward.cuh"
 
 namespace simpo_ext::cuda {
 

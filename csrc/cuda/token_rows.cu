@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSM)
     copy_vectors<kUnroll, false>(cut.vectors(from), cut.vectors(to), i, num_vectors);
   }
   if (i < num_vectors) {
-    copy_vectors<kUnroll, true>(cut.vectors(from), cut.vectors(to), i, num_vectors);
+    copy_vectors<kUnroll - 1, true>(cut.vectors(from), cut.vectors(to), i, num_vectors);
   }
   if (tid < cut.num_edges()) {
     const int64_t element = cut.element_of_edge(tid);
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSM)
   for (; v + (kUnroll - 1) * kRowThreads < num_vectors; v += kUnroll * kRowThreads) {
     write_hidden_vectors<T, kHasSum, kUnroll, false>(row, v, num_vectors);
   }
-  if (v < num_vectors) write_hidden_vectors<T, kHasSum, kUnroll, true>(row, v, num_vectors);
+  if (v < num_vectors) write_hidden_vectors<T, kHasSum, kUnroll - 1, true>(row, v, num_vectors);
   for (int64_t h = num_vectors * Elements<T>::kWidth + tid; h < args.H; h += kRowThreads) {
     write_hidden_element<T, kHasSum>(row, h);
   }

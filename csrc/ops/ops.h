@@ -440,6 +440,11 @@ class Ops {
     Tensor logps = new_empty(logits, {checked.B, checked.T}, compute);
     Tensor max = new_empty(logits, {checked.B, checked.T}, compute);
     Tensor sum_exp = new_empty(logits, {checked.B, checked.T}, ScalarType::Double);
+    const int64_t N = checked.B * checked.T;
+    const int64_t num_segments =
+        mean_logit != nullptr ? 0 : device.shared_segments(checked.dtype, N, checked.V);
+    std::optional<Tensor> segments;
+    if (num_segments > 0) segments = new_empty(logits, {num_segments, 3, N}, ScalarType::Double);
     device.token_logps({
         .dtype = checked.dtype,
         .V = checked.V,
@@ -453,6 +458,7 @@ class Ops {
         .mean_logit = mean_logit,
         .entropy = entropy,
         .all_positions = all_positions,
+        .segments = segments ? segments->mutable_data_ptr<double>() : nullptr,
     });
     return {logps, max, sum_exp};
   }

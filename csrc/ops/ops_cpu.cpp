@@ -123,6 +123,7 @@ class Cpu {
     return new_on_huge_pages(like, sizes, bytes);
   }
 
+  int64_t shared_segments(DType, int64_t, int64_t) const { return 0; }
   void token_logps(const TokenLogpsArgs& args) const {
     check_labels_in_range(cpu::token_logps(args, kTorchThreads), args.targets.ignore_index,
                           args.num_labels);

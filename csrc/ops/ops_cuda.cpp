@@ -104,6 +104,9 @@ class Cuda {
     return new_empty(like, sizes);
   }
 
+  int64_t shared_segments(DType dtype, int64_t N, int64_t V) const {
+    return cuda::shared_segments(dtype, N, V);
+  }
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, stream_));
   }
@@ -194,6 +197,7 @@ class Cuda {
   Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t>) const {
     return like;
   }
+  int64_t shared_segments(DType, int64_t, int64_t) const { return 0; }
   void token_logps(const TokenLogpsArgs&) const {}
   void token_logps_backward(const TokenLogpsBackwardArgs&) const {}
   int64_t select_tokens(const SelectTokensArgs&) const { return 0; }

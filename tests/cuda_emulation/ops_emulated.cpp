@@ -28,6 +28,9 @@ class EmulatedCuda {
     return new_empty(like, sizes);
   }
 
+  int64_t shared_segments(DType dtype, int64_t N, int64_t V) const {
+    return cuda::shared_segments(dtype, N, V);
+  }
   void token_logps(const TokenLogpsArgs& args) const {
     check_launch(cuda::token_logps(args, nullptr));
   }

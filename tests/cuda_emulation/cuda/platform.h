@@ -106,6 +106,7 @@ using Stream = void*;
 
 constexpr int64_t kMaxGridX = emulation::kMaxGridX;
 constexpr int64_t kMaxGridY = emulation::kMaxGridY;
+constexpr int64_t kBusyBlocks = 60;  // so that batches of both sides are small
 
 struct alignas(16) Vector16 {
   uint32_t words[4];
@@ -161,6 +162,28 @@ inline float exp2_approx(float x) {
   if (!std::isfinite(power) || x == std::trunc(x)) return power;
   const int ulps = static_cast<int>(float_bits(x) * 2654435761u >> 16) % 5 - 2;
   return float_from_bits(float_bits(power) + static_cast<uint32_t>(ulps));
+}
+
+// As rcp.approx.ftz.f32: exact at powers of two, and elsewhere off by up to 1 ulp.
+inline float reciprocal_approx(float x) {
+  const float inverse = 1.0f / x;
+  int exponent;
+  if (std::fabs(inverse) < 0x1p-126f) return std::copysign(0.0f, inverse);
+  if (!std::isfinite(inverse) || std::fabs(std::frexp(x, &exponent)) == 0.5f) return inverse;
+  const int ulps = static_cast<int>(float_bits(x) * 2654435761u >> 16) % 3 - 1;
+  return float_from_bits(float_bits(inverse) + static_cast<uint32_t>(ulps));
+}
+
+// The empty assembly hides from the compiler that the value is a product.
+template <typename Scalar>
+Scalar multiply_rounded(Scalar a, Scalar b) {
+  using Bits = std::conditional_t<sizeof(Scalar) == 8, uint64_t, uint32_t>;
+  Scalar product = a * b;
+  Bits bits;
+  std::memcpy(&bits, &product, sizeof(bits));
+  asm("" : "+r"(bits));
+  std::memcpy(&product, &bits, sizeof(bits));
+  return product;
 }
 
 inline float widen_float16(uint16_t bits) { return widen(Float16{bits}); }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "core/parallel.h"
 #include "kernels/buffers.h"
@@ -26,6 +27,16 @@ inline bool agree(double got, double expected) {
   return is_close(got, expected, 1e-15 * std::fabs(expected));
 }
 inline bool agree(int64_t got, int64_t expected) { return got == expected; }
+
+// The same bits, or two NaN: a NaN's sign and payload say nothing.
+template <typename T>
+void require_same_bits(const T* got, const T* expected, int64_t count, const char* what) {
+  for (int64_t i = 0; i < count; ++i) {
+    const bool are_nan = got[i] != got[i] && expected[i] != expected[i];
+    require(are_nan || std::memcmp(got + i, expected + i, sizeof(T)) == 0, what,
+            static_cast<double>(got[i]), static_cast<double>(expected[i]));
+  }
+}
 
 // slack: of plain sums, relative to the largest.
 template <typename T>

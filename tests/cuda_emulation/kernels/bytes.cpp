@@ -23,6 +23,19 @@ uint64_t vectors_in(const Logit* row, int64_t V) {
   return static_cast<uint64_t>(std::max<int64_t>(0, V - (width - past) % width) / width);
 }
 
+// Rows are cut into segments of this size, and 16-byte accesses do not cross a cut.
+constexpr int64_t kSegmentBytes = 65536;
+
+template <typename Logit>
+uint64_t vectors_in_segments(const Logit* row, int64_t V) {
+  constexpr int64_t kColumns = kSegmentBytes / static_cast<int64_t>(sizeof(Logit));
+  uint64_t vectors = 0;
+  for (int64_t v = 0; v < V; v += kColumns) {
+    vectors += vectors_in(row + v, std::min(kColumns, V - v));
+  }
+  return vectors;
+}
+
 template <typename Logit>
 void check_token_logps(Shape shape, Layout in, Layout out, LogitTransform transform, bool shift,
                        uint64_t seed) {
@@ -33,16 +46,28 @@ void check_token_logps(Shape shape, Layout in, Layout out, LogitTransform transf
   const TokenBatch<Logit> batch(shape, in, transform, shift, seed);
   const Rows<Logit> dlogits(shape.B, shape.T, shape.V, out);
 
+  // With so few rows, each of its segments has a block of its own.
+  const uint64_t blocks = std::max<uint64_t>(1, static_cast<uint64_t>(batch.num_segments));
   Counters forward{};
   forward.launches = 1;
+  Counters merge{};
   batch.logits.for_each_row([&](int64_t b, int64_t t, const Logit* x) {
-    if (batch.has_label(t)) forward.bytes_loaded += kLabel;
+    if (batch.has_label(t)) forward.bytes_loaded += blocks * kLabel;
     if (batch.is_scored(b, t)) {
       forward.bytes_loaded += row_bytes + kLogit;  // its label's logit again
-      forward.vector_loads += vectors_in(x, shape.V);
+      forward.vector_loads += vectors_in_segments(x, shape.V);
     }
     forward.bytes_stored += kScalar + kScalar + kDouble;
+    if (batch.has_label(t)) merge.bytes_loaded += kLabel;
+    if (batch.is_masked(b, t)) return;
+    merge.bytes_stored += blocks * 3 * kDouble;
+    merge.bytes_loaded += blocks * 3 * kDouble;
   });
+  if (batch.num_segments > 0) {
+    forward.launches += 1;
+    forward.bytes_loaded += merge.bytes_loaded;
+    forward.bytes_stored += merge.bytes_stored;
+  }
   require_cost("token_logps", forward,
                [&] { return cuda::token_logps(batch.forward_args(), nullptr); });
 
@@ -51,12 +76,12 @@ void check_token_logps(Shape shape, Layout in, Layout out, LogitTransform transf
     backward.launches = 1;
     batch.logits.for_each_row([&](int64_t b, int64_t t, const Logit* x) {
       Logit* dx = to.row(b, t);
-      if (batch.has_label(t)) backward.bytes_loaded += kLabel;
-      // The gradient, max and sum_exp, asked for together.
-      if (batch.is_scored(b, t)) backward.bytes_loaded += kScalar + kScalar + kDouble;
+      if (batch.has_label(t)) backward.bytes_loaded += blocks * kLabel;
+      // The gradient, max and sum_exp, whatever the label is.
+      backward.bytes_loaded += blocks * (kScalar + kScalar + kDouble);
       backward.bytes_stored += row_bytes;
       if (!batch.has_gradient(b, t)) {
-        backward.vector_stores += vectors_in(dx, shape.V);
+        backward.vector_stores += vectors_in_segments(dx, shape.V);
         return;
       }
       // The row, and its label's logit and gradient again.
@@ -64,7 +89,7 @@ void check_token_logps(Shape shape, Layout in, Layout out, LogitTransform transf
       backward.bytes_stored += kLogit;
       const bool is_aligned_alike =
           reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(dx) % 16;
-      const uint64_t vectors = is_aligned_alike ? vectors_in(x, shape.V) : 0;
+      const uint64_t vectors = is_aligned_alike ? vectors_in_segments(x, shape.V) : 0;
       backward.vector_loads += vectors;
       backward.vector_stores += vectors;
     });
@@ -118,7 +143,7 @@ void check_parts_of(Shape shape, int64_t width, uint64_t seed) {
     const int64_t V = cuts[part + 1] - cuts[part];
     batch.logits.for_each_row([&](int64_t b, int64_t t, const Logit* x) {
       if (batch.has_label(t)) cost.bytes_loaded += kLabel;
-      if (batch.is_scored(b, t)) cost.bytes_loaded += kScalar + kScalar + kDouble;
+      cost.bytes_loaded += kScalar + kScalar + kDouble;
       cost.bytes_stored += static_cast<uint64_t>(V) * kLogit;
       cost.vector_stores += vectors_in(x + cuts[part], V);
       if (has_label(b, t, part)) cost.bytes_stored += kScalar;
@@ -142,8 +167,9 @@ void check_token_logps_of(bool reduced) {
   const int64_t width = 16 / static_cast<int64_t>(sizeof(Logit));
   uint64_t seed = 1000;
   // No vector, one or none by alignment, ends on both sides, the small block, the large one.
-  for (const int64_t V : {1, 8, 9, 1025, 20001}) {
-    if (reduced && V > 2000) continue;
+  for (const int64_t V : {1, 8, 9, 1025, 8193, 20001}) {
+    // Of the longer ones, float64 has rows of several segments.
+    if (reduced && V > (sizeof(Logit) == 8 ? 10000 : 2000)) continue;
     const int64_t to_boundary = (width - V % width) % width;
     const struct {
       Layout in, out;

@@ -24,7 +24,7 @@ template <typename Logit, typename Scalar = Compute<Logit>>
 TokenLogpsArgs forward_args(const TokenBatch<Logit>& batch, const Cuts& cuts, size_t part,
                             const Buffer<Scalar>& max, const Buffer<double>& sum_exp,
                             const Buffer<Scalar>& label_z) {
-  TokenLogpsArgs args = batch.forward_args();
+  TokenLogpsArgs args = batch.unshared_forward_args();
   args.V = cuts[part + 1] - cuts[part];
   args.logits = batch.logits.data() + cuts[part];
   args.logps = nullptr;

@@ -4,14 +4,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "core/kernels.h"
 #include "core/row_report.h"
 #include "emulator.h"
+#include "kernels/agreement.h"
 #include "kernels/buffers.h"
 #include "kernels/parts.h"
 #include "kernels/sections.h"
@@ -88,7 +87,7 @@ void check_batch(const TokenBatch<Logit>& batch, bool all_positions) {
   require_equal(cuda::token_logps(batch.forward_args(), nullptr), 0, "error without a report");
   const Buffer<Scalar> logps(N), max(N);
   const Buffer<double> sum_exp(N), mean_logit(N), entropy(N);
-  TokenLogpsArgs args = batch.forward_args();
+  TokenLogpsArgs args = batch.unshared_forward_args();
   args.logps = logps.data();
   args.max = max.data();
   args.sum_exp = sum_exp.data();
@@ -103,12 +102,9 @@ void check_batch(const TokenBatch<Logit>& batch, bool all_positions) {
   require_equal(cuda::token_logps(args, nullptr), 0, "error of the forward");
   const emulation::Counters cost = emulation::read_counters();
   batch.logits.permit_reads();
-  for (const auto& [got, expected] :
-       {std::pair{logps.bytes(), batch.logps.bytes()}, std::pair{max.bytes(), batch.max.bytes()}}) {
-    require(std::memcmp(got, expected, logps.num_bytes()) == 0, "logps and max to the bit");
-  }
-  require(std::memcmp(sum_exp.bytes(), batch.sum_exp.bytes(), sum_exp.num_bytes()) == 0,
-          "sum_exp to the bit");
+  require_same_bits(logps.data(), batch.logps.data(), N, "logps with a report");
+  require_same_bits(max.data(), batch.max.data(), N, "max with a report");
+  require_same_bits(sum_exp.data(), batch.sum_exp.data(), N, "sum_exp with a report");
 
   uint64_t loaded = 0;
   int64_t row = 0;

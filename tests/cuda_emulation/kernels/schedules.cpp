@@ -52,7 +52,7 @@ Bytes token_outputs(Shape shape, Layout in, Layout out, LogitTransform transform
   const TokenBatch<Logit> batch(shape, in, transform, seed % 2 == 0, seed);
   const Rows<Logit> dlogits(shape.B, shape.T, shape.V, out);
   const Buffer<double> mean_logit(shape.B * shape.T), entropy(shape.B * shape.T);
-  TokenLogpsArgs args = batch.forward_args();
+  TokenLogpsArgs args = batch.unshared_forward_args();
   args.mean_logit = mean_logit.data();
   args.entropy = entropy.data();
   args.all_positions = true;

@@ -100,6 +100,7 @@ class TokenBatch {
         logps(shape.B * shape.T),
         max(shape.B * shape.T),
         sum_exp(shape.B * shape.T),
+        num_segments(cuda::shared_segments(DTypeOf<Logit>::value, shape.B * shape.T, shape.V)),
         seed_(seed),
         shift_(shift),
         random_(seed),
@@ -108,7 +109,8 @@ class TokenBatch {
         labels_(extent(label_strides_)),
         // Row by row, or transposed.
         grad_strides_{seed % 3 == 0 ? TokenStrides{1, shape.B} : TokenStrides{shape.T + 1, 1}},
-        grad_(extent(grad_strides_)) {
+        grad_(extent(grad_strides_)),
+        segments_(3 * num_segments * shape.B * shape.T) {
     // What lies between is no label, and no gradient.
     for (int64_t i = 0; i < labels_.size(); ++i) labels_[i] = shape.V + 7;
     for (int64_t i = 0; i < grad_.size(); ++i) grad_[i] = static_cast<Scalar>(kNan);
@@ -125,10 +127,17 @@ class TokenBatch {
     return {labels_.data(), label_strides_, shape.B, shape.T, kIgnore, shift_};
   }
 
-  TokenLogpsArgs forward_args() const {
+  // One block for each row.
+  TokenLogpsArgs unshared_forward_args() const {
     return {DTypeOf<Logit>::value, shape.V,    logits.data(),
             logits.strides(),      targets(),  transform,
             logps.data(),          max.data(), sum_exp.data()};
+  }
+
+  TokenLogpsArgs forward_args() const {
+    TokenLogpsArgs args = unshared_forward_args();
+    if (num_segments > 0) args.segments = segments_.data();
+    return args;
   }
 
   TokenLogpsBackwardArgs backward_args(const Rows<Logit>& dlogits) const {
@@ -154,6 +163,7 @@ class TokenBatch {
   const Rows<Logit> logits;
   const Buffer<Scalar> logps, max;
   const Buffer<double> sum_exp;
+  const int64_t num_segments;  // of a row that blocks share, or 0
 
  private:
   int64_t extent(TokenStrides strides) const {
@@ -266,6 +276,7 @@ class TokenBatch {
   Buffer<int64_t> labels_;
   TokenStrides grad_strides_;
   Buffer<Scalar> grad_;
+  Buffer<double> segments_;
 };
 
 }  // namespace simpo_ext::kernel_tests

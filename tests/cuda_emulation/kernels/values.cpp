@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/kernels.h"
+#include "kernels/agreement.h"
 #include "kernels/buffers.h"
 #include "kernels/reference.h"
 #include "kernels/sections.h"
@@ -56,6 +57,24 @@ void check_forward(const TokenBatch<Logit>& batch) {
   });
 }
 
+// A row's bits do not depend on how many blocks work on it.
+template <typename Logit>
+void check_sharing(const TokenBatch<Logit>& batch) {
+  using Scalar = Compute<Logit>;
+  const int64_t N = batch.shape.B * batch.shape.T;
+  const Buffer<Scalar> logps(N), max(N);
+  const Buffer<double> sum_exp(N);
+  TokenLogpsArgs args = batch.unshared_forward_args();
+  args.logps = logps.data();
+  args.max = max.data();
+  args.sum_exp = sum_exp.data();
+  require_equal(cuda::token_logps(args, nullptr), 0, "error with a block for each row");
+  require_same_bits(logps.data(), batch.logps.data(), N, "logps of one block, and of several");
+  require_same_bits(max.data(), batch.max.data(), N, "max of one block, and of several");
+  require_same_bits(sum_exp.data(), batch.sum_exp.data(), N,
+                    "sum_exp of one block, and of several");
+}
+
 template <typename Logit>
 void check_gradient(const TokenBatch<Logit>& batch, const Rows<Logit>& dlogits) {
   using Scalar = Compute<Logit>;
@@ -94,6 +113,7 @@ void check_case(Shape shape, Layout in, Layout out, LogitTransform transform, bo
       out.pad_t, out.pad_b, transform.logit_scale, transform.softcap, shift, seed);
   const TokenBatch<Logit> batch(shape, in, transform, shift, seed);
   check_forward(batch);
+  if (batch.num_segments > 0) check_sharing(batch);
 
   const Rows<Logit> dlogits(shape.B, shape.T, shape.V, out);
   const std::vector<unsigned char> before = copy_of(batch.logits);
@@ -131,10 +151,12 @@ constexpr LogitTransform kTransforms[] = {{1.0, 0.0}, {0.7, 0.0},  {1.0, 20.0},
 constexpr int64_t kSmall[] = {1, 2, 7, 8, 9, 63, 64};
 //   1023, 1025  one vector a thread in 128 threads, and one element off either way
 //   2049   above 16384 bytes in float64, where a larger block takes over; an odd row
-//   5003   the same for float32; a prime; several rounds of the smaller block for 2 bytes
-//   8192   exactly 16384 bytes for 2-byte logits; all rows aligned
-//   20001  several rounds of every block, and an incomplete one
-constexpr int64_t kLarge[] = {1023, 1025, 2049, 5003, 8192, 20001};
+//   5003   a prime; several rounds of the smaller block for 2 bytes
+//   8192   exactly 32768 bytes for float32, where a larger block takes over; all rows aligned
+//   20001  several rounds of every block, and an incomplete one; two segments for 4 bytes, shared
+//   33000  two segments for 2-byte logits, the second one short; five for float64, shared by three
+//          blocks
+constexpr int64_t kLarge[] = {1023, 1025, 2049, 5003, 8192, 20001, 33000};
 
 template <typename Logit>
 void check_sizes(bool reduced) {
@@ -170,6 +192,16 @@ void check_sizes(bool reduced) {
     if (reduced && V != 1025 && V != 8192) continue;
     check_layouts({2, 11, V}, 0);
     if (!reduced) check_layouts({2, 11, V}, 3 % width);
+  }
+
+  // Three segments, shared by two blocks; and rows of two, too many to be shared.
+  if (!reduced || sizeof(Logit) == 8) {
+    check_case<Logit>({2, 15, 2 * 65536 / static_cast<int64_t>(sizeof(Logit)) + 1}, {1, 0, 0},
+                      {1, 0, 0}, kTransforms[0], true, seed++);
+  }
+  if (!reduced) {
+    check_case<Logit>({3, 23, 65536 / static_cast<int64_t>(sizeof(Logit)) + 5}, {1, 0, 0},
+                      {1, 0, 0}, kTransforms[0], false, seed++);
   }
 
   // Nothing to do, or no vocabulary to find a label in.

@@ -1,0 +1,311 @@
+// The forward of token_logps. token_logps.cuh has its memory contract.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/dispatch.h"
+#include "core/dtypes.h"
+#include "core/kernels.h"
+#include "core/logsumexp.h"
+#include "core/row_report.h"
+#include "cuda/elements.h"
+#include "cuda/platform.h"
+#include "cuda/rounded.h"
+#include "cuda/row_report.cuh"
+#include "cuda/rows.h"
+#include "cuda/token_logps.cuh"
+#include "cuda/warp.h"
+
+namespace simpo_ext::cuda {
+
+// How many threads must fit on a multiprocessor. The limit of registers that this sets, 40 or 64,
+// is what each kernel needs without spills; exp of a double needs up to 128.
+template <class Logits>
+constexpr int kForwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512
+                                     : Logits::kIsCapped                      ? 1024
+                                                                              : 1536;
+template <class Logits>
+constexpr int kReportThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512 : 1024;
+
+// LogSumExp::raise_max with the kernels' exp.
+template <typename Scalar>
+SIMPO_DEVICE void raise_max(LogSumExp<Scalar>& sum, Scalar new_max) {
+  if (new_max > sum.max) {
+    sum.sum *= static_cast<double>(fast_exp(sum.max - new_max));
+    sum.max = new_max;
+  }
+}
+
+// Rescales the lanes' sums to their common maximum, and adds them up.
+template <typename Scalar>
+SIMPO_DEVICE LogSumExp<Scalar> reduce_warp_of_sums(const LogSumExp<Scalar>& mine) {
+  LogSumExp<Scalar> result;
+  result.max = reduce_warp(mine.max, [](Scalar a, Scalar b) { return larger(a, b); });
+  const Scalar scale = fast_exp(mine.max - result.reference());
+  result.sum =
+      reduce_warp(mine.sum * static_cast<double>(scale), [](double a, double b) { return a + b; });
+  return result;
+}
+
+// The threads' sums together, in thread 0.
+template <typename Scalar, int kThreads>
+SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine) {
+  constexpr int kWarps = kThreads / kWarpSize;
+  static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize);
+  SIMPO_SHARED(Scalar, warp_maxima, kWarps);
+  SIMPO_SHARED(double, warp_sums, kWarps);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+
+  const LogSumExp<Scalar> of_my_warp = reduce_warp_of_sums(mine);
+  if (lane == 0) {
+    warp_maxima[warp] = of_my_warp.max;
+    warp_sums[warp] = of_my_warp.sum;
+  }
+  __syncthreads();
+
+  LogSumExp<Scalar> of_block;
+  if (warp == 0) {
+    if (lane < kWarps) of_block = {warp_maxima[lane], warp_sums[lane]};
+    of_block = reduce_warp_of_sums(of_block);
+  }
+  return of_block;
+}
+
+// Adds kUnroll vectors: first, first + kThreads, ...; with kGuarded, those of them that exist. All
+// loads stand before the first use, so that they are in flight together. Their terms are added up
+// in Scalar, and batches in double: next to the one term of a sure label, all others are small and
+// would each lose the same digits.
+template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded, bool kReports>
+SIMPO_DEVICE void add_vectors(const Vector16* vectors, int first, int num_vectors,
+                              const Logits& logits, LogSumExp<Compute<T>>& sum, RowReport& report) {
+  using Scalar = Compute<T>;
+  constexpr int kWidth = Elements<T>::kWidth;
+  Vector16 v[kUnroll];
+  SIMPO_UNROLL
+  for (int u = 0; u < kUnroll; ++u) {
+    const int i = first + u * kThreads;
+    v[u] = !kGuarded || i < num_vectors ? load_streaming(vectors + i) : minus_infinities<T>();
+  }
+  Vector16 maxima = v[0];
+  SIMPO_UNROLL
+  for (int u = 1; u < kUnroll; ++u) maxima = Elements<T>::larger(maxima, v[u]);
+  const Scalar largest = transformed(logits, Elements<T>::largest(maxima));
+  if constexpr (kReports) {
+    if (largest > sum.max) move_report(report, sum, largest);
+  }
+  raise_max(sum, largest);
+
+  const Scalar reference = sum.reference();
+  Scalar terms[2] = {0, 0};  // two chains of additions, which overlap
+  [[maybe_unused]] ReportTerms<Scalar> of_report;
+  SIMPO_UNROLL
+  for (int u = 0; u < kUnroll; ++u) {
+    if (kGuarded && first + u * kThreads >= num_vectors) break;
+    SIMPO_UNROLL
+    for (int k = 0; k < kWidth; ++k) {
+      const Scalar distance = transformed(logits, Elements<T>::get(v[u], k)) - reference;
+      const Scalar term = fast_exp(distance);
+      terms[k % 2] += term;
+      if constexpr (kReports) of_report.add(k, distance, term);
+    }
+  }
+  sum.add_terms(static_cast<double>(terms[0] + terms[1]));
+  if constexpr (kReports) of_report.add_to(report, reference);
+}
+
+// Adds the columns x[0, n), of which a thread takes its share.
+template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
+SIMPO_DEVICE void add_columns(const T* x, int n, const Logits& logits, LogSumExp<Compute<T>>& sum,
+                              RowReport& report) {
+  using Scalar = Compute<T>;
+  const RowCut<T, int> cut(x, n);
+  const Vector16* vectors = cut.vectors(x);
+  const int tid = static_cast<int>(threadIdx.x), num_vectors = cut.num_vectors();
+  int i = tid;
+  for (; i + (kUnroll - 1) * kThreads < num_vectors; i += kUnroll * kThreads) {
+    add_vectors<T, Logits, kThreads, kUnroll, false, kReports>(vectors, i, num_vectors, logits, sum,
+                                                               report);
+  }
+  if (i < num_vectors) {
+    add_vectors<T, Logits, kThreads, kUnroll - 1, true, kReports>(vectors, i, num_vectors, logits,
+                                                                  sum, report);
+  }
+  static_assert(2 * (Elements<T>::kWidth - 1) <= kThreads);
+  if (tid < cut.num_edges()) {
+    const Scalar z = transformed(logits, Elements<T>::widen(load(x + cut.element_of_edge(tid))));
+    if constexpr (kReports) {
+      if (z > sum.max) move_report(report, sum, z);
+    }
+    raise_max(sum, z);
+    const Scalar distance = z - sum.reference(), term = fast_exp(distance);
+    sum.add_terms(static_cast<double>(term));
+    if constexpr (kReports) {
+      ReportTerms<Scalar> of_report;
+      of_report.add(0, distance, term);
+      of_report.add_to(report, sum.reference());
+    }
+  }
+}
+
+// What merge_shards reads of a segment: it is a shard to it.
+template <typename Scalar>
+SIMPO_DEVICE void write_segment(const TokenLogpsArgs& args, int segment, int64_t row,
+                                const LogSumExp<Scalar>& sum, Scalar label_z) {
+  const int64_t N = args.targets.B * args.targets.T;
+  double* result = args.segments + 3 * segment * N + row;
+  store(result, static_cast<double>(sum.max));
+  store(result + N, sum.sum);
+  store(result + 2 * N, static_cast<double>(label_z));
+}
+
+template <typename T>
+SIMPO_DEVICE void write_segments_of_block(const TokenLogpsArgs& args,
+                                          const RowSegments<T>& segments, int64_t row,
+                                          Compute<T> value) {
+  for (int i = segments.begin_of_block(); i < segments.end_of_block(); ++i) {
+    write_segment(args, i, row, LogSumExp<Compute<T>>{value, static_cast<double>(value)}, value);
+  }
+}
+
+// A row is summed segment by segment, and the segments are merged in order, by one thread. So its
+// bits are the same whether one block works on all segments or several share them.
+template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
+__global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logits>
+                                                      : kForwardThreadsPerSM<Logits>) /
+                                                kThreads)
+    token_logps_kernel(TokenLogpsArgs args, Logits logits) {
+  using Scalar = Compute<T>;
+  const Targets& targets = args.targets;
+  const int64_t row = row_of_block();
+  if (row >= targets.B * targets.T) return;
+  const Token token = token_of_row(row, targets.T);
+  const bool is_part = args.label_z != nullptr;
+  const bool is_shared = !kReports && args.segments != nullptr;
+  const int64_t tid = threadIdx.x;
+  const RowSegments<T> segments(args.V);
+
+  const int64_t label = uniform_label_at(targets, token);
+  if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {
+    const bool is_masked = label == targets.ignore_index;
+    const Scalar nothing = is_masked ? Scalar(0) : std::numeric_limits<Scalar>::quiet_NaN();
+    if (is_shared) {  // the kernel that merges segments knows masked rows
+      if (!is_masked && tid == 0) write_segments_of_block<T>(args, segments, row, nothing);
+      return;
+    }
+    if (tid == 0) {
+      store(static_cast<Scalar*>(is_part ? args.label_z : args.logps) + row, nothing);
+      store(static_cast<Scalar*>(args.max) + row, nothing);
+      store(args.sum_exp + row, static_cast<double>(nothing));
+    }
+    if constexpr (kReports) {
+      report_unscored_row<T, Logits, kThreads, kUnroll>(args, logits, row, token, is_masked);
+    }
+    return;
+  }
+
+  const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, token.t);
+  const int64_t column = label - args.first_label;
+  const bool has_label =
+      is_in_vocabulary(column - segments.first_column_of_block(), segments.columns_of_block());
+  // Loaded first, so that they have come when the row is done.
+  T label_x{};
+  // Thread 0's. In shared memory, as registers are scarce while columns are added.
+  SIMPO_SHARED(Scalar, row_max, 1);
+  SIMPO_SHARED(double, row_sum, 1);
+  [[maybe_unused]] RowReport report;
+  if (tid == 0) {
+    if (has_label) label_x = load(x + column);
+    LogSumExp<Scalar> before;
+    if (args.continues) {
+      before = {load(static_cast<const Scalar*>(args.max) + row), load(args.sum_exp + row)};
+      if constexpr (kReports) {
+        report = {load(args.mean_logit + row), load(args.entropy + row)};
+      }
+    }
+    row_max[0] = before.max;
+    row_sum[0] = before.sum;
+  }
+
+  const int end = segments.end_of_block();
+  for (int segment = segments.begin_of_block(); segment < end; ++segment) {
+    LogSumExp<Scalar> sum;
+    [[maybe_unused]] RowReport report_of_mine;
+    add_columns<T, Logits, kThreads, kUnroll, kReports>(
+        x + segments.first_column(segment), segments.columns(segment), logits, sum, report_of_mine);
+    const LogSumExp<Scalar> of_segment = reduce_block<Scalar, kThreads>(sum);
+    if constexpr (kReports) {
+      const RowReport report_of_segment =
+          reduce_block_of_reports<Scalar, kThreads>(sum, report_of_mine);
+      if (tid == 0) {
+        report.merge(LogSumExp<Scalar>{row_max[0], row_sum[0]}, report_of_segment, of_segment);
+      }
+    }
+    if (tid == 0 && is_shared) {
+      const bool has_its_label = segments.has(segment, column);
+      write_segment(args, segment, row, of_segment,
+                    has_its_label ? transformed(logits, Elements<T>::widen(label_x))
+                                  : std::numeric_limits<Scalar>::quiet_NaN());
+    } else if (tid == 0) {
+      LogSumExp<Scalar> so_far{row_max[0], row_sum[0]};
+      so_far.merge(of_segment);
+      row_max[0] = so_far.max;
+      row_sum[0] = so_far.sum;
+    }
+    if (segment + 1 < end) __syncthreads();  // the next segment writes shared memory again
+  }
+  if (tid != 0 || is_shared) return;
+
+  const LogSumExp<Scalar> of_row{row_max[0], row_sum[0]};
+  const Scalar label_z = has_label ? transformed(logits, Elements<T>::widen(label_x))
+                                   : std::numeric_limits<Scalar>::quiet_NaN();
+  if (!is_part) {
+    store(static_cast<Scalar*>(args.logps) + row,
+          static_cast<Scalar>(of_row.log_probability(label_z)));
+  } else if (has_label || !args.continues) {
+    store(static_cast<Scalar*>(args.label_z) + row, label_z);
+  }
+  store(static_cast<Scalar*>(args.max) + row, of_row.max);
+  store(args.sum_exp + row, of_row.sum);
+  if constexpr (kReports) {
+    store(args.mean_logit + row,
+          is_part ? report.sum_z : report.sum_z / static_cast<double>(args.V));
+    store(args.entropy + row, is_part ? report.sum_exp_z : report.entropy(of_row.sum));
+  }
+}
+
+// ---- launches: 0 or an error code -----------------------------------------------------------
+
+template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
+int launch_token_logps(const TokenLogpsArgs& args, Stream stream) {
+  const int64_t N = args.targets.B * args.targets.T;
+  const bool is_shared = !kReports && args.segments != nullptr;
+  const unsigned blocks = is_shared ? blocks_per_row(N, num_segments<T>(args.V)) : 1;
+  return launch(token_logps_kernel<T, Logits, kThreads, kUnroll, kReports>, grid_of_rows(N, blocks),
+                dim3(kThreads), stream, args, Logits(args.transform));
+}
+
+// token_logps of a batch that is not empty, with a report; in a file of its own, as these kernels
+// are many.
+int token_logps_report(const TokenLogpsArgs& args, Stream stream);
+
+// Launches the kernel for a batch that is not empty.
+template <bool kReports>
+int dispatch_token_logps(const TokenLogpsArgs& args, Stream stream) {
+  int error = 0;
+  dispatch_logits(args.dtype, args.transform, [&](auto element, auto logits) {
+    using T = typename decltype(element)::type;
+    using Logits = typename decltype(logits)::type;
+    constexpr int kUnroll = kVectorsInFlight<T, Logits>;
+    if (is_large_row<T, Logits>(args.V)) {
+      error = launch_token_logps<T, Logits, kLargeBlock, kUnroll, kReports>(args, stream);
+    } else {
+      error = launch_token_logps<T, Logits, kSmallBlock, kUnroll, kReports>(args, stream);
+    }
+  });
+  return error;
+}
+
+}  // namespace simpo_ext::cuda
