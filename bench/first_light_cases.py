@@ -30,6 +30,7 @@ from simpo_ext.distributed import (
 
 SHAPE = BATCH, TIME = 4, 3
 LONG = 4, 1100  # more tokens than a block works on in one turn
+MANY = 4, 208  # so many rows that no two blocks share one
 PAIRS = torch.tensor([[0, 2], [1, 3]])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
 LESS_THAN_A_VECTOR = Layout(7, 3, 0)
 ODD = Layout(130, 1, 1)  # a head and a tail in every row, each alignment in turn
 LARGE = Layout(20003, 1, 2)  # rows that take the kernels for large rows
+SEVERAL_SEGMENTS = Layout(40007, 3, 1)  # rows of 64 KiB and more, which several blocks share
 LAYOUTS = (
     Layout(1, 1, 0),
     LESS_THAN_A_VECTOR,
@@ -52,6 +54,7 @@ LAYOUTS = (
     Layout(1000, 0, 0),  # whole vectors, all aligned
     Layout(4099, 5, 0),  # small rows of more than one pass
     LARGE,
+    SEVERAL_SEGMENTS,
 )
 TRANSFORMS: dict[str, dict[str, float]] = {
     "plain": {},
@@ -83,11 +86,21 @@ def _names(case: str, **options: Any) -> str:
 # ---- from logits -----------------------------------------------------------------------------
 
 
-def _token_logps(layout: Layout, transform: dict[str, float], inplace: bool) -> Any:
+def _token_logps(
+    layout: Layout,
+    transform: dict[str, float],
+    inplace: bool,
+    shape: tuple[int, int] = SHAPE,
+    num_scored: int | None = None,
+) -> Any:
+    """Token log-probs; of the first ``num_scored`` positions alone, if it is given."""
+
     def make(dtype: torch.dtype, device: torch.device) -> Problem:
-        labels = _labels(layout.vocabulary, BATCH, TIME)
+        labels = _labels(layout.vocabulary, *shape)
+        if num_scored is not None:
+            labels.view(-1)[num_scored:] = IGNORE_INDEX
         return Problem(
-            {"logits": _random(BATCH, TIME, layout.vocabulary, dtype=dtype)},
+            {"logits": _random(*shape, layout.vocabulary, dtype=dtype)},
             lambda logits: {
                 "logps": simpo_ext.token_logps(
                     logits, labels.to(device), shift=False, inplace_backward=inplace, **transform
@@ -404,9 +417,10 @@ def _makers() -> Iterator[tuple[str, Any, bool]]:
     both = (False, True)
     for layout, (name, transform), inplace in itertools.product(LAYOUTS, TRANSFORMS.items(), both):
         title = _names("token_logps", V=layout.vocabulary, logits=name, inplace=inplace)
-        is_odd = layout in (LESS_THAN_A_VECTOR, ODD, LARGE)
+        is_odd = layout in (LESS_THAN_A_VECTOR, ODD, SEVERAL_SEGMENTS)
         yield title, _token_logps(layout, transform, inplace), is_odd
-    for layout, (name, transform) in itertools.product((ODD, LARGE), TRANSFORMS.items()):
+    reported_layouts = (ODD, SEVERAL_SEGMENTS)
+    for layout, (name, transform) in itertools.product(reported_layouts, TRANSFORMS.items()):
         for names in (("logits", "entropy"), ("logits", "logits_all", "entropy")):
             title = _names("report", V=layout.vocabulary, logits=name, of="+".join(names))
             yield title, _reports(layout, transform, names), len(names) == 3
@@ -442,8 +456,11 @@ def _makers() -> Iterator[tuple[str, Any, bool]]:
 
 def all_cases() -> list[Case]:
     """Every problem in every dtype."""
-    return [
+    cases = [
         Case(name, dtype, make, for_sanitizer)
         for name, make, for_sanitizer in _makers()
         for dtype in DTYPES
     ]
+    # The largest one: in one dtype, and not under a sanitizer.
+    many = _token_logps(SEVERAL_SEGMENTS, {}, False, MANY, num_scored=12)
+    return [*cases, Case("token_logps of many rows", torch.bfloat16, many, for_sanitizer=False)]

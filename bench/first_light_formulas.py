@@ -20,9 +20,8 @@ IGNORE_INDEX = -100
 class Scored:
     """The tokens of a batch under its logits."""
 
+    z: Tensor  # [N, V]: the logits after scale and softcap, detached
     logps: Tensor  # [N], 0 where masked
-    mean_logits: Tensor  # [N], of the logits after scale and softcap
-    entropies: Tensor  # [N]
     is_valid: Tensor  # [N]
     sequences: Sequence[slice]
 
@@ -67,16 +66,10 @@ def score(
     z = logits.reshape(flat.numel(), -1) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    log_softmax = z.log_softmax(1)
     is_valid = targets != IGNORE_INDEX
-    of_label = log_softmax.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return Scored(
-        logps=torch.where(is_valid, of_label, 0.0),
-        mean_logits=z.mean(1),
-        entropies=-(log_softmax.exp() * log_softmax).sum(1),
-        is_valid=is_valid,
-        sequences=sequences,
-    )
+    of_label = z[is_valid].log_softmax(1).gather(1, targets[is_valid].unsqueeze(1)).squeeze(1)
+    logps = torch.zeros_like(z[:, 0]).index_put((is_valid,), of_label)
+    return Scored(z.detach(), logps, is_valid, sequences)
 
 
 def rounded_logits(
@@ -129,10 +122,11 @@ def simpo(
 
 def reported(scored: Scored, pairs: Tensor, names: Sequence[str]) -> Tensor:
     """The metrics that a report adds: of each name the chosen's and the rejected's."""
-    everything = torch.ones_like(scored.is_valid)
+    mean_logits, log_softmax = scored.z.mean(1), scored.z.log_softmax(1)
+    entropies = -(log_softmax.exp() * log_softmax).sum(1)
     means = {
-        "logits": (scored.mean_logits, scored.is_valid),
-        "logits_all": (scored.mean_logits, everything),
-        "entropy": (scored.entropies, scored.is_valid),
+        "logits": (mean_logits, scored.is_valid),
+        "logits_all": (mean_logits, torch.ones_like(scored.is_valid)),
+        "entropy": (entropies, scored.is_valid),
     }
-    return torch.cat([scored.side_means(means[n][0], pairs, means[n][1]) for n in names]).detach()
+    return torch.cat([scored.side_means(means[n][0], pairs, means[n][1]) for n in names])

@@ -169,33 +169,42 @@ def _test_files(mark: str) -> list[Path]:
     return [path for path in sorted(TESTS.glob("test_*.py")) if marked.search(path.read_text())]
 
 
-def _pytest(run: Run, kind: str, mark: str, *arguments: str | Path) -> None:
-    files = _test_files(mark)
-    parallel = "import importlib.util as u; print(u.find_spec('xdist') is not None)"
-    has_xdist = "True" in run.program(run.python, "-c", parallel)
-    workers = min(8, os.cpu_count() or 1)
+def _pytest(run: Run, kind: str, mark: str, *arguments: str | Path, workers: int = 0) -> None:
+    xdist = ("-p", "xdist", "-n", str(workers)) if workers and _has_xdist(run) else ()
     run.module(
         "pytest",
         *("-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"),
         *("-p", "bench.gpu.pytest_record", "--record", run.cases, "--record-kind", kind),
-        *(("-p", "xdist", "-n", str(workers)) if has_xdist else ()),
-        *("--continue-on-collection-errors", "-m", mark, *arguments, *files),
-        # Other packages' plugins warn, and warnings are errors here.
-        environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "FAIL_WITHOUT_CUDA": "1"},
+        *("--continue-on-collection-errors", "-m", mark, *xdist, *arguments, *_test_files(mark)),
+        environment={
+            "FAIL_WITHOUT_CUDA": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # plugins warn, and warnings are errors here
+            "OMP_NUM_THREADS": "1",
+        },
     )
 
 
+def _has_xdist(run: Run) -> bool:
+    test = "import importlib.util as u; print(u.find_spec('xdist') is not None)"
+    return "True" in run.program(run.python, "-c", test)
+
+
 def gpu_tests(run: Run) -> None:
-    """A few hundred tests of small tensors, and of CUDA graphs and streams."""
+    """Some 70 tests of small tensors, of CUDA graphs and streams, in one process."""
     _pytest(run, "gpu tests", "gpu", *(["--collect-only"] if run.is_dry else []))
 
 
 def kernel_tests(run: Run) -> None:
-    """The tests of the ops, whose tensors go to the GPU and back."""
+    """Some 5000 tests of the ops, whose tensors go to the GPU and back.
+
+    They take about 30 ms each, most of it on the CPU. With 12 workers, and 20 s until these have
+    imported everything, the budget leaves a margin of two.
+    """
     if run.is_dry:
         _pytest(run, "kernel tests", "kernels", "-k", "test_pairs")
     else:
-        _pytest(run, "kernel tests", "kernels", "--kernels=cuda")
+        workers = min(12, os.cpu_count() or 1)
+        _pytest(run, "kernel tests", "kernels", "--kernels=cuda", workers=workers)
 
 
 def _sanitize(run: Run, tool: str) -> None:
