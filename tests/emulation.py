@@ -19,6 +19,7 @@ CSRC = TESTS.parent / "csrc"
 class Build(NamedTuple):
     sanitizer: str = ""  # what -fsanitize= gets
     optimization: str = ""  # that of cuda_emulation/CMakeLists.txt
+    contract: str = "OFF"  # whether products and sums are fused
 
 
 # Without optimization a change is compiled in a quarter of the time.
@@ -26,6 +27,7 @@ BUILDS = {
     "plain": Build(),
     "asan": Build("address,undefined"),
     "tsan": Build("thread"),
+    "contracted": Build(contract="ON"),
     "plain -O0": Build("", "-O0"),
     "asan -O0": Build("address,undefined", "-O0"),
 }
@@ -41,7 +43,7 @@ class EmulatedKernels:
     """One build of cuda_emulation/kernels, whose sources can be changed for a while."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        sanitizer, optimization = BUILDS[name]
+        sanitizer, optimization, contract = BUILDS[name]
         if sanitizer:
             skip_unless_sanitizer_works(sanitizer, folder)
         self._sources = folder / "csrc"
@@ -52,6 +54,7 @@ class EmulatedKernels:
             "CSRC": self._sources,
             "SANITIZER": sanitizer,
             "OPTIMIZATION": optimization,
+            "CONTRACT": contract,
             "WERROR": "OFF",
         }
         flags = (f"-D{name}={value}" for name, value in definitions.items())

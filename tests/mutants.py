@@ -293,8 +293,8 @@ LOGPS_MUTANTS = (
     Mutant(
         "a label's z in every segment of its block",
         FORWARD,
-        "      const bool has_its_label = segments.has(segment, column);",
-        "      const bool has_its_label = has_label;",
+        "      const bool is_first = segment == segments.begin_of_block();",
+        "      const bool is_first = true;",
         "values",
     ),
     Mutant(
@@ -337,8 +337,8 @@ LOGPS_MUTANTS = (
     Mutant(
         "a label of another part followed, forward",
         FORWARD,
-        "    if (has_label) label_x = load(x + column);",
-        "    label_x = load(x + column);",
+        "    if (is_in_vocabulary(column, segments.columns_of_block())) {",
+        "    {",
         "bytes",
     ),
     Mutant(
@@ -351,15 +351,15 @@ LOGPS_MUTANTS = (
     Mutant(
         "the label's z lost in the parts behind",
         FORWARD,
-        "  } else if (has_label || !args.continues) {",
+        "  } else if (label_z == label_z || !args.continues) {",
         "  } else {",
         "parts",
     ),
     Mutant(
         "the label's z not set before its part",
         FORWARD,
-        "  } else if (has_label || !args.continues) {",
-        "  } else if (has_label) {",
+        "  } else if (label_z == label_z || !args.continues) {",
+        "  } else if (label_z == label_z) {",
         "parts",
     ),
     Mutant(

@@ -35,6 +35,14 @@ def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Bu
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
+# Of the sections whose results are rounded.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("section", ["values", "parts", "report", "token_rows", "vocab_shards"])
+def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Builds) -> None:
+    done = emulated("contracted").run(section)
+    assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
+
+
 # Bytes are counted alike in every build, and the sparse mappings of offsets are not for a shadow.
 # Which bytes are touched depends on every size and alignment; races on few of them.
 @pytest.mark.parametrize(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 import simpo_ext
-from machine_code import Kernel, cuobjdump, kernels, loads_in_flight, loops
 from simpo_ext import _C
+
+if TYPE_CHECKING:
+    from bench.machine_code import Kernel
 
 LIBRARY = Path(_C.__file__).parent / "lib" / "libsimpo_ext.so"
 
@@ -19,9 +25,19 @@ needs_cuda_build = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def compiled() -> list[Kernel]:
-    return kernels(LIBRARY)
+@cache
+def kernels_of_library(machine_code: ModuleType) -> list[Kernel]:
+    return machine_code.kernels(LIBRARY)
+
+
+@pytest.fixture
+def machine_code(load) -> ModuleType:
+    return load("machine_code")
+
+
+@pytest.fixture
+def compiled(machine_code: ModuleType) -> list[Kernel]:
+    return kernels_of_library(machine_code)
 
 
 def streaming(compiled: list[Kernel]) -> list[Kernel]:
@@ -78,7 +94,7 @@ def label(kernel: Kernel) -> str:
 
 @needs_cuda_build
 def test_the_library_carries_every_architecture_and_ptx_for_later_ones(
-    compiled: list[Kernel],
+    machine_code: ModuleType, compiled: list[Kernel]
 ) -> None:
     names = {
         arch: {k.name for k in compiled if k.architecture == arch}
@@ -89,7 +105,7 @@ def test_the_library_carries_every_architecture_and_ptx_for_later_ones(
     # The same kernels for each.
     assert len({frozenset(kernels) for kernels in names.values()}) == 1
     ptx = {f"sm_{arch}.ptx" for arch in built_for if not arch.endswith("-real")}
-    listed = cuobjdump("--list-ptx", LIBRARY)
+    listed = machine_code.cuobjdump("--list-ptx", LIBRARY)
     assert ptx
     assert all(name in listed for name in ptx)
 
@@ -110,25 +126,29 @@ def test_streaming_kernels_leave_room_for_many_threads(compiled: list[Kernel]) -
 
 
 @needs_cuda_build
-def test_main_loops_have_four_wide_loads_in_flight(compiled: list[Kernel]) -> None:
+def test_main_loops_have_four_wide_loads_in_flight(
+    machine_code: ModuleType, compiled: list[Kernel]
+) -> None:
     # tanh and exp of a double take longer than memory does, and two loads suffice.
     for kernel in streaming(compiled):
-        bodies = loops(kernel.instructions)
+        bodies = machine_code.loops(kernel.instructions)
         if not is_float64(kernel):  # not those without an exp, as the sum of a masked row has
             bodies = [body for body in bodies if any(i.opcode == "MUFU.EX2" for i in body)]
-        in_flight = max(map(loads_in_flight, bodies))
+        in_flight = max(map(machine_code.loads_in_flight, bodies))
         least = 2 if is_float64(kernel) or is_capped(kernel) else 4
         assert in_flight >= least, label(kernel)
 
 
 @needs_cuda_build
-def test_rows_of_hidden_states_have_four_wide_loads_in_flight(compiled: list[Kernel]) -> None:
+def test_rows_of_hidden_states_have_four_wide_loads_in_flight(
+    machine_code: ModuleType, compiled: list[Kernel]
+) -> None:
     names = ("gather_rows_kernel", "add_partial_kernel", "hidden_gradient_kernel")
     for kernel in around_hidden_states(compiled, *names):
         assert kernel.registers <= 64, label(kernel)
         # add_partial is one batch for each block, without a loop.
-        bodies = (kernel.instructions, *loops(kernel.instructions))
-        assert max(map(loads_in_flight, bodies)) >= 4, label(kernel)
+        bodies = (kernel.instructions, *machine_code.loops(kernel.instructions))
+        assert max(map(machine_code.loads_in_flight, bodies)) >= 4, label(kernel)
 
 
 @needs_cuda_build
@@ -159,8 +179,78 @@ def test_no_kernel_uses_an_atomic(compiled: list[Kernel]) -> None:
         assert not opcodes & {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}, label(kernel)
 
 
+# The sum that a new maximum rescales, and the batch's terms. A report has two more sums.
+FLOAT64_PER_BATCH = {"forward": 2, "report": 8, "backward": 0}
+
+
+@needs_cuda_build
+def test_main_loops_use_float64_once_a_batch_and_not_for_each_logit(
+    load, compiled: list[Kernel]
+) -> None:
+    loop_counts = load("loop_counts")
+    for subject, counts in loop_counts.count_all(compiled).items():
+        if subject.dtype != "float64":
+            # A batch is at most four vectors; ptxas may have unrolled the loop once more.
+            batches = max(1, counts.logits * loop_counts.ITEM_BYTES[subject.dtype] // 64)
+            assert counts.fp64 <= FLOAT64_PER_BATCH[subject.pass_name] * batches, subject
+
+
+@needs_cuda_build
+def test_no_kernel_costs_more_per_logit_than_recorded(
+    load, machine_code: ModuleType, compiled: list[Kernel]
+) -> None:
+    loop_counts = load("loop_counts")
+    found, record = loop_counts.count_all(compiled), loop_counts.read_record()
+    assert set(found) == set(loop_counts.all_subjects({k.architecture for k in compiled}))
+    is_recorded_compiler = machine_code.compilers(LIBRARY) == {record.compiler}
+    # An architecture that only this build has is not in the record.
+    said = [
+        f"{subject.architecture} {subject.name}: {fault}"
+        for subject in sorted(found.keys() & record.counts.keys())
+        for fault in loop_counts.faults(
+            found[subject], record.counts[subject], is_recorded_compiler
+        )
+    ]
+    assert not said, "\n".join(said)
+
+
+def test_the_record_is_whole_and_readme_has_its_table(load, tmp_path: Path) -> None:
+    loop_counts, predicted = load("loop_counts"), load("predicted")
+    record = loop_counts.read_record()
+    architectures = {"sm_80", "sm_90", "sm_100", "sm_120"}  # CMakeLists.txt's
+    assert set(record.counts) == set(loop_counts.all_subjects(architectures))
+    loop_counts.write_record(record, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == loop_counts.RECORD.read_text()
+    readme = predicted.README.read_text(encoding="utf-8")
+    assert predicted.section_in(readme) == predicted.make_section(record.counts)
+
+
+def test_predictions_by_hand(load) -> None:
+    loop_counts, predicted = load("loop_counts"), load("predicted")
+    h200 = next(gpu for gpu in predicted.GPUS if gpu.name == "H200")
+    # 128 instructions for each logit are a logit a clock and multiprocessor: 132 * 1.755e9 logits
+    # of 2 bytes a second, 10.77 % of 4.3 TB/s.
+    counts = loop_counts.Counts(logits=4, issued=512, special=4, xu=4, alu=128, fp64=0)
+    prediction = predicted.predict(counts, 2, h200)
+    assert prediction.unit == "issue slots"
+    assert prediction.share == pytest.approx(0.10774, rel=1e-4)
+    # 18 special functions a logit take 18 / 16 clocks, and 80 of the ALU 80 / 64.
+    prediction = predicted.predict(replace(counts, xu=72), 2, h200)
+    assert (prediction.unit, prediction.share) == (
+        "special functions",
+        pytest.approx(0.10774 / 1.125, rel=1e-4),
+    )
+    prediction = predicted.predict(replace(counts, alu=320), 2, h200)
+    assert (prediction.unit, prediction.share) == ("ALU", pytest.approx(0.10774 / 1.25, rel=1e-4))
+    # One instruction a logit leaves memory the limit: a unit is busy, and all of it is reached.
+    prediction = predicted.predict(replace(counts, issued=4, alu=0, xu=0), 2, h200)
+    assert prediction.share == 1.0
+    assert prediction.busy == pytest.approx(1 / 128 / 0.10774, rel=1e-4)
+
+
 # What the checks above are there to find. The array is indexed by a value known only at run time,
-# so that it cannot live in registers; the second kernel uses each load before the next.
+# so that it cannot live in registers; the second kernel uses each load before the next. The last
+# kernels differ in products and special functions per logit: 1 and 1, 2 and 1, 0 and 2.
 FAULTY = """
 __global__ void spills(const float* in, const int* at, float* out, int n) {
   float values[32];
@@ -177,20 +267,98 @@ __global__ void loads_one_by_one(const uint4* in, uint4* out, int n) {
   }
 }
 __global__ void counts(int* out) { atomicAdd(out, 1); }
+
+namespace planted {
+struct ScaledLogits {};
+template <int kProducts, int kSpecial>
+__device__ float term(float x, float scale) {
+  for (int i = 0; i < kProducts; ++i) x *= scale;
+  for (int i = 0; i < kSpecial; ++i) asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+template <typename T, class Logits, int kProducts, int kSpecial, bool kReports>
+__global__ void token_logps_kernel(const float4* in, float* out, float scale, int n) {
+  float sum = 0;
+  #pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const float4 v = in[i];
+    sum += term<kProducts, kSpecial>(v.x, scale) + term<kProducts, kSpecial>(v.y, scale) +
+           term<kProducts, kSpecial>(v.z, scale) + term<kProducts, kSpecial>(v.w, scale);
+  }
+  out[threadIdx.x] = sum;
+}
+template __global__ void token_logps_kernel<float, ScaledLogits, 1, 1, false>(
+    const float4*, float*, float, int);
+template __global__ void token_logps_kernel<float, ScaledLogits, 2, 1, false>(
+    const float4*, float*, float, int);
+template __global__ void token_logps_kernel<float, ScaledLogits, 0, 2, false>(
+    const float4*, float*, float, int);
+}  // namespace planted
 """
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="built without nvcc")
-def test_the_checks_see_faulty_code(tmp_path: Path) -> None:
-    (tmp_path / "faulty.cu").write_text(FAULTY)
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("nvcc") is None:
+        pytest.skip("built without nvcc")
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "faulty.cu").write_text(FAULTY)
     command = ["nvcc", "-arch=sm_90", "-c", "faulty.cu", "-o", "faulty.o"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    found = {kernel.name: kernel for kernel in kernels(tmp_path / "faulty.o")}
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder / "faulty.o"
+
+
+def test_the_checks_see_faulty_code(machine_code: ModuleType, faulty: Path) -> None:
+    found = {kernel.name: kernel for kernel in machine_code.kernels(faulty)}
     spills = next(kernel for name, kernel in found.items() if "spills" in name)
     assert spills.stack_bytes > 0
     assert spills.uses_local_memory()
     one_by_one = next(kernel for name, kernel in found.items() if "one_by_one" in name)
-    assert max(map(loads_in_flight, loops(one_by_one.instructions))) == 1
+    in_flight = map(machine_code.loads_in_flight, machine_code.loops(one_by_one.instructions))
+    assert max(in_flight) == 1
     assert one_by_one.stack_bytes == 0
     counts = next(kernel for name, kernel in found.items() if "counts" in name)
     assert {i.opcode.split(".")[0] for i in counts.instructions} & {"ATOMG", "RED", "REDG"}
+
+
+def test_the_record_sees_one_more_instruction_per_logit(
+    load, machine_code: ModuleType, faulty: Path
+) -> None:
+    loop_counts = load("loop_counts")
+
+    def counts_of(arguments: str):
+        [kernel] = [k for k in machine_code.kernels(faulty) if arguments in k.name]
+        [counts] = loop_counts.count_all([kernel]).values()
+        return counts
+
+    recorded = counts_of("Li1ELi1E")
+    longer, more_special = counts_of("Li2ELi1E"), counts_of("Li0ELi2E")
+    assert longer.issued_per_logit == recorded.issued_per_logit + 1
+    assert more_special.issued_per_logit == recorded.issued_per_logit
+    assert more_special.special_per_logit == 2 * recorded.special_per_logit == 2
+
+    assert loop_counts.faults(recorded, recorded, True) == []
+    [said] = loop_counts.faults(longer, recorded, True)
+    assert said.endswith(f"instructions per logit, got {longer.issued_per_logit:.3f}")
+    for is_recorded_compiler in (True, False):
+        [said] = loop_counts.faults(more_special, recorded, is_recorded_compiler)
+        assert said.endswith("special functions per logit, got 2.000")
+    # A record that no longer describes the kernel.
+    [said] = loop_counts.faults(recorded, longer, True)
+    assert said.endswith("record them again")
+    assert loop_counts.faults(recorded, longer, False) == []
+
+
+def test_the_command_reads_an_object_file(
+    load, faulty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predicted = load("predicted")
+    assert predicted.main([str(faulty), "--mix"]) == 0
+    said = capsys.readouterr().out
+    assert "| kernel | instructions, sm_90 | special | H200, predicted |" in said
+    assert "| forward float32 |" in said
+    assert "sm_90 forward float32" in said and "MUFU.EX2 1.00" in said
+    before = load("loop_counts").RECORD.read_bytes()
+    with pytest.raises(SystemExit, match="--record: expected every kernel, found no "):
+        predicted.main([str(faulty), "--record"])
+    assert load("loop_counts").RECORD.read_bytes() == before

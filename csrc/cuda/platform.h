@@ -17,8 +17,8 @@ using Stream = void*;  // cudaStream_t
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
 
-// Blocks that keep the memory busy: six on each of an H200's 132 multiprocessors.
-constexpr int64_t kBusyBlocks = 792;
+// Blocks that keep the memory busy: five on each of an H200's 132 multiprocessors.
+constexpr int64_t kBusyBlocks = 660;
 
 // While one of these lives, this thread may initialize the runtime and load code although a CUDA
 // graph is being captured. The first call of a process does both.

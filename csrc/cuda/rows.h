@@ -130,10 +130,6 @@ class RowSegments {
   SIMPO_DEVICE int columns(int segment) const {
     return static_cast<int>(segment + 1 < count_ ? kSegmentColumns<T> : V_ - first_column(segment));
   }
-  SIMPO_DEVICE bool has(int segment, int64_t column) const {
-    return is_in_vocabulary(column - first_column(segment), columns(segment));
-  }
-
   SIMPO_DEVICE int64_t first_column_of_block() const { return first_column(begin_of_block()); }
   SIMPO_DEVICE int64_t columns_of_block() const {
     const int64_t end = end_of_block() < count_ ? first_column(end_of_block()) : V_;

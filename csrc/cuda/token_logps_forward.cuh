@@ -20,12 +20,12 @@
 
 namespace simpo_ext::cuda {
 
-// How many threads must fit on a multiprocessor. The limit of registers that this sets, 40 or 64,
+// How many threads must fit on a multiprocessor. The limit of registers that this sets, 48 or 64,
 // is what each kernel needs without spills; exp of a double needs up to 128.
 template <class Logits>
 constexpr int kForwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512
                                      : Logits::kIsCapped                      ? 1024
-                                                                              : 1536;
+                                                                              : 1280;
 template <class Logits>
 constexpr int kReportThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512 : 1024;
 
@@ -207,17 +207,18 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   }
 
   const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, token.t);
-  const int64_t column = label - args.first_label;
-  const bool has_label =
-      is_in_vocabulary(column - segments.first_column_of_block(), segments.columns_of_block());
-  // Loaded first, so that they have come when the row is done.
-  T label_x{};
+  // Loaded first, so that it has come when the row is done. NaN where this block has no label: then
+  // nothing but it has to be remembered while columns are added.
+  T label_x = Elements<T>::narrow(std::numeric_limits<Scalar>::quiet_NaN());
   // Thread 0's. In shared memory, as registers are scarce while columns are added.
   SIMPO_SHARED(Scalar, row_max, 1);
   SIMPO_SHARED(double, row_sum, 1);
   [[maybe_unused]] RowReport report;
   if (tid == 0) {
-    if (has_label) label_x = load(x + column);
+    const int64_t column = label - args.first_label - segments.first_column_of_block();
+    if (is_in_vocabulary(column, segments.columns_of_block())) {
+      label_x = load(x + segments.first_column_of_block() + column);
+    }
     LogSumExp<Scalar> before;
     if (args.continues) {
       before = {load(static_cast<const Scalar*>(args.max) + row), load(args.sum_exp + row)};
@@ -244,10 +245,11 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
       }
     }
     if (tid == 0 && is_shared) {
-      const bool has_its_label = segments.has(segment, column);
+      // It does not matter to what merges segments which of them has the label's z.
+      const bool is_first = segment == segments.begin_of_block();
       write_segment(args, segment, row, of_segment,
-                    has_its_label ? transformed(logits, Elements<T>::widen(label_x))
-                                  : std::numeric_limits<Scalar>::quiet_NaN());
+                    is_first ? transformed(logits, Elements<T>::widen(label_x))
+                             : std::numeric_limits<Scalar>::quiet_NaN());
     } else if (tid == 0) {
       LogSumExp<Scalar> so_far{row_max[0], row_sum[0]};
       so_far.merge(of_segment);
@@ -259,12 +261,11 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   if (tid != 0 || is_shared) return;
 
   const LogSumExp<Scalar> of_row{row_max[0], row_sum[0]};
-  const Scalar label_z = has_label ? transformed(logits, Elements<T>::widen(label_x))
-                                   : std::numeric_limits<Scalar>::quiet_NaN();
+  const Scalar label_z = transformed(logits, Elements<T>::widen(label_x));
   if (!is_part) {
     store(static_cast<Scalar*>(args.logps) + row,
           static_cast<Scalar>(of_row.log_probability(label_z)));
-  } else if (has_label || !args.continues) {
+  } else if (label_z == label_z || !args.continues) {
     store(static_cast<Scalar*>(args.label_z) + row, label_z);
   }
   store(static_cast<Scalar*>(args.max) + row, of_row.max);

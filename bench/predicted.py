@@ -1,0 +1,198 @@
+"""How fast the streaming kernels could be on GPUs that are not here, from their machine code.
+
+    python -m bench.predicted [FILE ...] [--mix]
+    python -m bench.predicted [FILE ...] --record
+
+FILE is a library, an object file or a cubin; without one it is the installed library. Prints the
+table of csrc/README.md: instructions and special functions per logit of each main loop, and the
+share of a GPU's copy bandwidth that they allow. ``--mix`` prints the opcodes of each main loop.
+``--record`` writes the counts to bench/data/loop_counts.json, to which tests/test_machine_code.py
+holds the kernels, and the table to csrc/README.md.
+
+The model knows throughput alone: a loop takes as long as its busiest unit. Latency, costs per row
+and the end of a launch come on top. Two things err the other way: both sides of a branch count, and
+the clock is a low one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.loop_counts import (
+    ITEM_BYTES,
+    Counts,
+    Record,
+    Subject,
+    all_subjects,
+    count,
+    count_all,
+    main_loops,
+    write_record,
+)
+from bench.machine_code import Kernel, compilers, kernels
+
+README = Path(__file__).resolve().parent.parent / "csrc" / "README.md"
+BEGIN = "<!-- from here: python -m bench.predicted --record -->"
+END = "<!-- to here -->"
+
+# Threads per clock and multiprocessor, for compute capability 9.0 and 10.0: "Throughput of Native
+# Arithmetic Instructions" in NVIDIA's CUDA C++ Best Practices Guide 13. There are four issue slots,
+# one for each warp scheduler, and a warp has 32 threads.
+RATES = {"issue slots": 128, "special functions": 16, "ALU": 64, "float64": 64}
+
+# 11 % below the boost clock of 1.98 GHz, which an H200 shows after matrix products, so that the
+# prediction errs on the slow side. The B200, whose boost clock is 1.965 GHz, is taken to be alike.
+CLOCK_HZ = 1.755e9
+
+# A copy in PyTorch moves 4.3 TB/s on an H200, read and written; the datasheet says 4.8 TB/s. The
+# B200 is taken to reach the same share of its datasheet's 8 TB/s.
+COPY_SHARE = 4.3 / 4.8
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What a prediction needs of a GPU."""
+
+    name: str
+    architecture: str  # of the machine code that it runs
+    multiprocessors: int
+    copy_bytes_per_second: float
+
+
+GPUS = (
+    GPU("H200", "sm_90", 132, COPY_SHARE * 4.8e12),
+    GPU("B200", "sm_100", 148, COPY_SHARE * 8e12),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The unit that limits the loop, or comes closest, and how busy it is at copy bandwidth."""
+
+    unit: str
+    busy: float  # above 1, memory waits for it
+
+    @property
+    def share(self) -> float:
+        """Share of copy bandwidth that the loop can reach."""
+        return min(1.0, 1.0 / self.busy)
+
+
+def predict(counts: Counts, bytes_per_logit: int, gpu: GPU) -> Prediction:
+    """Compares what a multiprocessor executes in a clock to the logits that memory delivers."""
+    bytes_per_clock = gpu.copy_bytes_per_second / (gpu.multiprocessors * CLOCK_HZ)
+    logits_per_clock = bytes_per_clock / bytes_per_logit
+    executed = {
+        "issue slots": counts.issued,
+        "special functions": counts.xu,
+        "ALU": counts.alu,
+        "float64": counts.fp64,
+    }
+    busy = {
+        unit: executed[unit] / counts.logits * logits_per_clock / rate
+        for unit, rate in RATES.items()
+    }
+    unit = max(busy, key=lambda unit: busy[unit])
+    return Prediction(unit, busy[unit])
+
+
+def make_table(counts: Mapping[Subject, Counts]) -> str:
+    """The table in Markdown, for the GPUs whose machine code was counted."""
+    gpus = [gpu for gpu in GPUS if any(s.architecture == gpu.architecture for s in counts)]
+    heads = ["kernel"]
+    for gpu in gpus:
+        heads += [f"instructions, {gpu.architecture}", "special", f"{gpu.name}, predicted"]
+    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:|---:|---' * len(gpus)}|"]
+    for subject in all_subjects([gpus[0].architecture] if gpus else []):
+        cells = [subject.name]
+        for gpu in gpus:
+            of_gpu = Subject(gpu.architecture, subject.pass_name, subject.dtype, subject.is_capped)
+            found = counts.get(of_gpu)
+            if found is None:
+                cells += ["", "", ""]
+                continue
+            prediction = predict(found, subject.bytes_per_logit, gpu)
+            cells += [
+                f"{found.issued_per_logit:.2f}",
+                f"{found.special_per_logit:.2f}",
+                f"{100 * prediction.share:.0f} % ({prediction.unit} {100 * prediction.busy:.0f} %)",
+            ]
+        if any(cells[1:]):
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def make_section(counts: Mapping[Subject, Counts]) -> str:
+    """What csrc/README.md has between its markers."""
+    return f"{BEGIN}\n{make_table(counts)}\n{END}"
+
+
+def section_in(text: str) -> str:
+    """The part of a README that ``--record`` replaces, with its markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"expected one '{BEGIN}' and one '{END}' in {README}")
+    return text[text.index(BEGIN) : text.index(END) + len(END)]
+
+
+def print_mix(found: Iterable[Kernel]) -> None:
+    """Prints instructions per logit by opcode."""
+    for subject, body in sorted(main_loops(found).items()):
+        logits = count(body, ITEM_BYTES[subject.dtype]).logits
+        mix = Counter(i.opcode for i in body).most_common()
+        print(f"\n{subject.architecture} {subject.name}: {len(body)} for {logits} logits")
+        print("  " + ", ".join(f"{opcode} {n / logits:.2f}" for opcode, n in mix))
+
+
+def installed_library() -> Path:
+    """The library of the installed package."""
+    from simpo_ext import _C
+
+    return Path(_C.__file__).parent / "lib" / "libsimpo_ext.so"
+
+
+def record(files: Sequence[Path], counts: Mapping[Subject, Counts]) -> None:
+    """Writes the record and csrc/README.md's table."""
+    architectures = {subject.architecture for subject in counts}
+    missing = set(all_subjects(architectures | {gpu.architecture for gpu in GPUS})) - set(counts)
+    if missing:
+        raise SystemExit(f"--record: expected every kernel, found no {min(missing)}")
+    versions = set().union(*map(compilers, files))
+    if len(versions) != 1:
+        raise SystemExit(f"--record: expected code of one compiler, got {sorted(versions)}")
+    write_record(Record(versions.pop(), counts))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(text.replace(section_in(text), make_section(counts)), "utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table of the files given."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.predicted", description="Predicted share of copy bandwidth."
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
+    parser.add_argument("--mix", action="store_true", help="print the opcodes of each main loop")
+    parser.add_argument(
+        "--record", action="store_true", help="write the record and csrc/README.md's table"
+    )
+    options = parser.parse_args(arguments)
+    files = options.files or [installed_library()]
+    for file in files:
+        if not file.is_file():
+            parser.error(f"FILE: expected a library, object file or cubin, got {file}")
+    found = [kernel for file in files for kernel in kernels(file)]
+    counts = count_all(found)
+    print(make_table(counts))
+    if options.mix:
+        print_mix(found)
+    if options.record:
+        record(files, counts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
