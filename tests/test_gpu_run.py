@@ -25,7 +25,7 @@ def run(load, tmp_path: Path):
         (tmp_path / name).mkdir()
     deadline = time.monotonic() + 60.0
     return load("gpu.runner").Run(
-        tmp_path / "output", tmp_path / "work", sys.executable, is_dry=True, deadline=deadline
+        tmp_path / "output", tmp_path / "work", is_dry=True, deadline=deadline
     )
 
 
@@ -128,6 +128,21 @@ sys.exit(program.main(["--output", {str(tmp_path / "output")!r}]))
     ]
     assert steps[1]["reason"] == "interrupted"
     assert "memcheck: 1 right" in text
+
+
+def test_a_report_that_cannot_be_made_does_not_end_the_run(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, runner, records = load("gpu.__main__"), load("gpu.runner"), load("records")
+    strange = {"kind": "logits"}
+    steps = [
+        runner.Step("first", 30, lambda run: records.append(run.cases, strange)),
+        runner.Step("second", 30, lambda run: None),
+    ]
+    monkeypatch.setattr(load("gpu.steps"), "all_steps", lambda carried: steps)
+    assert program.main(["--output", str(tmp_path)]) == 0
+    assert "KeyError" in capsys.readouterr().out
+    assert [step["step"] for step in records.read(tmp_path / "steps.jsonl")] == ["first", "second"]
 
 
 # ---- records and the report ------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,10 +55,10 @@ def run(options: argparse.Namespace, output: Path, work: Path) -> bool:
     for name in (runner.STEPS, runner.CASES, runner.LOG):
         (output / name).unlink(missing_ok=True)
     deadline = time.monotonic() + options.limit
-    here = runner.Run(output, work, sys.executable, options.dry_run, deadline)
+    here = runner.Run(output, work, options.dry_run, deadline)
     if options.dry_run:
         here.environment["OMP_NUM_THREADS"] = "1"  # work this small is over before others wake up
-    all_right = True
+    all_right, text = True, ""
     for step in steps.all_steps(options.carried.resolve()):
         if not _is_chosen(step, options.steps):
             continue
@@ -65,9 +66,17 @@ def run(options: argparse.Namespace, output: Path, work: Path) -> bool:
         if step.name == steps.INSTALL and not is_right and not here.is_installed:
             is_right = runner.perform(steps.build_step(options.carried.resolve()), here)
         all_right &= is_right
-        report.write(output)
-    print(report.write(output), flush=True)
+        text = _report(output)
+    print(text, flush=True)
     return all_right
+
+
+def _report(output: Path) -> str:
+    """The report so far. It can be made again, so what is wrong with it must not end the run."""
+    try:
+        return report.write(output)
+    except Exception:
+        return f"no report:\n{traceback.format_exc()}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,6 @@ class Run:
 
     output: Path
     work: Path  # for files that are of no interest afterwards
-    python: str
     is_dry: bool
     deadline: float  # of time.monotonic()
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
@@ -62,7 +62,7 @@ class Run:
         environment: Mapping[str, str] | None = None,
     ) -> str:
         """Runs a module of Python, perhaps under another program; see :meth:`program`."""
-        command = (*under, self.python, "-m", name, *arguments)
+        command = (*under, sys.executable, "-m", name, *arguments)
         return self.program(*command, environment=environment)
 
     def program(self, *command: str | Path, environment: Mapping[str, str] | None = None) -> str:

@@ -7,10 +7,12 @@ each step says why it fits, by arithmetic, on an H200 (4.3 TB/s of copies, 790 T
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Sequence
 from functools import partial
@@ -41,7 +43,7 @@ def install(run: Run, carried: Path) -> None:
     site = run.work / SITE
     site.mkdir(exist_ok=True)
     run.environment["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT)])
-    for wheel in _wheels(run, carried):
+    for wheel in _wheels(carried):
         zipfile.ZipFile(wheel).extractall(site)
     _import(run)
     packed = carried / SOURCES
@@ -76,11 +78,9 @@ def build_from_source(run: Run, carried: Path) -> None:
     _import(run)
 
 
-def _wheels(run: Run, carried: Path) -> Sequence[Path]:
+def _wheels(carried: Path) -> Sequence[Path]:
     """Those that were carried for this Python."""
-    tag = run.program(
-        run.python, "-c", "import sys; print('-cp%d%d-' % sys.version_info[:2], end='')"
-    )
+    tag = f"-cp{sys.version_info.major}{sys.version_info.minor}-"
     wheels = sorted(carried.glob("*.whl"))
     fitting = [wheel for wheel in wheels if tag in wheel.name or "-none-any" in wheel.name]
     if not any(wheel.name.startswith("simpo_ext-") for wheel in fitting):
@@ -170,7 +170,9 @@ def _test_files(mark: str) -> list[Path]:
 
 
 def _pytest(run: Run, kind: str, mark: str, *arguments: str | Path, workers: int = 0) -> None:
-    xdist = ("-p", "xdist", "-n", str(workers)) if workers and _has_xdist(run) else ()
+    xdist = (
+        ("-p", "xdist", "-n", str(workers)) if workers and importlib.util.find_spec("xdist") else ()
+    )
     run.module(
         "pytest",
         *("-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"),
@@ -184,11 +186,6 @@ def _pytest(run: Run, kind: str, mark: str, *arguments: str | Path, workers: int
     )
 
 
-def _has_xdist(run: Run) -> bool:
-    test = "import importlib.util as u; print(u.find_spec('xdist') is not None)"
-    return "True" in run.program(run.python, "-c", test)
-
-
 def gpu_tests(run: Run) -> None:
     """Some 70 tests of small tensors, of CUDA graphs and streams, in one process."""
     _pytest(run, "gpu tests", "gpu", *(["--collect-only"] if run.is_dry else []))
@@ -200,11 +197,9 @@ def kernel_tests(run: Run) -> None:
     They take about 30 ms each, most of it on the CPU. With 12 workers, and 20 s until these have
     imported everything, the budget leaves a margin of two.
     """
-    if run.is_dry:
-        _pytest(run, "kernel tests", "kernels", "-k", "test_pairs")
-    else:
-        workers = min(12, os.cpu_count() or 1)
-        _pytest(run, "kernel tests", "kernels", "--kernels=cuda", workers=workers)
+    arguments = ("-k", "test_pairs") if run.is_dry else ("--kernels=cuda",)
+    workers = 1 if run.is_dry else min(12, os.cpu_count() or 1)
+    _pytest(run, "kernel tests", "kernels", *arguments, workers=workers)
 
 
 def _sanitize(run: Run, tool: str) -> None:
