@@ -49,11 +49,12 @@ def _is_chosen(step: runner.Step, texts: Sequence[str] | None) -> bool:
 
 
 def run(options: argparse.Namespace, output: Path, work: Path) -> bool:
-    """All steps; whether none failed. After each, the report is that of what there is."""
+    """All steps; whether none failed. After each, the report is that of what there is.
+
+    What an earlier run has left in the folder stays there, and is reported, too.
+    """
     output.mkdir(parents=True, exist_ok=True)
     output = output.resolve()
-    for name in (runner.STEPS, runner.CASES, runner.LOG):
-        (output / name).unlink(missing_ok=True)
     deadline = time.monotonic() + options.limit
     here = runner.Run(output, work, options.dry_run, deadline)
     if options.dry_run:
