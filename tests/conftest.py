@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 import simpo_ext  # noqa: F401  (registers the ops)
 from builds import build
 from emulation import EmulatedKernels
+
+if TYPE_CHECKING:
+    from ptx.harness.kernels import Kernels
 
 pytest.register_assert_rewrite("trl_training")  # whose assertions are about many numbers
 
@@ -41,9 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="what stands behind the ops on CPU tensors",
     )
-    parser.addoption(
-        "--exhaustive", action="store_true", help="also the tests that take minutes each"
-    )
+    parser.addoption("--exhaustive", action="store_true", help="also run what takes minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "cpu_only: holds for the CPU kernels alone",
         "cuda_only: holds for the CUDA kernels alone, emulated or not",
         "gpu: needs a GPU",
-        "exhaustive: takes minutes, and is left out without --exhaustive",
+        "exhaustive: takes minutes; run with --exhaustive",
     ):
         config.addinivalue_line("markers", line)
     # pytest-xdist hands out files as they come, not by how many tests they have.
@@ -92,6 +94,16 @@ def load_emulated_ops(folder: Path) -> None:
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedKernels]:
     """A build of the emulated kernels' test program, made when first asked for."""
     return cache(lambda name: EmulatedKernels(tmp_path_factory.mktemp("kernels"), name))
+
+
+@pytest.fixture(scope="session")
+def ptx_kernels(pytestconfig: pytest.Config) -> Callable[..., Kernels]:
+    """The CUDA kernels as PTX, by architecture and rounding. All test processes share a build."""
+    from ptx.harness.build import build
+    from ptx.harness.kernels import Kernels
+
+    folder = Path(pytestconfig.cache.mkdir("ptx"))
+    return lambda architecture, *rounding: Kernels(build(folder, architecture), *rounding)
 
 
 @pytest.fixture

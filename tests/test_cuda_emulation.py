@@ -45,6 +45,7 @@ def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Bui
 
 # Bytes are counted alike in every build, and the sparse mappings of offsets are not for a shadow.
 # Which bytes are touched depends on every size and alignment; races on few of them.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("build", "arguments"),
     [
@@ -63,6 +64,7 @@ def test_the_kernels_run_clean_under_a_sanitizer(
 
 
 # Here, for the build that has just run clean: without optimization it would take minutes to.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "mutant",
     [mutant for mutant in MUTANTS if mutant.build == "tsan"],

@@ -24,6 +24,7 @@ def test_every_barrier_is_among_those_removed() -> None:
     assert len(removed) == barriers
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("build", ["plain", "asan"])
 def test_without_a_bug_nothing_is_found(build: str, emulated: Builds) -> None:
     sections = sorted({mutant.section for mutant in PLANTED if mutant.build == build})
@@ -31,6 +32,7 @@ def test_without_a_bug_nothing_is_found(build: str, emulated: Builds) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: mutant.name)
 def test_a_planted_bug_is_found(mutant: Mutant, emulated: Builds) -> None:
     require_found(mutant, emulated(f"{mutant.build} -O0"))

@@ -1,0 +1,1 @@
+"""The project's CUDA kernels, launched in the interpreter by their own host code."""

@@ -1,0 +1,129 @@
+"""A memory that knows what may be accessed, what has been written, and by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .module import Array, KernelFault
+
+# What is known of a byte.
+READABLE, WRITABLE, WRITTEN = 1, 2, 4
+
+# Who accessed a unit since the last barrier, if it was not one thread.
+_NOBODY, _MANY = -1, -2
+_UNIT = 2  # bytes that share a note of who read and wrote them; a store of fewer is not known
+
+
+class Memory:
+    """Bytes at addresses from base on, of which some are allocated."""
+
+    def __init__(self, name: str, size: int, base: int = 0, tracks_threads: bool = True) -> None:
+        self.name, self.base, self._tracks_threads = name, base, tracks_threads
+        self.size = -(-size // 16) * 16
+        self.data = np.full(self.size, 0xFF, np.uint8)  # NaN in every dtype
+        self.state = np.zeros(self.size, np.uint8)
+        self.writers = np.full(self.size // _UNIT, _NOBODY, np.int32)
+        self.readers = np.full(self.size // _UNIT, _NOBODY, np.int32)
+        self._free = 16
+
+    def allocate(
+        self, size: int, alignment: int = 16, offset: int = 0, state: int = READABLE | WRITABLE
+    ) -> int:
+        """An address, offset bytes behind an aligned one, with unused bytes around."""
+        start = -(-self._free // alignment) * alignment + offset
+        if start + size + 16 > self.size:
+            raise MemoryError(f"{self.name} memory of {self.size} bytes is full")
+        self.state[start : start + size] = state
+        self._free = start + size + 16
+        return self.base + start
+
+    def bytes_at(self, address: int, size: int) -> Array:
+        return self.data[address - self.base :][:size]
+
+    def state_at(self, address: int, size: int) -> Array:
+        return self.state[address - self.base :][:size]
+
+    def forget_accesses(self, start: int = 0, size: int | None = None) -> None:
+        """What a barrier does: accesses before it are no races with those after it."""
+        end = self.size if size is None else start + size
+        self.writers[start // _UNIT : end // _UNIT] = _NOBODY
+        self.readers[start // _UNIT : end // _UNIT] = _NOBODY
+
+    def load(self, addresses: Array, dtype: np.dtype[Any], count: int, threads: Array) -> Array:
+        """The values at each thread's address [threads, count]."""
+        size = dtype.itemsize * count
+        places = self._places(addresses, size, READABLE, threads, "load")
+        if self._tracks_threads:
+            self._note_load(places, addresses, size, threads)
+        return self.data.view(dtype).reshape(-1, count)[places]
+
+    def store(
+        self, addresses: Array, values: Sequence[Any], dtype: np.dtype[Any], threads: Array
+    ) -> None:
+        size = dtype.itemsize * len(values)
+        places = self._places(addresses, size, WRITABLE, threads, "store")
+        self._note_store(places, addresses, size, threads)
+        rows = self.data.view(dtype).reshape(-1, len(values))
+        for i, value in enumerate(values):
+            rows[places, i] = value
+        self.state.reshape(-1, size)[places] |= WRITTEN
+
+    def _places(self, addresses: Array, size: int, needed: int, threads: Array, verb: str) -> Array:
+        """The addresses in units of size, once they are known to be good."""
+
+        def require(good: Array, problem: str) -> None:
+            self._require(good, problem, addresses, size, threads, verb)
+
+        offsets = addresses.astype(np.uint64) - np.uint64(self.base)
+        require(offsets <= self.size - size, "out of bounds")
+        require(offsets % size == 0, "misaligned")
+        places = (offsets // size).astype(np.int64)
+        states = np.bitwise_and.reduce(self.state.reshape(-1, size)[places], axis=1)
+        require(states & needed != 0, "out of bounds")
+        if needed == READABLE:
+            require(states & WRITTEN != 0, "of uninitialised memory")
+        return places
+
+    def _require(
+        self, good: Array, problem: str, addresses: Array, size: int, threads: Array, verb: str
+    ) -> None:
+        if good.all():
+            return
+        bad = int(np.flatnonzero(~good)[0])
+        raise KernelFault(
+            f"{self.name} {verb} of {size} bytes {problem}, at {int(addresses[bad]):#x} by thread"
+            f" {threads[bad]} ({int((~good).sum())} such threads)"
+        )
+
+    def _note_load(self, places: Array, addresses: Array, size: int, threads: Array) -> None:
+        me, units = threads[:, None], size // _UNIT
+        writers = self.writers.reshape(-1, units)[places]
+        alone = ((writers == _NOBODY) | (writers == me)).all(axis=1)
+        self._require(alone, "that another thread has stored", addresses, size, threads, "load")
+        all_readers = self.readers.reshape(-1, units)
+        before = all_readers[places]
+        all_readers[places] = np.where((before == _NOBODY) | (before == me), me, _MANY)
+        shared = all_readers[places] != me  # also read by other threads in this same load
+        if shared.any():
+            all_readers[places[shared.any(axis=1)]] = _MANY
+
+    def _note_store(self, places: Array, addresses: Array, size: int, threads: Array) -> None:
+        if size < _UNIT:
+            raise NotImplementedError("stores of single bytes")
+
+        def require(alone: Array, problem: str) -> None:
+            self._require(alone, problem, addresses, size, threads, "store")
+
+        me, units = threads[:, None], size // _UNIT
+        all_writers = self.writers.reshape(-1, units)
+        all_readers = self.readers.reshape(-1, units)
+        writers, readers = all_writers[places], all_readers[places]
+        alone = ((writers == _NOBODY) | (writers == me)).all(axis=1)
+        require(alone, "that another thread has stored")
+        alone = ((readers == _NOBODY) | (readers == me)).all(axis=1)
+        require(alone, "that another thread has loaded")
+        all_writers[places] = me
+        require((all_writers[places] == me).all(axis=1), "that another thread stores")
