@@ -1,22 +1,25 @@
 """The machine as JSON: GPU, driver, toolkit, torch and the CPU.
 
-python -m bench.machine FILE.json
+python -m bench.machine [--record FILE.jsonl] [--expect-in FOLDER]
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench import records
 
 PEERS = ("triton", "liger-kernel", "quack-kernels", "trl", "transformers", "cut-cross-entropy")
 
@@ -102,13 +105,38 @@ def describe() -> dict[str, Any]:
     return facts
 
 
-def main() -> None:
-    """Prints the facts, and writes them."""
-    facts = describe()
-    Path(sys.argv[1]).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+def describe_package(folder: Path | None) -> tuple[dict[str, Any], str]:
+    """What simpo_ext is, and what is wrong: no import, or one from outside of a folder."""
+    try:
+        import simpo_ext
+
+        library = Path(simpo_ext._C.__file__)
+    except Exception as error:  # whatever keeps it from loading
+        return {"simpo_ext": None}, f"{type(error).__name__}: {error}"
+    facts = {"simpo_ext": simpo_ext.__version__, "build": simpo_ext.build_info()}
+    if folder is not None and folder.resolve() not in library.resolve().parents:
+        return facts, f"simpo_ext: expected it in {folder}, got {library}"
+    return facts, ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the facts, and records them.
+
+    Returns:
+        0 if simpo_ext works and is where it is expected, else 1.
+    """
+    parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The machine.")
+    parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--expect-in", type=Path, metavar="FOLDER", help="for simpo_ext")
+    options = parser.parse_args(arguments)
+    package, error = describe_package(options.expect_in)
+    facts = {"kind": "machine", **describe(), **package, "error": error}
     for name, value in facts.items():
         print(f"  {name:20s} {value}")
+    if options.record is not None:
+        records.append(options.record, facts)
+    return 1 if error else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

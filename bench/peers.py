@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,11 @@ class Candidate:
 # ---- this project ----------------------------------------------------------------------------
 
 
-def _simpo_ext_token_logps(inplace: bool) -> Forward:
+def _simpo_ext_token_logps(inplace: bool, softcap: float | None) -> Forward:
     def forward(logits: Tensor, labels: Tensor) -> Tensor:
-        return simpo_ext.token_logps(logits, labels, shift=False, inplace_backward=inplace)
+        return simpo_ext.token_logps(
+            logits, labels, shift=False, softcap=softcap, inplace_backward=inplace
+        )
 
     return forward
 
@@ -156,14 +158,21 @@ def _cut_cross_entropy() -> Forward:
     )
 
 
+def our_token_logps(softcap: float | None = None) -> list[Candidate]:
+    """This project's: out of place and in place."""
+
+    def ours(name: str, inplace: bool) -> Candidate:
+        load = partial(_simpo_ext_token_logps, inplace, softcap)
+        return Candidate(name, "token_logps", load, is_ours=True)
+
+    return [ours("simpo_ext", False), ours("simpo_ext in place", True)]
+
+
 def candidates() -> list[Candidate]:
     """All of them, this project's first."""
     token_logps, loss = "token_logps", "simpo_loss"
     return [
-        Candidate("simpo_ext", token_logps, lambda: _simpo_ext_token_logps(False), is_ours=True),
-        Candidate(
-            "simpo_ext in place", token_logps, lambda: _simpo_ext_token_logps(True), is_ours=True
-        ),
+        *our_token_logps(),
         Candidate("eager float32", token_logps, lambda: eager_token_logps),
         Candidate("torch.compile", token_logps, lambda: _compiled(eager_token_logps)),
         Candidate("F.cross_entropy", token_logps, lambda: _per_token(F.cross_entropy)),

@@ -35,6 +35,11 @@ def _chunks(workload: Workload) -> Iterator[slice]:
         yield slice(start, min(start + step, workload.size.rows))
 
 
+def _capped(z: Tensor, softcap: float | None) -> Tensor:
+    """Softcap * tanh(z / softcap), in the memory of z."""
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
 def simpo_loss(token_logps: Tensor, labels: Tensor) -> Tensor:
     """The SimPO loss of log-probabilities [B, T], chosen sequences first."""
     counts = (labels != IGNORE_INDEX).sum(1)
@@ -48,7 +53,7 @@ def make_reference(workload: Workload) -> Reference:
     logsumexp = torch.empty(labels.shape, dtype=torch.float64, device=labels.device)
     token_logps = torch.empty_like(logsumexp)
     for rows in _chunks(workload):
-        z = logits[rows].double()
+        z = _capped(logits[rows].double(), workload.softcap)
         logsumexp[rows] = z.logsumexp(1)
         label_z = z.gather(1, labels[rows].clamp(min=0).unsqueeze(1)).squeeze(1)
         token_logps[rows] = label_z - logsumexp[rows]
@@ -70,7 +75,8 @@ def gradient_error(gradient: Tensor, upstream: Tensor, reference: Reference) -> 
     """Largest error of a row of the gradient, relative to that row's upstream gradient.
 
     The gradient of a row is upstream * (onehot(label) - softmax), so no element of it is larger
-    than the upstream gradient. What is not 0 in a masked row is infinitely wrong.
+    than the upstream gradient; a softcap makes it smaller. What is not 0 in a masked row is
+    infinitely wrong.
     """
     workload = reference.workload
     logits, labels = workload.logits.flatten(0, 1), workload.labels.flatten()
@@ -78,10 +84,13 @@ def gradient_error(gradient: Tensor, upstream: Tensor, reference: Reference) -> 
     worst = torch.zeros((), dtype=torch.float64, device=labels.device)
     for rows in _chunks(workload):
         valid = labels[rows] != IGNORE_INDEX
-        expected = logits[rows].double().sub_(reference.logsumexp[rows].unsqueeze(1)).exp_().neg_()
+        z = _capped(logits[rows].double(), workload.softcap)
+        expected = z.sub(reference.logsumexp[rows].unsqueeze(1)).exp_().neg_()
         label = labels[rows].clamp(min=0).unsqueeze(1)
         expected.scatter_add_(1, label, torch.ones_like(label, dtype=torch.float64))
         expected *= (upstream[rows] * valid).unsqueeze(1)
+        if workload.softcap is not None:
+            expected *= 1.0 - z.div_(workload.softcap).square_()
         error = expected.sub_(gradient[rows]).abs_().amax(1)
         scale = upstream[rows].abs()
         relative = torch.where(

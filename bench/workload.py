@@ -65,6 +65,7 @@ class Workload:
     logits: Tensor  # [B, T, V]
     labels: Tensor  # [B, T] int64
     upstream: Tensor  # [B, T] float32: gradient of each log-probability, exact in bfloat16
+    softcap: float | None = None  # what bounds the logits before the softmax
 
 
 def make_workload(
@@ -73,6 +74,7 @@ def make_workload(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    softcap: float | None = None,
 ) -> Workload:
     """Logits peaked like a trained model's, and labels of which a fixed share is scored.
 
@@ -102,4 +104,5 @@ def make_workload(
         logits=logits,
         labels=labels,
         upstream=upstream.to(torch.bfloat16).float(),
+        softcap=softcap,
     )

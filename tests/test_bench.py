@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,18 +44,20 @@ def test_a_size_that_is_none_is_refused(load, text: str) -> None:
 
 
 def test_the_program_verifies_times_and_writes(tmp_path: Path) -> None:
-    output = tmp_path / "out.json"
+    output = tmp_path / "cases.jsonl"
     names = ("simpo_ext", "simpo_ext in place", "eager float32", "F.cross_entropy",
              "simpo_ext loss", "simpo_ext loss in place", "quack cross_entropy")  # fmt: skip
-    arguments = ("--device", "cpu", "--sizes", "16x257", "--rounds", "2", "--json", output)
-    program = (sys.executable, "-m", "bench.bench_token_logps")
-    result = run(*program, *arguments, "--candidates", *names)
+    arguments = ("--device", "cpu", "--sizes", "16x257", "--rounds", "2", "--record", output)
+    program = (sys.executable, "-m", "bench.gpu.logits")
+    result = run(*program, *arguments, "--capped", "16x257", "--candidates", *names)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no measurement of a GPU" in result.stdout
-    measurements = json.loads(output.read_text())
-    assert measurements["device"] == "cpu"
-    assert [batch["valid_rows"] for batch in measurements["runs"]] == [16, 8]
-    for batch in measurements["runs"]:
+    *batches, capped = map(json.loads, output.read_text().splitlines())
+    assert [batch["valid_rows"] for batch in batches] == [16, 8]
+    assert capped["softcap"] > 0
+    assert [each["status"] for each in capped["candidates"]] == ["right", "right"]
+    for batch in batches:
+        assert (batch["kind"], batch["device"]) == ("logits", "cpu")
         assert batch["copy"]["gb_per_s"] > 0
         *right, absent = batch["candidates"]
         assert tuple(candidate["name"] for candidate in batch["candidates"]) == names
@@ -76,7 +77,7 @@ def test_the_program_verifies_times_and_writes(tmp_path: Path) -> None:
 
 
 def test_the_program_refuses_a_candidate_it_does_not_know() -> None:
-    program = (sys.executable, "-m", "bench.bench_token_logps")
+    program = (sys.executable, "-m", "bench.gpu.logits")
     result = run(*program, "--device", "cpu", "--candidates", "nobody")
     assert result.returncode == 2
     assert "nobody" in result.stderr
@@ -114,6 +115,14 @@ def planted(peers: ModuleType, fault: str) -> object:
     return peers.Candidate(fault, "token_logps", lambda: forward)
 
 
+def test_a_softcap_that_a_candidate_ignores_is_found(load) -> None:
+    bench, timing = load("gpu.logits"), load("timing")
+    size = load("workload").Size(16, 100)
+    ignoring = load("peers").our_token_logps(softcap=None)
+    batch = bench.measure(size, 1.0, ignoring, timing.CpuClock(), CPU, 1, softcap=5.0)
+    assert [each["status"] for each in batch["candidates"]] == ["wrong", "wrong"]
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "at_least"),
     [
@@ -124,10 +133,8 @@ def planted(peers: ModuleType, fault: str) -> object:
         ("raises", "failed", None),
     ],
 )
-def test_a_planted_fault_is_reported_and_not_timed(
-    load, capsys: pytest.CaptureFixture[str], fault: str, status: str, at_least
-) -> None:
-    peers, bench, timing = load("peers"), load("bench_token_logps"), load("timing")
+def test_a_planted_fault_is_reported_and_not_timed(load, fault: str, status: str, at_least) -> None:
+    peers, bench, timing = load("peers"), load("gpu.logits"), load("timing")
     size = load("workload").Size(16, 100)
     right = peers.Candidate("eager", "token_logps", lambda: peers.eager_token_logps)
     batch = bench.measure(size, 0.5, [planted(peers, fault), right], timing.CpuClock(), CPU, 1)
@@ -146,8 +153,7 @@ def test_a_planted_fault_is_reported_and_not_timed(
         else:
             assert found[key] == str(bound)
     json.dumps(batch, allow_nan=False)
-    load("report").print_run(batch, "cpu")
-    assert f"{fault}: {status}" in capsys.readouterr().out
+    assert f"  {fault}: {status}" in "\n".join(load("gpu.report").logits_lines(batch))
 
 
 def test_a_package_that_is_broken_makes_its_candidate_unavailable(load) -> None:
@@ -177,92 +183,6 @@ def test_phases_get_what_the_one_before_returned_and_subjects_take_turns(load) -
     times = timing.interleaved({"a": subject("a"), "b": subject("b")}, timing.CpuClock(), rounds=3)
     assert calls == ["a1", "a12", "b1", "b12"] * (3 + timing.WARMUP_ROUNDS)
     assert times["b"]["second"].rounds == 3
-
-
-def test_the_sanitizers_program_passes_on_the_cpu(load, capsys: pytest.CaptureFixture) -> None:
-    assert load("sanitize").main(["--device", "cpu"]) == 0
-    assert "24 of 24" in capsys.readouterr().out
-
-
-def test_what_ncu_prints_is_read(load) -> None:
-    dram = load("dram_throughput")
-    header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-    forward, backward = (f"void simpo_ext::cuda::{kernel}<T, 512>(Args)" for kernel in dram.KERNELS)
-    output = f"==PROF== Connected\n{header}" + "".join(
-        f'"{i}","7","{kernel}","{metric}","{unit}","{value}"\n'
-        for i, kernel, metric, unit, value in [
-            (0, forward, dram.PERCENT, "%", "91.25"),
-            (0, forward, dram.DURATION, "ns", "1,020,000"),
-            (1, backward, dram.PERCENT, "%", "90.5"),
-            (1, backward, dram.DURATION, "us", "2000"),
-            (2, "void fill(T*)", dram.PERCENT, "%", "1"),
-        ]
-    )
-    assert dram.parse_ncu(output) == [
-        {"kernel": "token_logps_kernel", "dram_percent": 91.25, "milliseconds": 1.02},
-        {"kernel": "token_logps_backward_kernel", "dram_percent": 90.5, "milliseconds": 2.0},
-    ]
-    assert dram.parse_ncu("==ERROR== no counters\n") == []
-
-
-def test_the_report_merges_what_there_is(load, tmp_path: Path, capsys) -> None:
-    report = load("report")
-    step = {
-        "name": "tests",
-        "status": "failed",
-        "reason": "exit status 1",
-        "seconds": 3,
-        "budget": 9,
-    }
-    (tmp_path / "steps.jsonl").write_text(json.dumps(step) + "\n")
-    (tmp_path / "machine.json").write_text('{"gpu": "NVIDIA H200"}')
-    (tmp_path / "sweep.jsonl").write_text(
-        '{"kernel": "copy", "ms": 2, "gb_per_s": 4200}\n'
-        '{"kernel": "forward", "threads": 512, "unroll": 4, "ms": 1, "percent_of_copy": 91.5}\n'
-        '{"kernel": "forward", "threads": 1024, "unroll": 8, "error": "wrong"}\n'
-        '{"kernel": "forw'
-    )
-    output = tmp_path / "results" / "out.json"
-    assert report.main([str(tmp_path), "--output", str(output), "--dry-run"]) == 0
-    results = json.loads(output.read_text())
-    assert (results["dry_run"], results["ok"]) == (True, False)
-    assert results["steps"] == [step]
-    assert len(results["sweep"]) == 3
-    assert results["measurements"] is results["dram"] is None
-    printed = capsys.readouterr().out
-    for expected in ("exit status 1", "512 x 4", "91.5", "wrong", "4200", "NVIDIA H200"):
-        assert expected in printed
-
-
-@pytest.mark.parametrize(
-    ("dry_run", "measurements", "gpu", "is_kept"),
-    [
-        (False, {"runs": []}, "NVIDIA H200", True),
-        (True, {"runs": []}, "NVIDIA H200", False),
-        (False, None, "NVIDIA H200", False),
-        (False, {"runs": []}, None, False),
-    ],
-)
-def test_only_measurements_of_a_gpu_go_among_the_results(
-    load, dry_run: bool, measurements, gpu, is_kept: bool
-) -> None:
-    report = load("report")
-    path = report.default_output(
-        {"dry_run": dry_run, "measurements": measurements, "machine": {"gpu": gpu}}
-    )
-    assert (path == BENCH / "results" / "gpu-nvidia-h200.json") == is_kept
-    if not is_kept:
-        assert BENCH not in path.parents
-        path.unlink()
-
-
-def test_the_script_is_bash_and_says_how_it_is_used() -> None:
-    bash = shutil.which("bash")
-    assert bash is not None
-    script = BENCH / "gpu.sh"
-    assert run(bash, "-n", script).returncode == 0
-    assert "--dry-run" in run(bash, script, "--help").stdout
-    assert run(bash, script, "--nonsense").returncode == 2
 
 
 # ---- the loss from logits, beside its floor --------------------------------------------------

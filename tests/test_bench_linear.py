@@ -315,18 +315,24 @@ def test_the_gpus_program_goes_all_the_way_on_a_cpu(
     load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load("timing"), "WARMUP_ROUNDS", 0)
-    output = tmp_path / "out.json"
-    arguments = ("--device", "cpu", "--size", "96x64x600", "--sequences", "4", "--rounds", "1")
-    assert load("linear_gpu").main([*arguments, "--json", str(output)]) == 0
-    found = json.loads(output.read_text())
-    assert [case["share"] for case in found["cases"]] == ["100%", "40%"]
-    missing = [row for row in found["cases"][0]["rows"] if row["status"] == "unavailable"]
-    assert any("CUDA" in row["reason"] for row in missing)
+    output = tmp_path / "cases.jsonl"
+    arguments = ["--device", "cpu", "--size", "96x64x600", "--sequences", "4", "--rounds", "1"]
+    arguments += ["--candidates", "simpo_ext", "Liger SimPO", "Liger linear cross entropy"]
+    assert load("gpu.linear").main([*arguments, "--record", str(output)]) == 0
+    cases = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [case["share"] for case in cases] == ["100%", "40%"]
+    for case in cases:
+        *right, missing = case["rows"]
+        assert [row["status"] for row in right] == ["right", "right"]
+        assert "CUDA" in missing["reason"]
+        assert "x bare" in "\n".join(load("gpu.report").linear_lines(case))
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--size", "48x32"), ("--sequences", "5"), ("--rounds", "0"), ("--size", "0x1x1")]
-)
+    "arguments",
+    [("--size", "48x32"), ("--sequences", "5"), ("--rounds", "0"), ("--size", "0x1x1"),
+     ("--candidates", "nobody")],
+)  # fmt: skip
 def test_the_gpus_program_refuses_what_makes_no_sense(load, arguments: tuple[str, str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        load("linear_gpu").main(["--device", "cpu", *arguments])
+        load("gpu.linear").main(["--device", "cpu", *arguments])

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -53,6 +54,7 @@ struct State {
   Order order = Order::kShuffled;
   Random random{0};
   Counters counters{};
+  std::set<const void*> kernels;  // launched since they were read
 
   void (*thread_main)(const void*) = nullptr;
   const void* thread_context = nullptr;
@@ -215,7 +217,8 @@ void run_blocks() {
 
 }  // namespace
 
-int run_grid(dim3 grid, dim3 block, void (*thread_main)(const void*), const void* context) {
+int run_grid(const void* kernel, dim3 grid, dim3 block, void (*thread_main)(const void*),
+             const void* context) {
   const auto is_within = [](uint64_t value, int64_t limit) {
     return value > 0 && value <= static_cast<uint64_t>(limit);
   };
@@ -227,6 +230,7 @@ int run_grid(dim3 grid, dim3 block, void (*thread_main)(const void*), const void
 
   const std::lock_guard<std::mutex> lock(state.mutex);
   state.counters.launches += 1;
+  state.kernels.insert(kernel);
   state.thread_main = thread_main;
   state.thread_context = context;
   state.num_threads = block.x;
@@ -437,6 +441,17 @@ void simpo_emulation_read_counters(uint64_t out[5]) {
   out[2] = counters.bytes_stored;
   out[3] = counters.vector_loads;
   out[4] = counters.vector_stores;
+}
+
+size_t simpo_emulation_launched_kernels(const void** out, size_t capacity) {
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  size_t count = 0;
+  for (const void* kernel : state.kernels) {
+    if (count < capacity) out[count] = kernel;
+    ++count;
+  }
+  state.kernels.clear();
+  return count;
 }
 
 }  // namespace simpo_ext::emulation

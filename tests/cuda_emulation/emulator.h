@@ -64,13 +64,18 @@ Counters read_counters();
 extern "C" int simpo_emulation_set_schedule(int order, uint64_t seed);
 extern "C" void simpo_emulation_read_counters(uint64_t out[5]);  // in the order of Counters
 
+// The addresses of the kernels launched since the last call, each once: writes up to capacity of
+// them, and returns how many there were.
+extern "C" size_t simpo_emulation_launched_kernels(const void** out, size_t capacity);
+
 // ---- for cuda/platform.h --------------------------------------------------------------------
 
 using SourceLocation = std::source_location;
 
-// Calls thread_main(context) once for every thread of the grid. 0, or the error of a configuration
-// that CUDA would refuse. Launches of several OS threads run one after the other.
-int run_grid(dim3 grid, dim3 block, void (*thread_main)(const void* context), const void* context);
+// Calls thread_main(context) once for every thread of the grid of a kernel. 0, or the error of a
+// configuration that CUDA would refuse. Launches of several OS threads run one after the other.
+int run_grid(const void* kernel, dim3 grid, dim3 block, void (*thread_main)(const void* context),
+             const void* context);
 
 void wait_for_block(SourceLocation where);
 

@@ -213,7 +213,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream /*stream
                                    std::forward<Arguments>(arguments))] { kernel(values...); };
   using Thread = decltype(thread);
   return emulation::run_grid(
-      grid, block, [](const void* context) { (*static_cast<Thread*>(context))(); }, &thread);
+      reinterpret_cast<const void*>(kernel), grid, block,
+      [](const void* context) { (*static_cast<Thread*>(context))(); }, &thread);
 }
 
 }  // namespace simpo_ext::cuda

@@ -1,18 +1,18 @@
 """Measures the loss from hidden states on a GPU: every candidate, side by side.
 
-    python -m bench.linear_gpu [--device cuda] [--size NxHxV] [--sequences 2P] [--json FILE]
+    python -m bench.gpu.linear [--device cuda] [--size NxHxV] [--sequences 2P] [--record FILE.jsonl]
 
-The default is an output layer of Llama-3-8B's size, in bfloat16. Candidates, verification and floor
-are those of bench_linear.py, with the peers that need a GPU; this project is told the number of
-valid tokens, as a trainer's collator knows it. CUDA events time whole phases, and torch's allocator
-counts the peak of each. With --device cpu it says whether the program works.
+The default is an output layer of Llama-3-8B's size, in bfloat16. Each share of scored tokens is
+recorded when it has been measured. Candidates, verification and bare products are those of
+bench_linear.py, with the peers that need a GPU; this project is told the number of valid tokens, as
+a trainer's collator knows it. CUDA events time whole phases, and torch's allocator counts the peak
+of each. With --device cpu it says whether the program works.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from bench import linear_batch, linear_floor, linear_goals, linear_laps, linear_report
+from bench import linear_batch, linear_floor, linear_laps, records
+from bench.gpu.report import linear_lines
 from bench.linear_batch import LinearBatch
 from bench.linear_floor import BLOCKS
 from bench.linear_laps import FORWARD, FORWARD_BACKWARD, LinearLaps
-from bench.linear_subjects import LIGER_COMPILED, LinearCandidate, linear_candidates
+from bench.linear_subjects import LinearCandidate, linear_candidates
 from bench.timing import Clock, Subject, interleaved, make_clock
 
 SIZE = "16384x4096x128256"
@@ -53,12 +54,15 @@ def _release(device: torch.device) -> None:
 
 
 def measure(
-    laps: LinearLaps, each: LinearBatch, clock: Clock, device: torch.device, rounds: int
+    laps: LinearLaps,
+    each: LinearBatch,
+    candidates: Sequence[LinearCandidate],
+    clock: Clock,
+    device: torch.device,
+    rounds: int,
 ) -> dict[str, Any]:
     """One share of a batch."""
     laps.set_mask(each)
-    is_gpu = device.type == "cuda"  # elsewhere this is a trial, and compiling would take longest
-    candidates = [each for each in linear_candidates() if is_gpu or each.name != LIGER_COMPILED]
     rows = []
     for candidate in candidates:
         rows.append(linear_laps.first_row(laps, candidate, device))
@@ -93,22 +97,26 @@ def measure(
         products = times[str(block)]
         forward = products["forward"].median_ms
         floor_ms[block] = (forward, forward + products["backward"].median_ms)
-    case = {
+    return {
+        "device": device.type,
         **linear_laps.describe(each, device),
         "floor": linear_floor.describe(floor_ms, each.flops(each.batch.valid_rows)),
         "rows": rows,
     }
-    linear_report.add_derived(case)
-    return case
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times the loss from hidden states on a GPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.linear", description="Times the loss from hidden states."
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", default=SIZE, metavar="NxHxV")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, metavar="2P")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--candidates", nargs="+", metavar="NAME", help="these only, instead of all"
+    )
+    parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
     options = parser.parse_args(arguments)
     try:
         tokens, hidden, vocabulary = map(int, options.size.split("x"))
@@ -123,6 +131,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected a CUDA device, torch finds none; --device cpu times a CPU")
+    known = {candidate.name: candidate for candidate in linear_candidates()}
+    unknown = [name for name in options.candidates or () if name not in known]
+    if unknown:
+        parser.error(f"--candidates: expected some of {list(known)}, got {unknown}")
+    options.candidates = [known[name] for name in options.candidates or known]
     options.batch = linear_batch.synthetic(
         sequences, tokens // sequences, hidden, vocabulary, "bfloat16"
     )
@@ -130,7 +143,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes what the command line asks for.
+    """Measures, prints and records what the command line asks for.
 
     Returns:
         0 if all of this project's candidates were right and timed, else 1.
@@ -139,20 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     clock = make_clock(device)
     laps = LinearLaps(options.batch, device)
-    results: dict[str, Any] = {"device": device.type, "timing": clock.description, "cases": []}
+    all_right = True
     for fraction in FRACTIONS:
         each = linear_batch.with_fraction(options.batch, fraction)
-        case = measure(laps, each, clock, device, options.rounds)
-        results["cases"].append(case)
-        linear_report.print_case(case)
+        case = measure(laps, each, options.candidates, clock, device, options.rounds)
+        print("\n".join(linear_lines(case)), flush=True)
+        if options.record is not None:
+            records.append(options.record, {"kind": "linear", **case})
+        ours = [row for row in case["rows"] if row["kind"] == "ours"]
+        all_right &= all(row["status"] == "right" for row in ours)
         _release(device)
-    results["goals"] = linear_goals.evaluate(results)
-    linear_report.print_goals(results["goals"])
-    if options.json is not None:
-        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-        options.json.write_text(text, encoding="utf-8")
-    ours = [row for case in results["cases"] for row in case["rows"] if row["kind"] == "ours"]
-    return 0 if all(row["status"] == "right" for row in ours) else 1
+    return 0 if all_right else 1
 
 
 if __name__ == "__main__":

@@ -1,20 +1,18 @@
 """Measures per-token log-probabilities and the SimPO loss: every candidate, side by side.
 
-    python -m bench.bench_token_logps [--device cuda] [--sizes 32768x32768 ...] [--json FILE]
+    python -m bench.gpu.logits [--device cuda] [--sizes 32768x32000 ...] [--record FILE.jsonl]
 
-A candidate's values and gradient are held against float64 before it is timed; one that is wrong is
-reported with its error and not timed. GB/s are the fewest bytes that the work has to move
-(workload.py) over the median time, and per cent are of a device-to-device copy of the logits, bytes
-read and written, that takes its turn in the same rounds.
+Each batch is recorded when it has been measured. A candidate's values and gradient are held against
+float64 before it is timed; one that is wrong is reported with its error and not timed. GB/s are the
+fewest bytes that the work has to move (workload.py) over the median time, and per cent are of a
+device-to-device copy of the logits, bytes read and written, that takes its turn in the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,14 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import report
-from bench.peers import Candidate, candidates
+from bench import records
+from bench.gpu.report import logits_lines
+from bench.peers import Candidate, candidates, our_token_logps
 from bench.reference import Reference, gradient_error, make_reference, value_error
 from bench.timing import Clock, Subject, Times, interleaved, make_clock
 from bench.workload import Size, Workload, fewest_bytes, make_workload
 
-SIZES = ("32768x32768", "16384x128256", "8192x262144")
+# Usual batches, a small one, and so few rows that they may leave most of a GPU idle.
+SIZES = ("32768x32000", "16384x128256", "2048x128256", "64x262144")
 VALID = (1.0, 0.4)
+CAPPED_SIZES = ("16384x128256",)
+SOFTCAP = 30.0
 ROUNDS = 15
 
 # Relative errors. A result in float32 comes from arithmetic in float32; one in bfloat16 was rounded
@@ -150,9 +152,10 @@ def measure(
     clock: Clock,
     device: torch.device,
     rounds: int,
+    softcap: float | None = None,
 ) -> dict[str, Any]:
     """Everything about one batch: copy bandwidth, and errors and times of the candidates."""
-    workload = make_workload(size, valid_fraction, device)
+    workload = make_workload(size, valid_fraction, device, softcap=softcap)
     reference = make_reference(workload)
     buffer = torch.empty_like(workload.logits)
 
@@ -174,6 +177,9 @@ def measure(
             result["forward"] = _speed(of_candidate["forward"], moved.forward, copy_gb_per_s)
             result["backward"] = _speed(of_candidate["backward"], moved.backward, copy_gb_per_s)
     return {
+        "device": device.type,
+        "dtype": "bfloat16",
+        "softcap": softcap,
         "rows": size.rows,
         "vocabulary": size.vocabulary,
         "valid_fraction": valid_fraction,
@@ -186,21 +192,31 @@ def measure(
     }
 
 
+def _sizes(texts: Sequence[str], parser: argparse.ArgumentParser) -> list[Size]:
+    try:
+        return [Size.parse(text) for text in texts]
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Times token_logps beside its peers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.logits", description="Times token_logps beside its peers."
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxV")
     parser.add_argument("--valid", nargs="+", type=float, default=VALID, metavar="FRACTION")
+    parser.add_argument(
+        "--capped", nargs="*", default=CAPPED_SIZES, metavar="NxV", help="with a softcap, ours only"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
         "--candidates", nargs="+", metavar="NAME", help="these only, instead of all"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
     options = parser.parse_args(arguments)
-    try:
-        options.sizes = [Size.parse(text) for text in options.sizes]
-    except ValueError as error:
-        parser.error(str(error))
+    options.sizes = _sizes(options.sizes, parser)
+    options.capped = _sizes(options.capped, parser)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if not all(0.0 < fraction <= 1.0 for fraction in options.valid):
@@ -216,7 +232,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes what the command line asks for.
+    """Measures, prints and records what the command line asks for.
 
     Returns:
         0 if all of this project's candidates were right and timed, else 1.
@@ -224,24 +240,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     device = torch.device(options.device)
     clock = make_clock(device)
-    runs: list[dict[str, Any]] = []
-    for size in options.sizes:
-        for valid_fraction in options.valid:
-            run = measure(size, valid_fraction, options.candidates, clock, device, options.rounds)
-            runs.append(run)
-            report.print_run(run, device.type)
-            _release_memory(device)
-    measurements = {
-        "device": device.type,
-        "dtype": "bfloat16",
-        "timing": clock.description,
-        "copy_gb_per_s": statistics.median(run["copy"]["gb_per_s"] for run in runs),
-        "runs": runs,
-    }
-    if options.json is not None:
-        options.json.write_text(json.dumps(measurements, indent=1, allow_nan=False) + "\n")
-    ours = [result for run in runs for result in run["candidates"] if result["ours"]]
-    return 0 if all(result["status"] == "right" for result in ours) else 1
+    batches = [
+        (size, fraction, options.candidates, None)
+        for size in options.sizes
+        for fraction in options.valid
+    ]
+    batches += [(size, 1.0, our_token_logps(SOFTCAP), SOFTCAP) for size in options.capped]
+    all_right = True
+    for size, fraction, chosen, softcap in batches:
+        run = measure(size, fraction, chosen, clock, device, options.rounds, softcap)
+        print("\n".join(logits_lines(run)), flush=True)
+        if options.record is not None:
+            records.append(options.record, {"kind": "logits", **run})
+        ours = [result for result in run["candidates"] if result["ours"]]
+        all_right &= all(result["status"] == "right" for result in ours)
+        _release_memory(device)
+    return 0 if all_right else 1
 
 
 if __name__ == "__main__":

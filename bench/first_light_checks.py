@@ -1,0 +1,140 @@
+"""How first light compares: tensors at the edge of their memory, errors and their bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---- comparison ------------------------------------------------------------------------------
+
+
+class Bound(NamedTuple):
+    """The largest errors that are allowed, in units of the largest expected element."""
+
+    value: float
+    gradient: float
+
+
+# Of results from logits. Sums are float32 or better; the gradient is rounded to its dtype.
+FROM_LOGITS = {
+    torch.float64: Bound(1e-12, 1e-12),
+    torch.float32: Bound(2e-6, 4e-6),
+    torch.bfloat16: Bound(2e-6, 2.0**-7),
+    torch.float16: Bound(2e-6, 2.0**-9),
+}
+# Of results from hidden states. A matrix product in other order can round a logit differently, and
+# a probability changes by the rounding of its logit.
+FROM_HIDDEN = {
+    torch.float64: Bound(1e-11, 1e-11),
+    torch.float32: Bound(1e-5, 5e-5),
+    torch.bfloat16: Bound(2.0**-7, 2.0**-4),
+    torch.float16: Bound(2.0**-10, 2.0**-7),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tensor compared with the truth."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def is_right(self) -> bool:
+        """False for NaN, too."""
+        return self.error <= self.bound
+
+
+def compare(name: str, actual: Tensor, expected: Tensor, bound: float, least: float) -> Check:
+    """The largest error in units of the largest expected element, or of ``least``.
+
+    What is exactly 0, as the gradient of a masked token is, has to be exactly 0.
+    """
+    found = actual.detach().cpu().double().reshape(expected.shape)
+    expected = expected.detach()
+    error = (found - expected).abs().max().item() / max(least, expected.abs().max().item())
+    if found[expected == 0.0].ne(0.0).any():
+        error = torch.inf
+    return Check(name, error, bound)
+
+
+# ---- placement -------------------------------------------------------------------------------
+
+
+def place(values: Tensor, device: torch.device, offset: int = 1, padding: int = 0) -> Tensor:
+    """The values in an allocation of their own, from an odd element up to its end."""
+    *outer, columns = values.shape
+    strides = [1]
+    for size in reversed([*outer[1:], columns + padding]):
+        strides.insert(0, strides[0] * size)
+    strides = strides[-values.dim() :]
+    length = offset + 1 + sum((n - 1) * s for n, s in zip(values.shape, strides, strict=True))
+    storage = torch.zeros(length, dtype=values.dtype)
+    storage.as_strided(values.shape, strides, offset).copy_(values)
+    return storage.to(device).as_strided(values.shape, strides, offset)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something to compute, the truth about it, and what it is computed from."""
+
+    inputs: Mapping[str, Tensor]  # float64 values that the dtype has, all differentiable
+    ours: Callable[..., Mapping[str, Tensor]]  # of the inputs on the device
+    truth: Callable[..., Mapping[str, Tensor]]  # of the inputs in float64
+    bounds: Mapping[torch.dtype, Bound]
+    layout: tuple[int, int] = (1, 0)  # of the first input: offset and padding
+    inplace: bool = False  # the gradient of the first input overwrites it
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem in one dtype."""
+
+    name: str
+    dtype: torch.dtype
+    make: Callable[[torch.dtype, torch.device], Problem] = field(repr=False)
+    for_sanitizer: bool = True
+
+    def checks(self, device: torch.device) -> list[Check]:
+        """Every output and every gradient compared with the truth."""
+        problem = self.make(self.dtype, device)
+        bound = problem.bounds[self.dtype]
+        leaves: dict[str, Tensor] = {}
+        for index, (name, values) in enumerate(problem.inputs.items()):
+            offset, padding = problem.layout if index == 0 else (1, 0)
+            placed = place(values.to(self.dtype), device, offset, padding)
+            leaves[name] = placed.requires_grad_()
+            if problem.inplace and index == 0:
+                # Part of a graph, without a copy: a leaf cannot be overwritten.
+                zero = torch.zeros((), dtype=self.dtype, device=device, requires_grad=True)
+                leaves[name] = placed.detach().add_(zero)
+        exact = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
+
+        actual, expected = problem.ours(**leaves), problem.truth(**exact)
+        checks = [
+            compare(name, actual[name], expected[name], bound.value, least=1.0) for name in expected
+        ]
+        random = torch.Generator().manual_seed(1)
+        outputs, upstreams, exact_outputs, exact_upstreams = [], [], [], []
+        for name, output in actual.items():
+            if not output.requires_grad:
+                continue
+            upstream = torch.randn(expected[name].shape, generator=random)
+            upstream.view(-1)[1:2] = 0.0  # a row without a gradient is not read
+            outputs.append(output)
+            upstreams.append(upstream.to(device, output.dtype).view(output.shape))
+            exact_outputs.append(expected[name])
+            exact_upstreams.append(upstream.double())
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), upstreams)
+        truths = torch.autograd.grad(exact_outputs, list(exact.values()), exact_upstreams)
+        first = next(iter(leaves.values()))
+        if problem.inplace and gradients[0].data_ptr() != first.data_ptr():
+            raise AssertionError("inplace_backward: the gradient is in memory of its own")
+        for name, gradient, truth in zip(leaves, gradients, truths, strict=True):
+            checks.append(compare(f"d{name}", gradient, truth, bound.gradient, least=1e-6))
+        return checks

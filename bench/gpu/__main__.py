@@ -1,0 +1,104 @@
+"""The program of bench/gpu.sh, which says how it is used."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.gpu import pack, report, runner, steps
+
+LIMIT = 480.0  # seconds, of all steps together
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu.sh",
+        description="Tests and measures this project on a machine with an NVIDIA GPU.",
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go")
+    parser.add_argument("--dry-run", action="store_true", help="every step, without a GPU")
+    parser.add_argument(
+        "--steps", nargs="+", metavar="TEXT", help="only steps whose name has one of these in it"
+    )
+    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS")
+    parser.add_argument(
+        "--carried", type=Path, default=steps.CARRIED, metavar="FOLDER", help="what --pack has made"
+    )
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only reports on a folder")
+    parser.add_argument("--pack", action="store_true", help="only builds what is carried")
+    parser.add_argument("--python", default="python3.12", help="for --pack: the machine's version")
+    parser.add_argument("--archs", default="90", help="for --pack: of the GPU")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="for --pack: builds none")
+    options = parser.parse_args(arguments)
+    names = [step.name for step in steps.all_steps(options.carried)]
+    if options.steps and not any(text in name for text in options.steps for name in names):
+        parser.error(f"--steps: expected parts of {names}, got {options.steps}")
+    if not (options.output or options.dry_run or options.report or options.pack):
+        parser.error("--output: expected a folder for the results")
+    return options
+
+
+def _is_chosen(step: runner.Step, texts: Sequence[str] | None) -> bool:
+    return texts is None or step.name == steps.INSTALL or any(text in step.name for text in texts)
+
+
+def run(options: argparse.Namespace, output: Path, work: Path) -> bool:
+    """All steps; whether none failed. After each, the report is that of what there is.
+
+    What an earlier run has left in the folder stays there, and is reported, too.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    output = output.resolve()
+    deadline = time.monotonic() + options.limit
+    here = runner.Run(output, work, options.dry_run, deadline)
+    if options.dry_run:
+        here.environment["OMP_NUM_THREADS"] = "1"  # work this small is over before others wake up
+    all_right, text = True, ""
+    for step in steps.all_steps(options.carried.resolve()):
+        if not _is_chosen(step, options.steps):
+            continue
+        is_right = runner.perform(step, here)
+        if step.name == steps.INSTALL and not is_right and not here.is_installed:
+            is_right = runner.perform(steps.build_step(options.carried.resolve()), here)
+        all_right &= is_right
+        text = _report(output)
+    print(text, flush=True)
+    return all_right
+
+
+def _report(output: Path) -> str:
+    """The report so far. It can be made again, so what is wrong with it must not end the run."""
+    try:
+        return report.write(output)
+    except Exception:
+        return f"no report:\n{traceback.format_exc()}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0 if no step failed, else 1.
+    """
+    options = _parse(arguments)
+    if options.pack:
+        pack.pack(options.carried, options.python, options.archs, options.wheel)
+        return 0
+    if options.report:
+        print(report.write(options.report))
+        return 0
+    # As Ctrl-C: the program that runs is ended, and its step is recorded.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as work:
+        output = options.output or Path(work) / "output"
+        return 0 if run(options, output, Path(work)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""The ten steps of a run, in the order of what is worth most.
+
+The budgets add up to 480 seconds: 200 for the first five steps, 280 for the others. The comment of
+each step says why it fits, by arithmetic, on an H200 (4.3 TB/s of copies, 790 TFlop/s).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from bench import records
+from bench.gpu.runner import FailedError, Run, SkippedError, Step
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TESTS = ROOT / "tests"
+CARRIED = ROOT / ".gpu"
+SITE = "site"  # in the work folder: what the wheels hold
+SOURCES = "sources.sha256"  # among what is carried: what the wheel was built from
+HEADERS = "include"  # among what is carried: torch's, for a build there
+LINEAR_SIZE, TINY_LINEAR_SIZE = "16384x4096x128256", "128x64x1024"
+PEER_SIZE, TINY_SIZE = "16384x128256", "64x1024"
+SWEEP_SIZE = ("16384", "128256")
+
+
+# ---- 1: install and import -------------------------------------------------------------------
+
+
+INSTALL = "install and import"
+
+
+def install(run: Run, carried: Path) -> None:
+    """Unpacks the wheels before the machine's packages. Seconds: starting torch is most of it."""
+    site = run.work / SITE
+    site.mkdir(exist_ok=True)
+    run.environment["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT)])
+    for wheel in _wheels(carried):
+        zipfile.ZipFile(wheel).extractall(site)
+    _import(run)
+    packed = carried / SOURCES
+    if packed.exists() and packed.read_text() != source_hash():
+        raise FailedError(f"{carried}: packed from other sources than these; pack it again")
+
+
+def build_step(carried: Path) -> Step:
+    """What is done where the wheel does not load. It takes the time of the last steps."""
+    return Step("build from source", 150, partial(build_from_source, carried=carried))
+
+
+def build_from_source(run: Run, carried: Path) -> None:
+    """Builds the package for the first GPU alone, with what the machine has."""
+    capability = run.program(
+        run.find_tool("nvidia-smi"), "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"
+    )
+    shutil.rmtree(run.work / SITE / "simpo_ext", ignore_errors=True)
+    settings = {
+        "SIMPO_CUDA": "ON",
+        "SIMPO_CUDA_ARCHS": capability.strip().replace(".", ""),
+        "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count()),
+    }
+    if (carried / HEADERS).is_dir():
+        settings["SKBUILD_CMAKE_DEFINE"] = f"SIMPO_TORCH_INCLUDE={carried / HEADERS}"
+    run.module(
+        "pip",
+        *("install", "--no-index", "--no-deps", "--no-build-isolation", "--target"),
+        *(run.work / SITE, ROOT),
+        environment=settings,
+    )
+    _import(run)
+
+
+def _wheels(carried: Path) -> Sequence[Path]:
+    """Those that were carried for this Python."""
+    tag = f"-cp{sys.version_info.major}{sys.version_info.minor}-"
+    wheels = sorted(carried.glob("*.whl"))
+    fitting = [wheel for wheel in wheels if tag in wheel.name or "-none-any" in wheel.name]
+    if not any(wheel.name.startswith("simpo_ext-") for wheel in fitting):
+        names = ", ".join(wheel.name for wheel in wheels) or "none"
+        raise FailedError(f"{carried}: expected a wheel simpo_ext-*{tag}*, got {names}")
+    return fitting
+
+
+def _import(run: Run) -> None:
+    run.module("bench.machine", "--record", run.cases, "--expect-in", run.work / SITE)
+    run.is_installed = True
+
+
+def source_hash() -> str:
+    """Of all that is compiled or packed into the wheel."""
+    digest = hashlib.sha256()
+    files = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
+    for folder in ("csrc", "simpo_ext"):
+        files += (
+            path
+            for path in (ROOT / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
+        )
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+# ---- 2 to 5: right, and how fast -------------------------------------------------------------
+
+
+def first_light(run: Run) -> None:
+    """About 250 cases of a few launches each: less than 10 s after torch has started."""
+    arguments = ("--select", "sanitizer") if run.is_dry else ()
+    run.module("bench.first_light", "--device", run.device, "--record", run.cases, *arguments)
+
+
+def logits(run: Run) -> None:
+    """Copy, ours and F.cross_entropy on eight batches, and ours with a softcap on one.
+
+    A round of the largest takes about 40 ms, half a second in 9 rounds, and the comparison of a
+    candidate with float64 as long: it moves 200 GB.
+    """
+    sizes = ("--sizes", TINY_SIZE, "16x4096", "--capped", TINY_SIZE) if run.is_dry else ()
+    run.module(
+        "bench.gpu.logits",
+        *("--device", run.device, "--record", run.cases, "--rounds", "2" if run.is_dry else "7"),
+        *("--candidates", "simpo_ext", "simpo_ext in place", "F.cross_entropy", *sizes),
+    )
+
+
+def linear(run: Run) -> None:
+    """Three budgets beside the bare products, with all and with 40 % of the tokens scored.
+
+    The products are 52 TFlop, 65 ms. A round takes about 0.8 s: forward alone and with backward of
+    three candidates, and three forms of the bare products.
+    """
+    candidates = ("simpo_ext", "simpo_ext, budget 0", "simpo_ext, unlimited")
+    _linear(run, candidates, rounds="3")
+
+
+def _linear(run: Run, candidates: Sequence[str], rounds: str) -> None:
+    tiny = ("--size", TINY_LINEAR_SIZE, "--sequences", "4", "--rounds", "1")
+    run.module(
+        "bench.gpu.linear",
+        *("--device", run.device, "--record", run.cases, "--candidates", *candidates),
+        *(tiny if run.is_dry else ("--size", LINEAR_SIZE, "--rounds", rounds)),
+    )
+
+
+def ncu(run: Run) -> None:
+    """Four kernels of 1 to 3 ms, a few passes each: starting torch takes longer."""
+    if run.is_dry:
+        run.module("bench.gpu.ncu", "--device", "cpu", "--size", TINY_SIZE)
+        raise SkippedError("no GPU to profile; the profiled program ran on the CPU")
+    run.find_tool("ncu")
+    run.module("bench.gpu.ncu", "--record", run.cases)
+
+
+# ---- 6 to 8: tests and sanitizers ------------------------------------------------------------
+
+
+def _test_files(mark: str) -> list[Path]:
+    """The files with tests of a mark: no other file's imports can stop these tests."""
+    marked = re.compile(rf"\bmark\.{mark}\b")
+    return [path for path in sorted(TESTS.glob("test_*.py")) if marked.search(path.read_text())]
+
+
+def _pytest(run: Run, kind: str, mark: str, *arguments: str | Path, workers: int = 0) -> None:
+    xdist = (
+        ("-p", "xdist", "-n", str(workers)) if workers and importlib.util.find_spec("xdist") else ()
+    )
+    run.module(
+        "pytest",
+        *("-q", "-p", "no:cacheprovider", "--rootdir", ROOT, "-c", ROOT / "pyproject.toml"),
+        *("-p", "bench.gpu.pytest_record", "--record", run.cases, "--record-kind", kind),
+        *("--continue-on-collection-errors", "-m", mark, *xdist, *arguments, *_test_files(mark)),
+        environment={
+            "FAIL_WITHOUT_CUDA": "1",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # plugins warn, and warnings are errors here
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+
+
+def gpu_tests(run: Run) -> None:
+    """Some 70 tests of small tensors, of CUDA graphs and streams, in one process."""
+    _pytest(run, "gpu tests", "gpu", *(["--collect-only"] if run.is_dry else []))
+
+
+def kernel_tests(run: Run) -> None:
+    """Some 5000 tests of the ops, whose tensors go to the GPU and back.
+
+    They take about 30 ms each, most of it on the CPU. With 12 workers, and 20 s until these have
+    imported everything, the budget leaves a margin of two.
+    """
+    arguments = ("-k", "test_pairs") if run.is_dry else ("--kernels=cuda",)
+    workers = 1 if run.is_dry else min(12, os.cpu_count() or 1)
+    _pytest(run, "kernel tests", "kernels", *arguments, workers=workers)
+
+
+def _sanitize(run: Run, tool: str) -> None:
+    """First light under compute-sanitizer, each tensor in an allocation of its own."""
+    tool_command: tuple[str, ...] = ()
+    if not run.is_dry:
+        tool_command = (run.find_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9")
+    run.module(
+        "bench.first_light",
+        *("--device", run.device, "--select", "sanitizer"),
+        *("--record", run.cases, "--kind", tool),
+        under=tool_command,
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+    if run.is_dry:
+        raise SkippedError("no GPU for compute-sanitizer; its program ran on the CPU")
+
+
+def memcheck(run: Run) -> None:
+    """About 1500 launches, which the tool makes some ten times as long as a launch takes."""
+    _sanitize(run, "memcheck")
+
+
+def racecheck(run: Run) -> None:
+    """As memcheck, of shared memory."""
+    _sanitize(run, "racecheck")
+
+
+# ---- 9 and 10: peers, and the sweep ----------------------------------------------------------
+
+
+def peers(run: Run) -> None:
+    """torch.compile and Liger: two kernels to compile, and then as the steps before."""
+    run.module(
+        "bench.gpu.logits",
+        *("--device", run.device, "--record", run.cases, "--rounds", "2" if run.is_dry else "7"),
+        *("--sizes", TINY_SIZE if run.is_dry else PEER_SIZE, "--valid", "1", "--capped"),
+        *("--candidates", "simpo_ext", "torch.compile", "Liger cross entropy"),
+        # On a CPU, compiling takes longer than all else.
+        environment={
+            "TORCH_COMPILE_DISABLE" if run.is_dry else "TORCHINDUCTOR_COMPILE_THREADS": "1"
+        },
+    )
+    _linear(run, ("simpo_ext", "Liger SimPO", "Liger linear cross entropy"), rounds="1")
+
+
+def sweep(run: Run) -> None:
+    """Threads and loads in flight of the streaming kernels: 24 variants in 22 rounds of 40 ms."""
+    target = ("-arch=sm_90", "-cubin") if run.is_dry else ("-arch=native",)
+    source, program = ROOT / "bench" / "cuda" / "sweep_token_logps.cu", run.work / "sweep"
+    flags = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-I", ROOT / "csrc")
+    run.program(run.find_tool("nvcc"), *flags, *target, source, "-o", program)
+    if run.is_dry:
+        raise SkippedError("no GPU for the sweep; it was compiled")
+    for line in run.program(program, *SWEEP_SIZE).splitlines():
+        if line.startswith("{"):
+            records.append(run.cases, {"kind": "sweep", **json.loads(line)})
+
+
+def all_steps(carried: Path) -> list[Step]:
+    """The steps and their budgets."""
+    return [
+        Step(INSTALL, 20, partial(install, carried=carried)),
+        Step("first light", 40, first_light),
+        Step("logits", 50, logits),
+        Step("from hidden", 50, linear),
+        Step("Nsight Compute", 40, ncu),
+        Step("gpu tests", 60, gpu_tests),
+        Step("kernel tests", 80, kernel_tests),
+        Step("memcheck", 40, memcheck),
+        Step("racecheck", 30, racecheck),
+        Step("peers", 45, peers),
+        Step("sweep", 25, sweep),
+    ]
