@@ -2,13 +2,13 @@
 
     python -m bench.first_light [--device cuda|cpu] [--select sanitizer] [--record FILE.jsonl]
 
-Each case (first_light_cases.py) prints one line of JSON when it ends: for each output and each
-gradient its error and the largest error that is allowed. Exit status 0 if all cases are right.
+When a case (first_light_cases.py) ends, the program prints one line of JSON: the error of each
+output and gradient, and the largest error allowed. The exit status is 0 if all cases are right.
 
 Every tensor that the kernels read ends where its allocation ends, and its rows start at odd
-elements. Without torch's caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING=1) an access beyond the
-end is one that compute-sanitizer's memcheck sees. New tensors are filled with NaN, so that an
-element that no kernel writes is an error.
+elements. Without torch's caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING=1), compute-sanitizer's
+memcheck sees an access beyond the end. Torch fills new tensors with NaN, so that an element that no
+kernel writes is an error.
 
 An illegal access makes all later CUDA calls of its process fail. The program then replaces itself
 with a new process for the remaining cases.
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which deterministic algorithms need
 
 import torch
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_case(case: Case, device: torch.device, kind: str) -> dict[str, Any]:
-    """The record of one case."""
+    """Runs one case and returns its record."""
     began = time.perf_counter()
     record: dict[str, Any] = {
         "kind": kind,
@@ -76,8 +76,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--select", choices=("all", "sanitizer"), default="all", help="sanitizer: fewer layouts"
     )
-    parser.add_argument("--record", type=Path, metavar="FILE.jsonl", help="also appended to it")
-    parser.add_argument("--kind", default="first light", help="of what is recorded")
+    parser.add_argument("--record", type=Path, metavar="FILE.jsonl", help="also append to this file")
+    parser.add_argument("--kind", default="first light", help="kind of the records")
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--failures", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parse(arguments)
     device = torch.device(options.device)
-    # This is also what makes torch fill new tensors with NaN.
+    # This setting also makes torch fill new tensors with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     cases = [case for case in all_cases() if options.select == "all" or case.for_sanitizer]
     failures = options.failures

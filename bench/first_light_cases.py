@@ -1,6 +1,6 @@
 """The cases of first light: together they launch every kernel of csrc/cuda.
 
-tests/test_first_light.py checks that, in the emulator, for each instantiation of each kernel.
+In the emulator, tests/test_first_light.py checks this for each instantiation of each kernel.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from simpo_ext.distributed import (
 )
 
 SHAPE = BATCH, TIME = 4, 3
-LONG = 4, 1100  # more tokens than a block works on in one turn
-MANY = 4, 208  # so many rows that no two blocks share one
+LONG = 4, 1100  # more tokens than a block takes in one iteration of its loop
+MANY = 4, 208  # so many rows that blocks do not share them
 PAIRS = torch.tensor([[0, 2], [1, 3]])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,15 +44,15 @@ class Layout(NamedTuple):
 
 
 LESS_THAN_A_VECTOR = Layout(7, 3, 0)
-ODD = Layout(130, 1, 1)  # a head and a tail in every row, each alignment in turn
-LARGE = Layout(20003, 1, 2)  # rows that take the kernels for large rows
+ODD = Layout(130, 1, 1)  # every row has a head and a tail, and alignments take turns
+LARGE = Layout(20003, 1, 2)  # rows for the kernels for large rows
 SEVERAL_SEGMENTS = Layout(40007, 3, 1)  # rows of 64 KiB and more, which several blocks share
 LAYOUTS = (
     Layout(1, 1, 0),
     LESS_THAN_A_VECTOR,
     ODD,
     Layout(1000, 0, 0),  # whole vectors, all aligned
-    Layout(4099, 5, 0),  # small rows of more than one pass
+    Layout(4099, 5, 0),  # small rows that take more than one pass
     LARGE,
     SEVERAL_SEGMENTS,
 )
@@ -72,7 +72,7 @@ def _random(*shape: int, dtype: torch.dtype, seed: int = 0, std: float = 3.0) ->
 
 
 def _labels(vocabulary: int, *shape: int) -> Tensor:
-    """With some that are masked, and with two that are scored in each row after a shift."""
+    """Random labels. Every fifth is masked; after a shift, each row still has a scored one."""
     generator = torch.Generator().manual_seed(2)
     labels = torch.randint(vocabulary, shape, generator=generator)
     labels.view(-1)[::5] = IGNORE_INDEX
@@ -93,7 +93,7 @@ def _token_logps(
     shape: tuple[int, int] = SHAPE,
     num_scored: int | None = None,
 ) -> Any:
-    """Token log-probs; of the first ``num_scored`` positions alone, if it is given."""
+    """Token log-probs. If ``num_scored`` is given, only so many positions are scored."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Problem:
         labels = _labels(layout.vocabulary, *shape)
@@ -169,23 +169,23 @@ LOSSES: dict[str, dict[str, Any]] = {
     "AlphaPO": {"alpha": 0.25, "beta": 2.5, "gamma_beta_ratio": 0.2},
 }
 
-# Packed sequences of which one is empty, one has a token that predicts nothing, and some positions
-# before and after are in none.
+# Packed sequences: one is empty, and one has a single token, which predicts nothing. The first and
+# the last positions belong to no sequence.
 CU_SEQLENS = torch.tensor([1, 4, 4, 9, 10, 15, 18])
 PACKED = 20
-# A sequence in several pairs, on either side; the last pair has a weight of 0.
+# Sequences are in several pairs, as chosen and as rejected. The last pair has weight 0.
 PACKED_PAIRS = torch.tensor([[0, 2], [0, 4], [4, 5], [2, 5]])
 PACKED_WEIGHTS = torch.tensor([1.5, 0.25, 1.0, 0.0], dtype=torch.float64)
 
 
 def _packed_labels(vocabulary: int) -> Tensor:
     labels = _labels(vocabulary, PACKED)
-    labels[CU_SEQLENS[:-1]] = IGNORE_INDEX  # as prompts
+    labels[CU_SEQLENS[:-1]] = IGNORE_INDEX  # like prompts
     return labels
 
 
 def _packed(vocabulary: int, from_hidden: bool) -> Any:
-    """The loss of pairs by indices, with weights, from packed logits or hidden states."""
+    """The loss of weighted pairs given by indices, from packed logits or hidden states."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Problem:
         labels = _packed_labels(vocabulary)
@@ -223,7 +223,7 @@ def _packed(vocabulary: int, from_hidden: bool) -> Any:
 
 def _sequences(average: bool, is_packed: bool) -> Any:
     def make(dtype: torch.dtype, device: torch.device) -> Problem:
-        # Without the empty sequences, whose log-probability is NaN.
+        # No sequence is empty: its log-probability would be NaN.
         edges = torch.tensor([1, 4, 9, 15, 18]) if is_packed else None
         labels = _packed_labels(ODD.vocabulary) if is_packed else _labels(ODD.vocabulary, 4, 3)
         return Problem(
@@ -254,10 +254,11 @@ SHARDS = (0, 23, 23, 130)  # one of them is empty
 def _in_shards(
     function: Callable[[VocabShard, slice], Tensor],
 ) -> Mapping[str, Tensor]:
-    """The logps of a function that gets a shard and its columns, on all ranks in one process.
+    """Calls the function with the shard and columns of each rank, all in one process.
 
-    The first call of a rank hands in what it gathers. Every rank's graph gets the whole upstream
-    gradient, and autograd adds up the gradients of what they share, as an all-reduce would.
+    A rank's first call only stores what the rank gathers. The graph of every rank receives the
+    whole upstream gradient, and autograd adds up the gradients of shared inputs, as an all-reduce
+    would.
     """
     ranks = list(itertools.pairwise(SHARDS))
     gathered: dict[int, Tensor] = {}
@@ -363,7 +364,7 @@ def _linear(
     def make(dtype: torch.dtype, device: torch.device) -> Problem:
         labels = _labels(shape[1], *tokens)
         is_valid = score(torch.zeros(*tokens, shape[1]), labels).is_valid
-        # Exact, or more than there are: then a row has no token.
+        # The exact count, or one more: then a row has no token.
         bound = int(is_valid.sum()) + (not has_bias)
 
         def ours(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -406,14 +407,14 @@ def _linear_report(dtype: torch.dtype, device: torch.device) -> Problem:
 # ---- all of them -----------------------------------------------------------------------------
 
 RECOMPUTED, KEPT = 0, 2**30
-SHORT_ROWS = (2, 37)  # hidden states no longer than a vector in any dtype
+SHORT_ROWS = (2, 37)  # hidden states that fit into a 16-byte vector in every dtype
 ONE_CHUNK = (72, 300)
-TWO_CHUNKS = (40, 9001)  # of columns, on a CPU three
-UNALIGNED = (37, 9001)  # as many, of rows that are no whole vectors
+TWO_CHUNKS = (40, 9001)  # of columns; on a CPU there are three
+UNALIGNED = (37, 9001)  # the same chunks; rows are not whole vectors
 
 
 def _makers() -> Iterator[tuple[str, Any, bool]]:
-    """Name, problem and whether the sanitizer's selection has it."""
+    """Name, problem, and whether the sanitizer's selection includes it."""
     both = (False, True)
     for layout, (name, transform), inplace in itertools.product(LAYOUTS, TRANSFORMS.items(), both):
         title = _names("token_logps", V=layout.vocabulary, logits=name, inplace=inplace)
@@ -461,6 +462,6 @@ def all_cases() -> list[Case]:
         for name, make, for_sanitizer in _makers()
         for dtype in DTYPES
     ]
-    # The largest one: in one dtype, and not under a sanitizer.
+    # The largest case runs in one dtype, and not under a sanitizer.
     many = _token_logps(SEVERAL_SEGMENTS, {}, False, MANY, num_scored=12)
     return [*cases, Case("token_logps of many rows", torch.bfloat16, many, for_sanitizer=False)]

@@ -1,4 +1,4 @@
-"""How first light compares: tensors at the edge of their memory, errors and their bounds."""
+"""How first light compares: tensors at the end of their memory, errors and their bounds."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Bound(NamedTuple):
     gradient: float
 
 
-# Of results from logits. Sums are float32 or better; the gradient is rounded to its dtype.
+# For results from logits. Sums are float32 or better; the gradient is rounded to its dtype.
 FROM_LOGITS = {
     torch.float64: Bound(1e-12, 1e-12),
     torch.float32: Bound(2e-6, 4e-6),
     torch.bfloat16: Bound(2e-6, 2.0**-7),
     torch.float16: Bound(2e-6, 2.0**-9),
 }
-# Of results from hidden states. A matrix product in other order can round a logit differently, and
-# a probability changes by the rounding of its logit.
+# For results from hidden states. A matrix product that sums in another order can round a logit
+# differently, which changes the probability of its token.
 FROM_HIDDEN = {
     torch.float64: Bound(1e-11, 1e-11),
     torch.float32: Bound(1e-5, 5e-5),
@@ -51,9 +51,9 @@ class Check:
 
 
 def compare(name: str, actual: Tensor, expected: Tensor, bound: float, least: float) -> Check:
-    """The largest error in units of the largest expected element, or of ``least``.
+    """The largest error in units of the largest expected element, at least ``least``.
 
-    What is exactly 0, as the gradient of a masked token is, has to be exactly 0.
+    Where exactly 0 is expected, as in the gradient of a masked token, the result must be exactly 0.
     """
     found = actual.detach().cpu().double().reshape(expected.shape)
     expected = expected.detach()
@@ -67,7 +67,7 @@ def compare(name: str, actual: Tensor, expected: Tensor, bound: float, least: fl
 
 
 def place(values: Tensor, device: torch.device, offset: int = 1, padding: int = 0) -> Tensor:
-    """The values in an allocation of their own, from an odd element up to its end."""
+    """Copies values to an allocation of their own, after ``offset`` elements and up to its end."""
     *outer, columns = values.shape
     strides = [1]
     for size in reversed([*outer[1:], columns + padding]):
@@ -81,9 +81,9 @@ def place(values: Tensor, device: torch.device, offset: int = 1, padding: int = 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something to compute, the truth about it, and what it is computed from."""
+    """What this project computes, the truth to compare it with, and the inputs of both."""
 
-    inputs: Mapping[str, Tensor]  # float64 values that the dtype has, all differentiable
+    inputs: Mapping[str, Tensor]  # float64 values that the dtype represents, all differentiable
     ours: Callable[..., Mapping[str, Tensor]]  # of the inputs on the device
     truth: Callable[..., Mapping[str, Tensor]]  # of the inputs in float64
     bounds: Mapping[torch.dtype, Bound]
@@ -110,7 +110,7 @@ class Case:
             placed = place(values.to(self.dtype), device, offset, padding)
             leaves[name] = placed.requires_grad_()
             if problem.inplace and index == 0:
-                # Part of a graph, without a copy: a leaf cannot be overwritten.
+                # Part of a graph without a copy, as a leaf cannot be overwritten.
                 zero = torch.zeros((), dtype=self.dtype, device=device, requires_grad=True)
                 leaves[name] = placed.detach().add_(zero)
         exact = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
@@ -125,7 +125,7 @@ class Case:
             if not output.requires_grad:
                 continue
             upstream = torch.randn(expected[name].shape, generator=random)
-            upstream.view(-1)[1:2] = 0.0  # a row without a gradient is not read
+            upstream.view(-1)[1:2] = 0.0  # kernels do not read a row whose gradient is 0
             outputs.append(output)
             upstreams.append(upstream.to(device, output.dtype).view(output.shape))
             exact_outputs.append(expected[name])
@@ -134,7 +134,7 @@ class Case:
         truths = torch.autograd.grad(exact_outputs, list(exact.values()), exact_upstreams)
         first = next(iter(leaves.values()))
         if problem.inplace and gradients[0].data_ptr() != first.data_ptr():
-            raise AssertionError("inplace_backward: the gradient is in memory of its own")
+            raise AssertionError("inplace_backward: expected the gradient in the input's memory")
         for name, gradient, truth in zip(leaves, gradients, truths, strict=True):
             checks.append(compare(f"d{name}", gradient, truth, bound.gradient, least=1e-6))
         return checks

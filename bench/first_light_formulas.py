@@ -1,6 +1,7 @@
-"""Float64 formulas in plain torch, differentiable, for first light to compare with.
+"""Differentiable float64 formulas in plain torch, with which first light compares.
 
-Positions are flat: [N] of N = B * T, or the N of packed sequences. A sequence is a slice of them.
+Positions are flat, [N]: N is B * T, or the number of packed positions. A sequence is a slice of
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Scored:
-    """The tokens of a batch under its logits."""
+    """The log-probs of a batch's tokens."""
 
     z: Tensor  # [N, V]: the logits after scale and softcap, detached
     logps: Tensor  # [N], 0 where masked
@@ -50,7 +51,7 @@ def score(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Scored:
-    """Each label under the logits of its position, or with a shift of the position before it."""
+    """Scores each label with the logits of its position or, with a shift, of the one before."""
     edges = (
         range(0, labels.numel() + 1, labels.shape[-1])
         if cu_seqlens is None
@@ -75,7 +76,7 @@ def score(
 def rounded_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The logits hidden @ weight.T + bias, rounded to a dtype; the gradient ignores that."""
+    """The logits hidden @ weight.T + bias, rounded to a dtype. The gradient ignores it."""
     logits = hidden @ weight.t()
     if bias is not None:
         logits = logits + bias
@@ -121,7 +122,7 @@ def simpo(
 
 
 def reported(scored: Scored, pairs: Tensor, names: Sequence[str]) -> Tensor:
-    """The metrics that a report adds: of each name the chosen's and the rejected's."""
+    """The metrics that a report adds: for each name, the chosen's and the rejected's."""
     mean_logits, log_softmax = scored.z.mean(1), scored.z.log_softmax(1)
     entropies = -(log_softmax.exp() * log_softmax).sum(1)
     means = {

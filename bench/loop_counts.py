@@ -1,4 +1,4 @@
-"""What each streaming kernel's main loop costs per logit, and the record that tests hold it to."""
+"""Counts instructions in each streaming kernel's main loop, and compares them with a record."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ALU = (
     *("VHMNMX", "VIADD", "VIADDMNMX", "VIMNMX"),
 )
 
-# Of the recorded figure: how far below it a kernel may get before it must be recorded anew, and how
-# far above it another compiler than the recorded one may get.
+# Shares of the recorded counts. A kernel below the first must be recorded again. Code of another
+# compiler than the recorded one may reach the second.
 STALE_BELOW = 0.95
 OTHER_COMPILER_ABOVE = 1.25
 
@@ -44,7 +44,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """As in the record and in the table."""
+        """The name in the record and in the table."""
         return f"{self.pass_name} {self.dtype}{' softcap' if self.is_capped else ''}"
 
     @property
@@ -55,9 +55,9 @@ class Subject:
 
 @dataclass(frozen=True)
 class Counts:
-    """Instructions of one turn of a main loop.
+    """Instructions of one iteration of a main loop.
 
-    Both sides of a branch are in them. So where a loop has a rare path, they are an upper bound.
+    Both sides of a branch count. So where a loop has a rare path, they are an upper bound.
     """
 
     logits: int
@@ -90,7 +90,7 @@ def all_subjects(architectures: Iterable[str]) -> list[Subject]:
 
 
 def subject_of(kernel: Kernel) -> Subject | None:
-    """Which streaming kernel it is; None for another kernel."""
+    """The streaming kernel that this is, or None if it is another kernel."""
     found = re.search(r"\dtoken_logps(_backward)?_kernelI(f|d|\w*?Float16)", kernel.name)
     if not found:
         return None
@@ -105,7 +105,7 @@ def subject_of(kernel: Kernel) -> Subject | None:
 
 
 def count(body: Sequence[Instruction], item_bytes: int) -> Counts:
-    """Counts a loop that reads elements of that size."""
+    """Counts the instructions of a loop that reads elements of this size."""
     names = Counter(i.name for i in body)
 
     def total(those: Iterable[str]) -> int:
@@ -122,7 +122,7 @@ def count(body: Sequence[Instruction], item_bytes: int) -> Counts:
 
 
 def main_loops(kernels: Iterable[Kernel]) -> dict[Subject, list[Instruction]]:
-    """The main loop of every streaming kernel; of its block sizes, that which needs the most."""
+    """The main loop of every streaming kernel, for the block size that needs the most."""
 
     def instructions_per_load(body: list[Instruction]) -> float:
         return len(body) / sum(i.is_wide_load() for i in body)
@@ -149,7 +149,7 @@ def count_all(kernels: Iterable[Kernel]) -> dict[Subject, Counts]:
 
 @dataclass(frozen=True)
 class Record:
-    """Counts that kernels had, and the version of ptxas that compiled them."""
+    """The counts of kernels, and the version of ptxas that compiled them."""
 
     compiler: str
     counts: Mapping[Subject, Counts]
@@ -186,11 +186,10 @@ def write_record(record: Record, path: Path = RECORD) -> None:
 
 
 def faults(found: Counts, recorded: Counts, is_recorded_compiler: bool) -> list[str]:
-    """What of a kernel's counts the record does not allow, as sentences.
+    """Messages about counts that the record does not allow.
 
-    By the compiler of the record, a kernel has at most the recorded instructions and special
-    functions, and not so many less that the record no longer describes it. Another compiler may
-    need some more.
+    With the recorded compiler, a kernel has at most the recorded instructions and special functions,
+    and not so many fewer that the record no longer describes it. Another compiler may need more.
     """
     most = 1.0 if is_recorded_compiler else OTHER_COMPILER_ABOVE
     said = []

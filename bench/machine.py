@@ -106,12 +106,12 @@ def describe() -> dict[str, Any]:
 
 
 def describe_package(folder: Path | None) -> tuple[dict[str, Any], str]:
-    """What simpo_ext is, and what is wrong: no import, or one from outside of a folder."""
+    """Facts about simpo_ext, and an error if its import fails or comes from another folder."""
     try:
         import simpo_ext
 
         library = Path(simpo_ext._C.__file__)
-    except Exception as error:  # whatever keeps it from loading
+    except Exception as error:  # a library that does not load may raise anything
         return {"simpo_ext": None}, f"{type(error).__name__}: {error}"
     facts = {"simpo_ext": simpo_ext.__version__, "build": simpo_ext.build_info()}
     if folder is not None and folder.resolve() not in library.resolve().parents:
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The machine.")
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--expect-in", type=Path, metavar="FOLDER", help="for simpo_ext")
+    parser.add_argument("--expect-in", type=Path, metavar="FOLDER", help="where simpo_ext must be")
     options = parser.parse_args(arguments)
     package, error = describe_package(options.expect_in)
     facts = {"kind": "machine", **describe(), **package, "error": error}

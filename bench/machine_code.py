@@ -1,4 +1,4 @@
-"""Reads compiled CUDA kernels: what ptxas recorded of each, and its instructions."""
+"""Reads compiled CUDA kernels: their resources, which ptxas recorded, and their instructions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
     architecture: str  # such as sm_90
     name: str  # mangled
     registers: int
-    stack_bytes: int  # what spills go to
+    stack_bytes: int  # where spills go
     local_bytes: int
     shared_bytes: int
     instructions: list[Instruction]
@@ -66,7 +66,7 @@ def tool(package: str, name: str) -> Path:
 def cuobjdump(*arguments: str | Path) -> str:
     """What cuobjdump prints."""
     program = tool("nvidia-cuda-cuobjdump", "cuobjdump")
-    # It calls nvdisasm.
+    # cuobjdump calls nvdisasm.
     path = f"{tool('nvidia-cuda-nvdisasm', 'nvdisasm').parent}{os.pathsep}{os.environ['PATH']}"
     command = [str(program), *map(str, arguments)]
     done = subprocess.run(
@@ -114,12 +114,12 @@ def kernels(binary: Path) -> list[Kernel]:
             architecture, instructions = code.pop((section, name))
             numbers = int(registers), int(stack), int(local), int(shared)
             found.append(Kernel(architecture, name, *numbers, instructions))
-    assert not code, f"no resources recorded of {list(code)}"
+    assert not code, f"no resources recorded for {list(code)}"
     return found
 
 
 def compilers(binary: Path) -> set[str]:
-    """Versions of ptxas, such as 13.0.88, that the machine code in a file is from."""
+    """Versions of ptxas, such as 13.0.88, that made the machine code in a file."""
     return set(re.findall(r"Tool Version:.* V([\d.]+)", cuobjdump("--dump-elf", binary)))
 
 
@@ -136,7 +136,7 @@ def loops(instructions: list[Instruction]) -> list[list[Instruction]]:
 def main_loop(kernel: Kernel) -> list[Instruction]:
     """The longest loop that has no loop inside it and reads vectors of 16 bytes.
 
-    A report has a shorter one as well, which adds up the logits of masked rows.
+    A report's kernel also has a shorter one, which adds up the logits of masked rows.
     """
     bodies = loops(kernel.instructions)
     spans = [(body[0].address, body[-1].address) for body in bodies]

@@ -159,7 +159,7 @@ def _cut_cross_entropy() -> Forward:
 
 
 def our_token_logps(softcap: float | None = None) -> list[Candidate]:
-    """This project's: out of place and in place."""
+    """This project's candidates: out of place and in place."""
 
     def ours(name: str, inplace: bool) -> Candidate:
         load = partial(_simpo_ext_token_logps, inplace, softcap)

@@ -1,17 +1,17 @@
-"""How fast the streaming kernels could be on GPUs that are not here, from their machine code.
+"""Predicts from machine code how fast the streaming kernels could be on GPUs.
 
     python -m bench.predicted [FILE ...] [--mix]
     python -m bench.predicted [FILE ...] --record
 
-FILE is a library, an object file or a cubin; without one it is the installed library. Prints the
-table of csrc/README.md: instructions and special functions per logit of each main loop, and the
-share of a GPU's copy bandwidth that they allow. ``--mix`` prints the opcodes of each main loop.
-``--record`` writes the counts to bench/data/loop_counts.json, to which tests/test_machine_code.py
-holds the kernels, and the table to csrc/README.md.
+FILE is a library, an object file or a cubin; the default is the installed library. The program
+prints the table of csrc/README.md: instructions and special functions per logit of each main loop,
+and the share of a GPU's copy bandwidth that they allow. ``--mix`` prints the opcodes of each main
+loop. ``--record`` writes the counts to bench/data/loop_counts.json, with which
+tests/test_machine_code.py compares the kernels, and the table to csrc/README.md.
 
-The model knows throughput alone: a loop takes as long as its busiest unit. Latency, costs per row
-and the end of a launch come on top. Two things err the other way: both sides of a branch count, and
-the clock is a low one.
+The model considers only throughput: a loop takes as long as its busiest unit. Latency, costs per
+row and the end of a launch come on top. Two simplifications err the other way: both sides of a
+branch count, and the assumed clock is low.
 """
 
 from __future__ import annotations
@@ -46,17 +46,18 @@ END = "<!-- to here -->"
 RATES = {"issue slots": 128, "special functions": 16, "ALU": 64, "float64": 64}
 
 # 11 % below the boost clock of 1.98 GHz, which an H200 shows after matrix products, so that the
-# prediction errs on the slow side. The B200, whose boost clock is 1.965 GHz, is taken to be alike.
+# prediction errs on the slow side. The B200, whose boost clock is 1.965 GHz, is assumed to run at
+# the same clock.
 CLOCK_HZ = 1.755e9
 
-# A copy in PyTorch moves 4.3 TB/s on an H200, read and written; the datasheet says 4.8 TB/s. The
-# B200 is taken to reach the same share of its datasheet's 8 TB/s.
+# A copy in PyTorch moves 4.3 TB/s on an H200, reads and writes counted; the datasheet says 4.8 TB/s.
+# The B200 is assumed to reach the same share of its datasheet's 8 TB/s.
 COPY_SHARE = 4.3 / 4.8
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What a prediction needs of a GPU."""
+    """What a prediction needs to know of a GPU."""
 
     name: str
     architecture: str  # of the machine code that it runs
@@ -72,7 +73,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """The unit that limits the loop, or comes closest, and how busy it is at copy bandwidth."""
+    """The busiest unit of a loop, and how busy it is at copy bandwidth."""
 
     unit: str
     busy: float  # above 1, memory waits for it
@@ -128,7 +129,7 @@ def make_table(counts: Mapping[Subject, Counts]) -> str:
 
 
 def make_section(counts: Mapping[Subject, Counts]) -> str:
-    """What csrc/README.md has between its markers."""
+    """The part of csrc/README.md between the markers, with the markers."""
     return f"{BEGIN}\n{make_table(counts)}\n{END}"
 
 
@@ -170,7 +171,7 @@ def record(files: Sequence[Path], counts: Mapping[Subject, Counts]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table of the files given."""
+    """Prints the table for the given files."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.predicted", description="Predicted share of copy bandwidth."
     )

@@ -1,6 +1,6 @@
-"""Results as lines of JSON, each written when it is known.
+"""Records as lines of JSON, each written as soon as it is known.
 
-A line is one write to a file that is open for appending: a program that is killed leaves only
+Each line is a single write to a file that is open for appending. So a killed program leaves only
 whole lines, and several programs can write to one file.
 """
 
@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def number(value: float) -> float | str:
-    """The value, or its name if it is NaN or infinite: JSON has neither."""
+    """The value, or its name if it is NaN or infinite, which JSON cannot represent."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -38,7 +38,7 @@ def write(record: Record, path: Path | None) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file; none if it is missing. Lines that are not JSON are left out."""
+    """Reads the records of a file, none if it is missing. Skips lines that are not JSON."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -75,8 +75,8 @@ def gradient_error(gradient: Tensor, upstream: Tensor, reference: Reference) -> 
     """Largest error of a row of the gradient, relative to that row's upstream gradient.
 
     The gradient of a row is upstream * (onehot(label) - softmax), so no element of it is larger
-    than the upstream gradient; a softcap makes it smaller. What is not 0 in a masked row is
-    infinitely wrong.
+    than the upstream gradient; a softcap makes it smaller. In a masked row, the error
+    of an element that is not 0 is infinite.
     """
     workload = reference.workload
     logits, labels = workload.logits.flatten(0, 1), workload.labels.flatten()

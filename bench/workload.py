@@ -65,7 +65,7 @@ class Workload:
     logits: Tensor  # [B, T, V]
     labels: Tensor  # [B, T] int64
     upstream: Tensor  # [B, T] float32: gradient of each log-probability, exact in bfloat16
-    softcap: float | None = None  # what bounds the logits before the softmax
+    softcap: float | None = None  # bounds the logits before the softmax
 
 
 def make_workload(

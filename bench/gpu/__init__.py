@@ -1,4 +1,5 @@
-"""The run on a machine with an NVIDIA GPU and nothing to fetch from: see bench/gpu.sh.
+"""The run on a machine that has an NVIDIA GPU and can fetch nothing: see bench/gpu.sh.
 
-Only the standard library is imported here, so that a missing package fails a step and not the run.
+The program that runs the steps imports only the standard library, so that a missing package fails
+one step and not the whole run.
 """

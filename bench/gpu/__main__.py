@@ -1,4 +1,4 @@
-"""The program of bench/gpu.sh, which says how it is used."""
+"""The program behind bench/gpu.sh, which describes its use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.gpu import pack, report, runner, steps
 
-LIMIT = 480.0  # seconds, of all steps together
+LIMIT = 480.0  # seconds for all steps together
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -21,20 +21,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="bench/gpu.sh",
         description="Tests and measures this project on a machine with an NVIDIA GPU.",
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where results go")
-    parser.add_argument("--dry-run", action="store_true", help="every step, without a GPU")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for the results")
+    parser.add_argument("--dry-run", action="store_true", help="run every step without a GPU")
     parser.add_argument(
-        "--steps", nargs="+", metavar="TEXT", help="only steps whose name has one of these in it"
+        "--steps", nargs="+", metavar="TEXT", help="run only steps whose names contain one of these"
     )
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS")
     parser.add_argument(
-        "--carried", type=Path, default=steps.CARRIED, metavar="FOLDER", help="what --pack has made"
+        "--carried", type=Path, default=steps.CARRIED, metavar="FOLDER", help="what --pack filled"
     )
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only reports on a folder")
-    parser.add_argument("--pack", action="store_true", help="only builds what is carried")
-    parser.add_argument("--python", default="python3.12", help="for --pack: the machine's version")
-    parser.add_argument("--archs", default="90", help="for --pack: of the GPU")
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help="for --pack: builds none")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="only report on this folder")
+    parser.add_argument("--pack", action="store_true", help="only pack what the GPU machine needs")
+    parser.add_argument("--python", default="python3.12", help="for --pack: that machine's version")
+    parser.add_argument("--archs", default="90", help="for --pack: architecture of the GPU")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="for --pack: use this wheel")
     options = parser.parse_args(arguments)
     names = [step.name for step in steps.all_steps(options.carried)]
     if options.steps and not any(text in name for text in options.steps for name in names):
@@ -49,16 +49,16 @@ def _is_chosen(step: runner.Step, texts: Sequence[str] | None) -> bool:
 
 
 def run(options: argparse.Namespace, output: Path, work: Path) -> bool:
-    """All steps; whether none failed. After each, the report is that of what there is.
+    """Runs the steps and returns whether none failed. Updates the report after each step.
 
-    What an earlier run has left in the folder stays there, and is reported, too.
+    Results of an earlier run in the folder are kept, and the report includes them.
     """
     output.mkdir(parents=True, exist_ok=True)
     output = output.resolve()
     deadline = time.monotonic() + options.limit
     here = runner.Run(output, work, options.dry_run, deadline)
     if options.dry_run:
-        here.environment["OMP_NUM_THREADS"] = "1"  # work this small is over before others wake up
+        here.environment["OMP_NUM_THREADS"] = "1"  # starting threads costs more
     all_right, text = True, ""
     for step in steps.all_steps(options.carried.resolve()):
         if not _is_chosen(step, options.steps):
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, output: Path, work: Path) -> bool:
 
 
 def _report(output: Path) -> str:
-    """The report so far. It can be made again, so what is wrong with it must not end the run."""
+    """Writes the report so far. An error must not end the run: --report can write it later."""
     try:
         return report.write(output)
     except Exception:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         print(report.write(options.report))
         return 0
-    # As Ctrl-C: the program that runs is ended, and its step is recorded.
+    # SIGTERM acts like Ctrl-C: it ends the running program, and its step is recorded.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as work:
         output = options.output or Path(work) / "output"

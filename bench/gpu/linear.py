@@ -2,11 +2,11 @@
 
     python -m bench.gpu.linear [--device cuda] [--size NxHxV] [--sequences 2P] [--record FILE.jsonl]
 
-The default is an output layer of Llama-3-8B's size, in bfloat16. Each share of scored tokens is
-recorded when it has been measured. Candidates, verification and bare products are those of
-bench_linear.py, with the peers that need a GPU; this project is told the number of valid tokens, as
-a trainer's collator knows it. CUDA events time whole phases, and torch's allocator counts the peak
-of each. With --device cpu it says whether the program works.
+The default is an output layer of Llama-3-8B's size, in bfloat16. The results for each share of
+scored tokens are recorded as soon as they are measured. The candidates, their verification and the
+bare products are those of bench_linear.py, plus the peers that need a GPU. This project is told the
+number of scored tokens, which a trainer's collator knows. CUDA events time whole phases, and
+torch's allocator counts the peak memory of each. --device cpu only checks that the program works.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def measure(
     device: torch.device,
     rounds: int,
 ) -> dict[str, Any]:
-    """One share of a batch."""
+    """Measures a batch with one share of its tokens scored."""
     laps.set_mask(each)
     rows = []
     for candidate in candidates:
@@ -114,7 +114,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=SEQUENCES, metavar="2P")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
-        "--candidates", nargs="+", metavar="NAME", help="these only, instead of all"
+        "--candidates", nargs="+", metavar="NAME", help="only these, instead of all"
     )
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
     options = parser.parse_args(arguments)
@@ -130,7 +130,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a CUDA device, torch finds none; --device cpu times a CPU")
+        parser.error("--device: expected a CUDA device, torch finds none; use --device cpu")
     known = {candidate.name: candidate for candidate in linear_candidates()}
     unknown = [name for name in options.candidates or () if name not in known]
     if unknown:

@@ -2,10 +2,12 @@
 
     python -m bench.gpu.logits [--device cuda] [--sizes 32768x32000 ...] [--record FILE.jsonl]
 
-Each batch is recorded when it has been measured. A candidate's values and gradient are held against
-float64 before it is timed; one that is wrong is reported with its error and not timed. GB/s are the
-fewest bytes that the work has to move (workload.py) over the median time, and per cent are of a
-device-to-device copy of the logits, bytes read and written, that takes its turn in the same rounds.
+Each batch is recorded as soon as it is measured. A candidate's values and gradient are compared
+with float64 before it is timed. A wrong candidate is reported with its error and not timed.
+
+GB/s is the fewest bytes that the work has to move (workload.py), divided by the median time.
+Percentages are relative to a device-to-device copy of the logits, which is timed in the same rounds
+and counts the bytes read and written.
 """
 
 from __future__ import annotations
@@ -29,15 +31,15 @@ from bench.reference import Reference, gradient_error, make_reference, value_err
 from bench.timing import Clock, Subject, Times, interleaved, make_clock
 from bench.workload import Size, Workload, fewest_bytes, make_workload
 
-# Usual batches, a small one, and so few rows that they may leave most of a GPU idle.
+# Usual batches, a small one, and one with so few rows that most of a GPU may be idle.
 SIZES = ("32768x32000", "16384x128256", "2048x128256", "64x262144")
 VALID = (1.0, 0.4)
 CAPPED_SIZES = ("16384x128256",)
 SOFTCAP = 30.0
 ROUNDS = 15
 
-# Relative errors. A result in float32 comes from arithmetic in float32; one in bfloat16 was rounded
-# to 8 bits, and a gradient may have been computed from such a one.
+# Relative errors. A float32 result comes from float32 arithmetic. A bfloat16 result was rounded to
+# 8 bits, and a gradient may have been computed from such a result.
 VALUE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 GRADIENT_TOLERANCE = {torch.float32: 2.0**-7, torch.bfloat16: 2.0**-6}
 
@@ -56,7 +58,7 @@ def _make_subject(candidate: Candidate, workload: Workload, buffer: Tensor) -> S
 
     def prepare() -> _Step:
         buffer.copy_(workload.logits)  # some candidates overwrite them
-        # Part of a graph without a copy, as a model's output is: a leaf may not be overwritten.
+        # Part of a graph without a copy, like a model's output: a leaf may not be overwritten.
         return _Step(buffer.detach().add_(zero))
 
     def forward(step: _Step) -> _Step:
@@ -78,7 +80,7 @@ def _copy_subject(workload: Workload, buffer: Tensor) -> Subject:
 
 
 def _errors(subject: Subject, work: str, reference: Reference) -> dict[str, Any]:
-    """Runs a subject once and compares; the tolerances are those of the result's dtype."""
+    """Runs a subject once and compares. The tolerances depend on the result's dtype."""
     step = subject.prepare()
     for phase in subject.phases.values():
         step = phase(step)
@@ -103,7 +105,7 @@ def _release_memory(device: torch.device) -> None:
 def _checked(
     candidate: Candidate, subject: Subject, reference: Reference, clock: Clock, device: torch.device
 ) -> dict[str, Any]:
-    """Status, errors and peak memory of a candidate; only status "right" goes on to be timed."""
+    """Status, errors and peak memory of a candidate. Only those with status "right" are timed."""
     result: dict[str, Any] = {
         "name": candidate.name,
         "work": candidate.work,
@@ -118,14 +120,14 @@ def _checked(
             errors["value_error"] <= errors["value_tolerance"]
             and errors["gradient_error"] <= errors["gradient_tolerance"]
         )
-        # Not to be read as numbers, and JSON has neither.
+        # JSON has no NaN and no infinity.
         errors = {key: x if math.isfinite(x) else str(x) for key, x in errors.items()}
         result.update(errors)
         if not is_right:
             return {**result, "status": "wrong", "reason": "differs from float64 by too much"}
         _release_memory(device)
         peaks = clock.peak_extra_mib(subject)
-    except Exception as error:  # of a foreign package, whatever it is
+    except Exception as error:  # a peer may raise anything
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0] if text else ''}"
         return {**result, "status": "failed", "reason": reason}
@@ -154,7 +156,7 @@ def measure(
     rounds: int,
     softcap: float | None = None,
 ) -> dict[str, Any]:
-    """Everything about one batch: copy bandwidth, and errors and times of the candidates."""
+    """Measures one batch: the copy bandwidth, and errors and times of the candidates."""
     workload = make_workload(size, valid_fraction, device, softcap=softcap)
     reference = make_reference(workload)
     buffer = torch.empty_like(workload.logits)
@@ -207,11 +209,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxV")
     parser.add_argument("--valid", nargs="+", type=float, default=VALID, metavar="FRACTION")
     parser.add_argument(
-        "--capped", nargs="*", default=CAPPED_SIZES, metavar="NxV", help="with a softcap, ours only"
+        "--capped", nargs="*", default=CAPPED_SIZES, metavar="NxV", help="with a softcap, only ours"
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument(
-        "--candidates", nargs="+", metavar="NAME", help="these only, instead of all"
+        "--candidates", nargs="+", metavar="NAME", help="only these, instead of all"
     )
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
     options = parser.parse_args(arguments)
@@ -222,7 +224,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not all(0.0 < fraction <= 1.0 for fraction in options.valid):
         parser.error(f"--valid: expected fractions in (0, 1], got {options.valid}")
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a CUDA device, torch finds none; --device cpu times a CPU")
+        parser.error("--device: expected a CUDA device, torch finds none; use --device cpu")
     known = {candidate.name: candidate for candidate in candidates()}
     unknown = [name for name in options.candidates or () if name not in known]
     if unknown:

@@ -1,10 +1,10 @@
-"""What limits the streaming kernels, by Nsight Compute: DRAM, issue slots, special functions.
+"""Asks Nsight Compute what limits the streaming kernels: DRAM, issue slots, special functions.
 
     python -m bench.gpu.ncu [--device cuda] [--size NxV] [--record FILE.jsonl]
 
-It runs itself under ncu, with the clocks as they are, and records each kernel. Where ncu does not
-know one of the metrics on this GPU, it asks for the first ones alone. With --device cpu it runs
-what would be profiled.
+The program runs itself under ncu, which does not lock the clocks, and records the metrics of each
+kernel. If ncu does not know all metrics on this GPU, the program asks again for the first ones
+only. With --device cpu it runs the same work without a profiler.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ METRICS = {
     "sm__inst_issued.avg.pct_of_peak_sustained_active": "issue slots %",
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "special functions %",
 }
-CERTAIN = 2  # of them, which every GPU has
+CERTAIN = 2  # the first so many metrics exist on every GPU
 NANOSECONDS = {"ns": 1.0, "nsecond": 1.0, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6}
 
 
 def run_kernels(size: str, device: str) -> None:
-    """Forward and backward without and with a softcap: the process that is profiled."""
+    """Runs forward and backward without and with a softcap, in the process that is profiled."""
     import torch
 
     import simpo_ext
@@ -48,7 +48,7 @@ def run_kernels(size: str, device: str) -> None:
 
 
 def parse(output: str) -> list[dict[str, Any]]:
-    """The kernels in what ``ncu --csv`` printed: one row for each kernel and metric."""
+    """Reads the kernels from ``ncu --csv``, which prints one row for each kernel and metric."""
     lines = output.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     kernels: dict[str, dict[str, Any]] = {}
@@ -76,10 +76,10 @@ def _profile(size: str, metrics: Sequence[str]) -> subprocess.CompletedProcess[s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Profiles and records, or is what is profiled.
+    """Profiles the kernels and records their metrics, or runs the kernels to be profiled.
 
     Returns:
-        0 if ncu read something of each kernel, else 1.
+        0 if ncu reported metrics of every kernel, else 1.
     """
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.ncu", description="What limits the streaming kernels."

@@ -1,10 +1,10 @@
-"""Builds what a run takes along to a machine that can fetch nothing.
+"""Packs what a run needs on a GPU machine that can fetch nothing.
 
 bench/gpu.sh --pack [--python PYTHON] [--archs ARCHS] [--wheel FILE.whl]
 
-Into the folder .gpu: a wheel of this checkout for that machine's version of Python, wheels of small
-packages that it lacks, and torch's headers for a build there. Needs nvcc, torch, and an interpreter
-of that version; torch need not be installed for it.
+The folder .gpu then holds a wheel of this checkout for that machine's version of Python, wheels of
+small packages that it lacks, and torch's headers for a build there. Packing needs nvcc, torch, and
+an interpreter of that version, which need not have torch itself.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from bench.gpu.steps import HEADERS, ROOT, SOURCES, source_hash
 
 BUILD_REQUIREMENTS = ("scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.24", "ninja")
-# What tests and peers import and that machine lacks. Of what these need, it has the rest: their own
-# requirements are not followed, but for those that have to match.
+# Packages that tests and peers import and that machine lacks. It has their other requirements, so
+# pip does not download these.
 PACKAGES = ("liger-kernel>=0.8.5", "trl>=1.16", "datasets", "dill", "multiprocess")
+# The versions of these and of their requirements must match, so pip downloads both.
 PACKAGES_THAT_MATCH = ("pydantic>=2",)
-# torch's stable ABI. That machine's torch may be older than what these sources compile with.
+# Headers of torch's stable ABI. That machine's torch may be too old to compile these sources.
 TORCH_HEADERS = ("torch/headeronly", "torch/csrc/stable", "torch/csrc/inductor/aoti_torch")
 
 
@@ -36,14 +37,14 @@ def _run(*command: str | Path, **environment: str) -> None:
 def _copy_headers(into: Path) -> None:
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
-        raise SystemExit("expected torch to be installed for this Python, for its headers")
+        raise SystemExit("torch: expected it in this Python, for its headers, found none")
     include = Path(torch.origin).parent / "include"
     for folder in TORCH_HEADERS:
         shutil.copytree(include / folder, into / folder)
 
 
 def _build(tools: Path, into: Path, archs: str) -> None:
-    """Adds a wheel, for the interpreter of the tools."""
+    """Builds a wheel for the interpreter that the tools belong to."""
     _run(tools / "pip", "install", "--quiet", *BUILD_REQUIREMENTS)
     _run(
         *(tools / "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index"),
@@ -55,7 +56,7 @@ def _build(tools: Path, into: Path, archs: str) -> None:
 
 
 def pack(into: Path, python: str, archs: str, wheel: Path | None) -> None:
-    """Fills the folder anew. A wheel that is there already is taken instead of building one."""
+    """Empties the folder and fills it. Copies the wheel if one is given, else builds one."""
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
     into = into.resolve()

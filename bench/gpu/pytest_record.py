@@ -1,4 +1,4 @@
-"""A plugin of pytest that records each test when it has ended.
+"""A pytest plugin that records each test when it ends.
 
 pytest -p bench.gpu.pytest_record --record FILE.jsonl --record-kind KIND
 """
@@ -13,13 +13,13 @@ from bench import records
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where to, and as what."""
+    """Adds options for the file and the kind of the records."""
     parser.addoption("--record", type=Path, metavar="FILE.jsonl")
     parser.addoption("--record-kind", default="test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Records in the process that the workers of pytest-xdist report to."""
+    """Records only in the main process, to which the workers of pytest-xdist report."""
     if config.option.record is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Recorder(config))
 
@@ -30,12 +30,12 @@ class _Recorder:
         self._kind = config.option.record_kind
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test that passed, or whatever did not: setup and teardown count then, too."""
+        """Records a test's call, and a setup or teardown that did not pass."""
         if report.when == "call" or not report.passed:
             self._write(report, round(report.duration, 3))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """A file that cannot be imported."""
+        """Records a file that cannot be imported."""
         if report.failed:
             self._write(report, 0.0)
 

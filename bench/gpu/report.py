@@ -1,8 +1,8 @@
-"""The report of a run: one JSON file, and short tables of what its folder holds so far.
+"""Writes the report of a run: one JSON file, and short tables of the results in its folder.
 
 bench/gpu.sh --report FOLDER
 
-It can be made again at any time, of a folder that a run has left half done, too.
+The report can be written again at any time, even for an unfinished run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bench import records
 from bench.gpu.runner import CASES, STEPS
 
 JSON, TEXT = "report.json", "report.txt"
-MAX_FAILURES = 10  # of one kind, in the tables
+MAX_FAILURES = 10  # shown for each kind of record
 
 Record = dict[str, Any]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows with aligned columns, the first to the left and the others to the right."""
+    """Aligns the columns of rows: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for first, *others in rows:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
@@ -35,7 +35,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _notes(results: Iterable[Record]) -> Iterator[str]:
-    """Why what was not timed was not."""
+    """Says why candidates were not timed."""
     for result in results:
         if result["status"] != "right":
             errors = {k: v for k, v in result.items() if k.endswith("_error")}
@@ -46,7 +46,7 @@ def _notes(results: Iterable[Record]) -> Iterator[str]:
 
 
 def logits_lines(case: Record) -> list[str]:
-    """A batch of bench.gpu.logits."""
+    """The table of one batch of bench.gpu.logits."""
     capped = f", softcap {case['softcap']:g}" if case["softcap"] else ""
     lines = [
         "",
@@ -72,11 +72,11 @@ def logits_lines(case: Record) -> list[str]:
 
 
 def linear_lines(case: Record) -> list[str]:
-    """A share of a batch of bench.gpu.linear."""
+    """The table of bench.gpu.linear for one share of scored tokens."""
     floor = case["floor"]
     lines = [
         "",
-        f"from hidden {case['name']}, {case['share']} scored; bare products "
+        f"from hidden states {case['name']}, {case['share']} scored; bare products "
         f"{floor['forward_ms']:.1f} ms forward, {floor['forward_backward_ms']:.1f} ms with "
         f"backward, {floor['gflops'] / 1e3:.0f} TFlop/s"
         + ("" if case["device"] == "cuda" else f"  [{case['device']}: no measurement of a GPU]"),

@@ -1,8 +1,8 @@
 """Runs steps one after another, each within its budget, and records how each went.
 
-A step is a function that starts programs through :class:`Run`. Whatever happens in it, the next
-step runs. Every program runs in a process group of its own, which is killed when the step's time is
-up and when the program has ended.
+A step is a function that starts programs through :class:`Run`. If it fails, the next step still
+runs. Every program has its own process group, which is killed when the program ends or the step's
+time is up.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 
 
 class FailedError(Exception):
-    """What a step was for did not work."""
+    """A step failed."""
 
 
 class SkippedError(Exception):
-    """A step cannot run on this machine, which is no failure."""
+    """A step cannot run on this machine. This is not a failure."""
 
 
 @dataclass
 class Run:
-    """The folder of results, and what the programs of all steps have in common."""
+    """The folder of results, and settings for the programs of all steps."""
 
     output: Path
-    work: Path  # for files that are of no interest afterwards
+    work: Path  # for files that are deleted after the run
     is_dry: bool
-    deadline: float  # of time.monotonic()
+    deadline: float  # on the clock of time.monotonic()
     environment: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     step_deadline: float = 0.0
-    is_installed: bool = False  # the package, and where it should be
+    is_installed: bool = False  # the package has been imported from where it should be
 
     @property
     def cases(self) -> Path:
-        """Where programs record their cases."""
+        """The file to which programs add their cases."""
         return self.output / CASES
 
     @property
     def device(self) -> str:
-        """For the programs' ``--device``."""
+        """The value of the programs' ``--device``."""
         return "cpu" if self.is_dry else "cuda"
 
     def module(
@@ -61,15 +61,16 @@ class Run:
         under: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
     ) -> str:
-        """Runs a module of Python, perhaps under another program; see :meth:`program`."""
+        """Runs a Python module, under another program if one is given; see :meth:`program`."""
         command = (*under, sys.executable, "-m", name, *arguments)
         return self.program(*command, environment=environment)
 
     def program(self, *command: str | Path, environment: Mapping[str, str] | None = None) -> str:
-        """Runs a program for as long as the step has left; returns what it printed.
+        """Runs a program in the time that the step has left, and returns what it printed.
 
         Raises:
-            FailedError: It could not start, ran out of time, or its exit status is not 0.
+            FailedError: The program could not start, ran out of time, or exited with a status other
+                than 0.
         """
         words = [str(word) for word in command]
         log = self.output / LOG
@@ -119,10 +120,10 @@ class Run:
             process.wait()
 
     def find_tool(self, name: str) -> str:
-        """Path of a tool that is often installed beside nvcc alone.
+        """The path of a tool, such as nvcc or ncu.
 
         Raises:
-            SkippedError: It is not installed.
+            SkippedError: The tool is not installed.
         """
         found = shutil.which(name, path=self.environment["PATH"])
         if found is None:
@@ -131,14 +132,14 @@ class Run:
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """To all processes of the program that are left."""
+    """Sends a signal to all processes of the program that still run."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
 
 @dataclass(frozen=True)
 class Step:
-    """Something to do, and the seconds that it may take."""
+    """A function to run, and the seconds that it may take."""
 
     name: str
     budget: float
@@ -146,7 +147,7 @@ class Step:
 
 
 def perform(step: Step, run: Run) -> bool:
-    """Runs a step and records it; whether it did not fail."""
+    """Runs a step and records it. Returns whether it did not fail."""
     began = time.monotonic()
     run.step_deadline = min(began + step.budget, run.deadline)
     status, reason = "ok", ""
@@ -158,7 +159,7 @@ def perform(step: Step, run: Run) -> bool:
         status, reason = "skipped", str(error)
     except FailedError as error:
         status, reason = "failed", str(error)
-    except Exception as error:  # a bug of the step: the next one runs all the same
+    except Exception as error:  # a bug in the step must not stop the next one
         status, reason = "failed", f"{type(error).__name__}: {error}"
     except (KeyboardInterrupt, SystemExit):
         status, reason = "failed", "interrupted"

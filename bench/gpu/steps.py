@@ -1,7 +1,7 @@
-"""The ten steps of a run, in the order of what is worth most.
+"""The steps of a run, the most valuable first.
 
-The budgets add up to 480 seconds: 200 for the first five steps, 280 for the others. The comment of
-each step says why it fits, by arithmetic, on an H200 (4.3 TB/s of copies, 790 TFlop/s).
+The budgets add up to 480 seconds: 200 for the first five steps, 280 for the others. The docstring
+of each step estimates its time on an H200 (copies at 4.3 TB/s, products at 790 TFlop/s).
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from bench.gpu.runner import FailedError, Run, SkippedError, Step
 ROOT = Path(__file__).resolve().parent.parent.parent
 TESTS = ROOT / "tests"
 CARRIED = ROOT / ".gpu"
-SITE = "site"  # in the work folder: what the wheels hold
-SOURCES = "sources.sha256"  # among what is carried: what the wheel was built from
-HEADERS = "include"  # among what is carried: torch's, for a build there
+SITE = "site"  # in the work folder: the unpacked wheels
+SOURCES = "sources.sha256"  # in the carried folder: hash of the wheel's sources
+HEADERS = "include"  # in the carried folder: torch's headers, for a build on the machine
 LINEAR_SIZE, TINY_LINEAR_SIZE = "16384x4096x128256", "128x64x1024"
 PEER_SIZE, TINY_SIZE = "16384x128256", "64x1024"
 SWEEP_SIZE = ("16384", "128256")
 
 
-# ---- 1: install and import -------------------------------------------------------------------
-
+# ---- install and import ----------------------------------------------------------------------
 
 INSTALL = "install and import"
 
 
 def install(run: Run, carried: Path) -> None:
-    """Unpacks the wheels before the machine's packages. Seconds: starting torch is most of it."""
+    """Unpacks the wheels ahead of the machine's packages. Takes seconds, mostly to import torch."""
     site = run.work / SITE
     site.mkdir(exist_ok=True)
     run.environment["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT)])
@@ -48,16 +47,16 @@ def install(run: Run, carried: Path) -> None:
     _import(run)
     packed = carried / SOURCES
     if packed.exists() and packed.read_text() != source_hash():
-        raise FailedError(f"{carried}: packed from other sources than these; pack it again")
+        raise FailedError(f"{carried}: packed from other sources than these; run --pack again")
 
 
 def build_step(carried: Path) -> Step:
-    """What is done where the wheel does not load. It takes the time of the last steps."""
+    """The step that replaces a wheel that does not load. It takes time from the last steps."""
     return Step("build from source", 150, partial(build_from_source, carried=carried))
 
 
 def build_from_source(run: Run, carried: Path) -> None:
-    """Builds the package for the first GPU alone, with what the machine has."""
+    """Builds the package for the first GPU only, with the tools of the machine."""
     capability = run.program(
         run.find_tool("nvidia-smi"), "--query-gpu=compute_cap", "--format=csv,noheader", "--id=0"
     )
@@ -79,7 +78,7 @@ def build_from_source(run: Run, carried: Path) -> None:
 
 
 def _wheels(carried: Path) -> Sequence[Path]:
-    """Those that were carried for this Python."""
+    """The carried wheels for this Python."""
     tag = f"-cp{sys.version_info.major}{sys.version_info.minor}-"
     wheels = sorted(carried.glob("*.whl"))
     fitting = [wheel for wheel in wheels if tag in wheel.name or "-none-any" in wheel.name]
@@ -95,7 +94,7 @@ def _import(run: Run) -> None:
 
 
 def source_hash() -> str:
-    """Of all that is compiled or packed into the wheel."""
+    """The hash of all files that are compiled or packed into the wheel."""
     digest = hashlib.sha256()
     files = [ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
     for folder in ("csrc", "simpo_ext"):
@@ -109,20 +108,20 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
-# ---- 2 to 5: right, and how fast -------------------------------------------------------------
+# ---- correctness and speed -------------------------------------------------------------------
 
 
 def first_light(run: Run) -> None:
-    """About 250 cases of a few launches each: less than 10 s after torch has started."""
+    """Runs about 250 cases of a few launches each: less than 10 s after the import of torch."""
     arguments = ("--select", "sanitizer") if run.is_dry else ()
     run.module("bench.first_light", "--device", run.device, "--record", run.cases, *arguments)
 
 
 def logits(run: Run) -> None:
-    """Copy, ours and F.cross_entropy on eight batches, and ours with a softcap on one.
+    """Times a copy, ours and F.cross_entropy on eight batches, and ours with a softcap on one.
 
-    A round of the largest takes about 40 ms, half a second in 9 rounds, and the comparison of a
-    candidate with float64 as long: it moves 200 GB.
+    A round of the largest batch takes about 40 ms, and 9 rounds less than half a second. To compare
+    a candidate with float64 moves 200 GB, which takes no longer.
     """
     sizes = ("--sizes", TINY_SIZE, "16x4096", "--capped", TINY_SIZE) if run.is_dry else ()
     run.module(
@@ -133,10 +132,10 @@ def logits(run: Run) -> None:
 
 
 def linear(run: Run) -> None:
-    """Three budgets beside the bare products, with all and with 40 % of the tokens scored.
+    """Times three budgets and the bare products, with all and with 40 % of the tokens scored.
 
-    The products are 52 TFlop, 65 ms. A round takes about 0.8 s: forward alone and with backward of
-    three candidates, and three forms of the bare products.
+    The products are 52 TFlop, which take 65 ms. A round takes about 0.8 s. It runs the forward, and
+    the forward with backward, of three candidates, and three forms of the bare products.
     """
     candidates = ("simpo_ext", "simpo_ext, budget 0", "simpo_ext, unlimited")
     _linear(run, candidates, rounds="3")
@@ -152,7 +151,7 @@ def _linear(run: Run, candidates: Sequence[str], rounds: str) -> None:
 
 
 def ncu(run: Run) -> None:
-    """Four kernels of 1 to 3 ms, a few passes each: starting torch takes longer."""
+    """Profiles four kernels of 1 to 3 ms in a few passes each. The import of torch takes longer."""
     if run.is_dry:
         run.module("bench.gpu.ncu", "--device", "cpu", "--size", TINY_SIZE)
         raise SkippedError("no GPU to profile; the profiled program ran on the CPU")
@@ -160,11 +159,11 @@ def ncu(run: Run) -> None:
     run.module("bench.gpu.ncu", "--record", run.cases)
 
 
-# ---- 6 to 8: tests and sanitizers ------------------------------------------------------------
+# ---- tests and sanitizers --------------------------------------------------------------------
 
 
 def _test_files(mark: str) -> list[Path]:
-    """The files with tests of a mark: no other file's imports can stop these tests."""
+    """The files with tests of a mark. Imports of the other files cannot stop these tests."""
     marked = re.compile(rf"\bmark\.{mark}\b")
     return [path for path in sorted(TESTS.glob("test_*.py")) if marked.search(path.read_text())]
 
@@ -180,22 +179,22 @@ def _pytest(run: Run, kind: str, mark: str, *arguments: str | Path, workers: int
         *("--continue-on-collection-errors", "-m", mark, *xdist, *arguments, *_test_files(mark)),
         environment={
             "FAIL_WITHOUT_CUDA": "1",
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # plugins warn, and warnings are errors here
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # plugins may warn, and warnings are errors
             "OMP_NUM_THREADS": "1",
         },
     )
 
 
 def gpu_tests(run: Run) -> None:
-    """Some 70 tests of small tensors, of CUDA graphs and streams, in one process."""
+    """Runs about 70 tests in one process: small tensors, CUDA graphs and streams."""
     _pytest(run, "gpu tests", "gpu", *(["--collect-only"] if run.is_dry else []))
 
 
 def kernel_tests(run: Run) -> None:
-    """Some 5000 tests of the ops, whose tensors go to the GPU and back.
+    """Runs about 5000 tests of the ops, which send their tensors to the GPU and back.
 
-    They take about 30 ms each, most of it on the CPU. With 12 workers, and 20 s until these have
-    imported everything, the budget leaves a margin of two.
+    A test takes about 30 ms, most of it on the CPU. 12 workers first take 20 s for their imports.
+    All of this is less than half of the budget.
     """
     arguments = ("-k", "test_pairs") if run.is_dry else ("--kernels=cuda",)
     workers = 1 if run.is_dry else min(12, os.cpu_count() or 1)
@@ -203,7 +202,7 @@ def kernel_tests(run: Run) -> None:
 
 
 def _sanitize(run: Run, tool: str) -> None:
-    """First light under compute-sanitizer, each tensor in an allocation of its own."""
+    """Runs first light under compute-sanitizer, with an allocation of its own for each tensor."""
     tool_command: tuple[str, ...] = ()
     if not run.is_dry:
         tool_command = (run.find_tool("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9")
@@ -219,26 +218,26 @@ def _sanitize(run: Run, tool: str) -> None:
 
 
 def memcheck(run: Run) -> None:
-    """About 1500 launches, which the tool makes some ten times as long as a launch takes."""
+    """Checks about 1500 launches. The tool makes each about ten times slower."""
     _sanitize(run, "memcheck")
 
 
 def racecheck(run: Run) -> None:
-    """As memcheck, of shared memory."""
+    """Checks the same launches for races in shared memory."""
     _sanitize(run, "racecheck")
 
 
-# ---- 9 and 10: peers, and the sweep ----------------------------------------------------------
+# ---- peers, and the sweep --------------------------------------------------------------------
 
 
 def peers(run: Run) -> None:
-    """torch.compile and Liger: two kernels to compile, and then as the steps before."""
+    """Times torch.compile and Liger like the candidates before. Two kernels are compiled first."""
     run.module(
         "bench.gpu.logits",
         *("--device", run.device, "--record", run.cases, "--rounds", "2" if run.is_dry else "7"),
         *("--sizes", TINY_SIZE if run.is_dry else PEER_SIZE, "--valid", "1", "--capped"),
         *("--candidates", "simpo_ext", "torch.compile", "Liger cross entropy"),
-        # On a CPU, compiling takes longer than all else.
+        # On a CPU, compiling would take longer than everything else.
         environment={
             "TORCH_COMPILE_DISABLE" if run.is_dry else "TORCHINDUCTOR_COMPILE_THREADS": "1"
         },
@@ -247,7 +246,7 @@ def peers(run: Run) -> None:
 
 
 def sweep(run: Run) -> None:
-    """Threads and loads in flight of the streaming kernels: 24 variants in 22 rounds of 40 ms."""
+    """Times 24 variants of threads and loads in flight, in 22 rounds of 40 ms."""
     target = ("-arch=sm_90", "-cubin") if run.is_dry else ("-arch=native",)
     source, program = ROOT / "bench" / "cuda" / "sweep_token_logps.cu", run.work / "sweep"
     flags = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-I", ROOT / "csrc")
