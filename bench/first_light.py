@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--select", choices=("all", "sanitizer"), default="all", help="sanitizer: fewer layouts"
     )
-    parser.add_argument("--record", type=Path, metavar="FILE.jsonl", help="also append to this file")
+    parser.add_argument("--record", type=Path, metavar="FILE.jsonl", help="also append here")
     parser.add_argument("--kind", default="first light", help="kind of the records")
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--failures", type=int, default=0, help=argparse.SUPPRESS)

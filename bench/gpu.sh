@@ -4,7 +4,7 @@
 # First, on a machine with a package index, nvcc, and an interpreter of the GPU machine's version:
 #
 #   bench/gpu.sh --pack --python python3.12    # fills .gpu; copy it along with the checkout
-#   bench/gpu.sh --dry-run                     # every step on CPU tensors, with a wheel for this Python
+#   bench/gpu.sh --dry-run                     # every step on CPU tensors, if the wheel fits here
 #
 # Then, on the GPU machine, with nvcc and a python3 that has torch for CUDA:
 #

@@ -188,8 +188,9 @@ def write_record(record: Record, path: Path = RECORD) -> None:
 def faults(found: Counts, recorded: Counts, is_recorded_compiler: bool) -> list[str]:
     """Messages about counts that the record does not allow.
 
-    With the recorded compiler, a kernel has at most the recorded instructions and special functions,
-    and not so many fewer that the record no longer describes it. Another compiler may need more.
+    With the recorded compiler, a kernel has at most the recorded instructions and special
+    functions, and not so many fewer that the record no longer describes it. Another compiler may
+    need more.
     """
     most = 1.0 if is_recorded_compiler else OTHER_COMPILER_ABOVE
     said = []

@@ -50,7 +50,7 @@ RATES = {"issue slots": 128, "special functions": 16, "ALU": 64, "float64": 64}
 # the same clock.
 CLOCK_HZ = 1.755e9
 
-# A copy in PyTorch moves 4.3 TB/s on an H200, reads and writes counted; the datasheet says 4.8 TB/s.
+# A copy in PyTorch moves 4.3 TB/s on an H200, reads plus writes; the datasheet says 4.8 TB/s.
 # The B200 is assumed to reach the same share of its datasheet's 8 TB/s.
 COPY_SHARE = 4.3 / 4.8
 

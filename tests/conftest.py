@@ -4,8 +4,8 @@
 ``kernels`` again, unchanged and on the same CPU tensors, after the CUDA kernels in the emulator
 have taken the place of the CPU kernels. ``pytest --kernels=contracted`` does the same with kernels
 whose products and sums the compiler has fused, as NVIDIA's assembler may. ``pytest --kernels=cuda``
-runs the whole suite with the CPU ops sending their tensors to the GPU and back; not the emulator's
-own tests, nor those of CUDA tensors, which compare them with the CPU's.
+runs the suite with CPU ops that send their tensors to the GPU and back. It leaves out the
+emulator's own tests, and the tests that compare CUDA tensors with the CPU's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="what stands behind the ops on CPU tensors",
     )
-    parser.addoption("--exhaustive", action="store_true", help="also run what takes minutes")
+    parser.addoption("--exhaustive", action="store_true", help="also run tests that take minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:

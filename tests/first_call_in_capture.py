@@ -1,9 +1,9 @@
-"""A program whose first call of simpo_ext is made while a CUDA graph is captured.
+"""Calls simpo_ext for the first time while it captures a CUDA graph.
 
     python first_call_in_capture.py logits|logits-inplace|hidden
 
-It replays the graph on batches that the capture has not seen, and holds loss and gradients against
-the oracle. It fails if the capture or a check does.
+The program replays the graph on batches that the capture has not seen, and compares loss and
+gradients with the oracle. It fails if the capture or a check fails.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OPTIONS: dict[str, Any] = {"sft_weight": 0.2}
 
 
 class Case(NamedTuple):
-    make: Callable[[int], Any]  # the batch of a seed
+    make: Callable[[int], Any]  # makes the batch of a seed
     step: Callable[[Any], LossAndGradients]
     check: Callable[..., None]
-    warm: Callable[[Any], None]  # what the step needs of torch itself
+    warm: Callable[[Any], None]  # makes torch create what the step needs of it
 
 
 def logits_batch(seed: int) -> Batch:
@@ -38,7 +38,7 @@ def logits_batch(seed: int) -> Batch:
 
 
 def hidden_batch(seed: int) -> LinearBatch:
-    # Two chunks of 8192 columns. A few tokens more or fewer are scored than in the capture.
+    # Two chunks of 8192 columns. The number of scored tokens may differ from the capture's.
     batch = make_linear_batch(
         time=12, vocabulary=16384, width=64, dtype=DTYPE, seed=seed, bias=False
     )
@@ -62,16 +62,16 @@ def hidden_step(batch: LinearBatch) -> LossAndGradients:
 
 
 def warm_autograd(batch: Batch) -> None:
-    """Its thread of the GPU starts with the first backward."""
+    """Starts autograd's thread for the GPU, as the first backward does."""
     leaf = batch.logits.detach().requires_grad_()
     torch.autograd.grad((leaf * 1).sum(), leaf)
 
 
 class Products(torch.autograd.Function):
-    """Torch's products of the shapes that hidden_step has, forward and backward.
+    """Torch's own products of the shapes that hidden_step has, forward and backward.
 
-    Each thread has a cuBLAS handle of its own, and cuBLAS loads a product's code when it is first
-    asked for; neither may happen in a capture, with or without this library.
+    Each thread creates a cuBLAS handle of its own, and cuBLAS loads a product's code at its first
+    call. Neither may happen in a capture, with or without this library.
     """
 
     @staticmethod
@@ -112,7 +112,7 @@ def main(name: str) -> None:
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = case.step(static)  # the first call
+        captured = case.step(static)  # the first call of simpo_ext
 
     for seed in (1, 2, 0):
         batch = case.make(seed)

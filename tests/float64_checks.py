@@ -1,4 +1,4 @@
-"""Losses and gradients of tensors on any device, held against the oracle's in float64."""
+"""Compares losses and gradients of tensors on any device with the oracle's in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from linear_batches import LinearBatch
 
 @pytest.fixture
 def exact_float32_products() -> Iterator[None]:
-    """Whatever a container's environment has chosen: TF32 has 10 bits of a product's factors."""
+    """Turns TF32 off, which the environment may turn on: it keeps 10 bits of each factor."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -30,12 +30,12 @@ class LossAndGradients(NamedTuple):
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """In the Frobenius norm."""
+    """The relative error in the Frobenius norm."""
     return ((got.detach().cpu().double() - want).norm() / want.norm()).item()
 
 
 def check_of_logits(got: LossAndGradients, batch: Batch, **options: Any) -> None:
-    """The loss is computed in float32, and the gradient is rounded once to the logits' dtype."""
+    """The loss is computed in float32, and the gradient rounded once to the logits' dtype."""
     logits, labels = (x.detach().cpu() for x in batch)
     want, gradient = oracle.simpo_loss(logits.double().numpy(), labels.numpy(), **options)
     assert relative_error(got.loss, torch.as_tensor(want.loss)) <= 1e-5
@@ -44,11 +44,11 @@ def check_of_logits(got: LossAndGradients, batch: Batch, **options: Any) -> None
 
 
 def check_of_hidden_states(got: LossAndGradients, batch: LinearBatch, **options: Any) -> None:
-    """Whatever the order in which products are summed, which differs by shape, device and library.
+    """Allows any order of sums in matrix products: it differs by shape, device and library.
 
-    The oracle takes the logits rounded to their dtype, as the products' are. A sum in another order
-    may round a logit the other way, by the gap between two numbers of that size. The bounds allow
-    that for four labels of one sequence, besides the errors of the arithmetic.
+    The oracle rounds the logits to their dtype, like the products. A sum in another order may round
+    a logit the other way, which moves it by the gap between two numbers of its size. Besides the
+    errors of the arithmetic, the bounds allow this for four labels of one sequence.
     """
     hidden, weight, labels, bias = (None if x is None else x.detach().cpu() for x in batch)
     assert hidden is not None and weight is not None and labels is not None
@@ -61,7 +61,8 @@ def check_of_hidden_states(got: LossAndGradients, batch: LinearBatch, **options:
     eps = torch.finfo(hidden.dtype).eps
     scored = (labels[:, 1:] != -100).sum(1)
     gap = eps * exact.abs().max().item()
-    # A mean log-probability moves by gap / tokens, its reward by beta times that; mean over pairs.
+    # This moves a mean log-probability by gap / tokens, and the reward by beta times that. The loss
+    # is a mean over pairs.
     beta, pairs = options.get("beta", 2.0), len(labels) // 2
     slope = (beta + options.get("sft_weight", 0.0)) / pairs
     moved = 4 * slope * gap / scored.min().item()
@@ -69,8 +70,8 @@ def check_of_hidden_states(got: LossAndGradients, batch: LinearBatch, **options:
     own = 1e-5 if hidden.dtype != torch.float64 else 1e-13
     assert (got.loss.detach().cpu().double() - loss).abs() <= moved + own * loss.abs()
 
-    # dlogits and the result are rounded, each by half of eps; a label's logit that was rounded the
-    # other way moves its row of dlogits by p (1 - p) gap, less than eps of all rows' norm.
+    # dlogits and the result are rounded, each by half of eps. A label's logit that was rounded the
+    # other way moves its row of dlogits by p (1 - p) gap, which is less than eps of all rows' norm.
     gradients = linear_oracle.linear_grad(dlogits, x, w)[: len(got.gradients)]
     for ours, theirs in zip(got.gradients, gradients, strict=True):
         assert 0 < relative_error(ours, torch.from_numpy(theirs)) <= 2 * eps + own

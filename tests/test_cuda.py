@@ -176,7 +176,7 @@ def test_peak_memory_is_one_gradient_or_none(inplace: bool) -> None:
     size = batch.logits.numel() * batch.logits.element_size()
     logits = batch.logits.requires_grad_() * 1
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a block that is left of other tests may be larger than asked for
+    torch.cuda.empty_cache()  # else torch may reuse a larger block of other tests
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss = simpo_ext.simpo_loss(logits, batch.labels, inplace_backward=inplace).loss

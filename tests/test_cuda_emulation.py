@@ -35,7 +35,7 @@ def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Bu
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
-# Of the sections whose results are rounded.
+# The sections whose results are rounded.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("section", ["values", "parts", "report", "token_rows", "vocab_shards"])
 def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Builds) -> None:

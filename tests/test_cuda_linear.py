@@ -138,7 +138,7 @@ def test_a_captured_graph_replays_on_new_data(extra: int | None) -> None:
             destination.copy_(source)
         graph.replay()
         check_of_hidden_states(captured, batch, sft_weight=0.2)
-        check_of_hidden_states(step(batch), batch, sft_weight=0.2)  # perhaps with other rows
+        check_of_hidden_states(step(batch), batch, sft_weight=0.2)  # may have other rows
 
 
 def test_tokens_beyond_the_bound_are_nan() -> None:
@@ -161,9 +161,9 @@ def test_a_label_out_of_range_is_nan_and_no_fault() -> None:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """How much more memory torch hands out at a time while the function runs."""
+    """How much more memory torch hands out while the function runs, at its peak."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a block that is left of other tests may be larger than asked for
+    torch.cuda.empty_cache()  # else torch may reuse a larger block of other tests
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
@@ -171,10 +171,10 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def workspace_bytes() -> int:
-    """What torch holds for cuBLAS during a product, if it does not keep it from the first one on.
+    """The memory that torch allocates for cuBLAS during a product, 0 if it has kept it.
 
-    After the call it is there to stay, for the threads of the forward and the backward, or it comes
-    and goes with each product.
+    The first product makes torch keep the workspaces for the threads of the forward and the
+    backward. Or torch allocates a workspace for each product, and this returns its size.
     """
     x, w = (torch.randn(512, 512, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     leaf = x.requires_grad_()
@@ -205,15 +205,15 @@ def test_peak_memory_is_the_gradients_and_the_logits_allowed(budget: int) -> Non
         torch.autograd.grad(loss, (hidden, weight))
 
     gradients = (hidden.numel() + weight.numel()) * 2
-    held = min(budget, 9) if budget else 1  # of nine: those kept, and the one that is worked on
+    held = min(budget, 9) if budget else 1  # the kept chunks and the current one
     rows_bytes = rows * 512 * (2 + 4)  # hidden states, and the sum of their gradients
-    # Torch does not split what it has of a block if that is less than a MiB.
+    # Torch does not split a block if the rest would be less than 1 MiB.
     assert peak_bytes(step) <= gradients + held * chunk + rows_bytes + workspace + 6 * MIB
     assert chunk / 3 > 6 * MIB
 
 
 def test_no_product_is_held_beside_the_sum_of_dhidden() -> None:
-    # The rows are large beside a chunk of logits, and the weight has no gradient.
+    # The rows are large compared with a chunk of logits, and the weight needs no gradient.
     batch = make_linear_batch(time=1024, hidden=4096, vocabulary=2 * CHUNK, dtype=torch.bfloat16)
     hidden = batch.hidden.requires_grad_()
     rows = int((batch.labels[:, 1:] != -100).sum())
@@ -222,7 +222,8 @@ def test_no_product_is_held_beside_the_sum_of_dhidden() -> None:
         hidden, batch.weight, batch.labels, num_valid_tokens=rows, logits_budget_bytes=UNLIMITED
     )
     peak = peak_bytes(lambda: torch.autograd.grad(logps.sum(), hidden))
-    # Kept logits need no hidden states: a chunk of dlogits and the sum, and then dhidden.
+    # With kept logits, no hidden states are needed. The backward holds the sum, and beside it first
+    # a chunk of dlogits and then dhidden.
     allowed = max(rows * CHUNK * 2, hidden.numel() * 2) + rows * 4096 * 4
     assert peak <= allowed + workspace + 4 * MIB
     assert rows * 4096 * 2 / 3 > 4 * MIB  # what a product would take

@@ -34,7 +34,7 @@ def moved(batch: LinearBatch) -> LinearBatch:
 
 
 def check_close(got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Of the largest entry, or of 1: products that are summed in another order, then rounded."""
+    """Compares relative to the largest entry or 1: products are summed in other orders."""
     tolerance = 1e-12 if dtype == torch.float64 else max(4 * torch.finfo(dtype).eps, 1e-5)
     for ours, theirs in zip(got, want, strict=True):
         assert ours.device.type == DEVICE
@@ -57,7 +57,7 @@ def test_gpu_and_cpu_agree(dtype: torch.dtype) -> None:
         CUTS,
     )
     got += linear_in_shards(moved(linear), upstream.to(DEVICE), options, CUTS)
-    # max and sum_exp of the linear ops have rows for every token here.
+    # Not max and sum_exp of the linear ops, which have rows for every token here.
     check_close(got[:5] + got[7:], want[:5] + want[7:], dtype)
 
 
@@ -108,5 +108,5 @@ def test_a_captured_graph_replays_on_new_data() -> None:
             assert ours is not None and theirs is not None
             ours.copy_(theirs)
         graph.replay()
-        # cuBLAS's workspace, and so its choice of a product's parts, may be another in a graph.
+        # In a graph, cuBLAS may have another workspace, and so split products differently.
         check_close(captured, step(new_logits, new_batch, 16), torch.float32)

@@ -20,7 +20,7 @@ from mutants import LOGPS_MUTANTS, Mutant
 from mutants_rows import ROWS_MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-CAPACITY = 1000  # of kernels
+CAPACITY = 1000  # more than there are kernels
 
 
 def kernels_in_sources() -> set[str]:
@@ -62,7 +62,7 @@ def launched_kernels(library: Path) -> set[int]:
 def test_first_light_launches_every_kernel(load, pytestconfig, capfd) -> None:
     folder = f"{pytestconfig.getoption('--kernels')}_ops"
     library = Path(pytestconfig.cache.mkdir(folder)) / "libemulated_ops.so"
-    launched_kernels(library)  # what other tests have launched
+    launched_kernels(library)  # discards launches of other tests
     arguments = ["--device", "cpu", "--select", "sanitizer"]
     assert load("first_light").main(arguments) == 0, capfd.readouterr().out
     launched, kernels = launched_kernels(library), kernels_in_library(library)
@@ -71,7 +71,7 @@ def test_first_light_launches_every_kernel(load, pytestconfig, capfd) -> None:
     assert names == kernels_in_sources()
 
 
-# ---- what it finds ---------------------------------------------------------------------------
+# ---- planted bugs ----------------------------------------------------------------------------
 
 # One bug in each of two files, and the cases that find it.
 PLANTED = {
@@ -90,7 +90,7 @@ sys.exit(first_light.main(["--device", "cpu", "--select", "sanitizer"]))
 
 
 def first_light(library: Path) -> tuple[int, list[dict]]:
-    """The exit status of first light on emulated kernels, and its records."""
+    """Runs first light on emulated kernels. Returns its exit status and records."""
     command = (sys.executable, "-c", ON_EMULATED_KERNELS, library)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,4 +1,4 @@
-"""The run on a GPU: whatever its steps do, what they found is kept."""
+"""The GPU run of bench/gpu.sh: results are kept, however its steps end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 
 @pytest.fixture
 def run(load, tmp_path: Path):
-    """A run of a minute, in a folder of its own."""
+    """A run that is limited to a minute, in a folder of its own."""
     for name in ("output", "work"):
         (tmp_path / name).mkdir()
     deadline = time.monotonic() + 60.0
@@ -81,7 +81,7 @@ time.sleep(60)
     assert (record["status"], record["reason"]) == ("failed", "out of time")
     assert record["seconds"] < 10.0
     child = int(file.read_text())
-    for _ in range(100):  # until whoever inherits it has waited for it
+    for _ in range(100):  # until the child's new parent has reaped it
         status = Path(f"/proc/{child}/status")
         if not status.exists() or "State:\tZ" in status.read_text():
             break

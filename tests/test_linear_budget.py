@@ -35,7 +35,7 @@ def of_shards(batch: LinearBatch, **options: Any) -> Tensor:
 
 
 def budget_passed(function: Function, batch: LinearBatch, **options: Any) -> int:
-    """The argument of the op that forms the logits."""
+    """The budget that the op receives."""
     with Watcher() as watcher:
         function(batch, **options)
     (_, arguments, _) = watcher.calls[0]
@@ -84,7 +84,7 @@ def test_the_ops_get_the_default_of_their_device(
 def test_a_compiler_takes_the_default_for_a_constant(
     monkeypatch: pytest.MonkeyPatch, memory: int | None
 ) -> None:
-    if memory is not None:  # or else torch is asked, through functions that Dynamo has to know
+    if memory is not None:  # otherwise torch is asked, through functions that Dynamo must know
         monkeypatch.setattr(_options, "_gpu_memory", lambda device: memory)
     elif torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(GPU).total_memory
@@ -113,7 +113,7 @@ def test_a_function_of_tensors_on_a_gpu_compiles_without_graph_break() -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(of_whole_vocabulary, fullgraph=True, backend=backend)
-    # Neither slices nor gradients: a torch without CUDA has none of fake tensors on a GPU.
+    # A torch without CUDA can neither slice nor differentiate fake tensors on a GPU.
     with FakeTensorMode(), torch.no_grad():
         logps = compiled(
             LinearBatch(*(torch.empty_like(x, device=GPU) for x in make_linear_batch()))

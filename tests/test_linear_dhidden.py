@@ -1,5 +1,8 @@
-"""How the gradient of the hidden states is added up over the chunks of the vocabulary on a GPU:
-inside cuBLAS's products, or, where torch shows no cuBLAS, after each product has been rounded."""
+"""The gradient of the hidden states on a GPU, a sum over the chunks of the vocabulary.
+
+cuBLAS adds to the sum inside its products. Where torch offers no cuBLAS, a kernel adds products
+that have been rounded.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,11 @@ from vocab_batches import linear_in_shards, token_options
 
 pytestmark = [pytest.mark.kernels, pytest.mark.cuda_only, pytest.mark.emulation]
 
-THREE = 2 * CHUNK + 100  # chunks, of which the last one is narrower
+THREE = 2 * CHUNK + 100  # columns in three chunks; the last is narrower
 
 
 class Calls(NamedTuple):
-    """Of what adds a chunk's share of dhidden to a sum."""
+    """The number of calls that add a chunk's share of dhidden to the sum."""
 
     add_product: int
     add_partial: int
@@ -70,7 +73,7 @@ def gradients(batch: LinearBatch) -> list[Tensor | None]:
 
 
 def dhidden(batch: LinearBatch) -> Tensor:
-    """With the weight as it lies in memory, of which a clone might be contiguous."""
+    """dhidden, with the weight as it lies in memory. A clone of it might be contiguous."""
     hidden = batch.hidden.detach().requires_grad_()
     logps = linear_token_logps(
         hidden, batch.weight, batch.labels, bias=batch.bias, logits_budget_bytes=0
@@ -80,7 +83,7 @@ def dhidden(batch: LinearBatch) -> Tensor:
 
 
 def error(batch: LinearBatch) -> float:
-    """Of dhidden, relative, in the Frobenius norm."""
+    """The relative error of dhidden in the Frobenius norm."""
     upstream = upstream_of(batch.labels).to(torch.promote_types(batch.hidden.dtype, torch.float32))
     bias = batch.double_bias()
     truth = linear_oracle.linear_token_logps_grad(
@@ -97,7 +100,7 @@ def test_each_chunk_is_added_in_one_way(
     cublas: EmulatedCublas, vocabulary: int, chunks: int
 ) -> None:
     batch = make_linear_batch(vocabulary=vocabulary, dtype=torch.bfloat16)
-    # One chunk needs no sum, and of several the last one's product need not be added to it.
+    # One chunk needs no sum. Without cuBLAS, the kernel that writes dhidden adds the last product.
     assert cublas.calls_of(lambda: gradients(batch)) == (chunks if chunks > 1 else 0, 0)
     cublas.set_available(False)
     assert cublas.calls_of(lambda: gradients(batch)) == (0, chunks - 1)
@@ -125,7 +128,7 @@ def test_no_product_is_added_without_a_gradient_asked_for(
 
 
 def strided(weight: Tensor, layout: str) -> Tensor:
-    """The same values, laid out as views of weights are; or others, in rows that share memory."""
+    """The weight in another layout, as views have it. Overlapping rows have other values."""
     vocabulary, width = weight.shape
     if layout == "columns":
         return weight.t().contiguous().t()
@@ -156,7 +159,7 @@ def test_dhidden_is_as_exact_as_the_way_that_rounds_each_product(
 ) -> None:
     batch = make_linear_batch(vocabulary=THREE, width=8, dtype=dtype)
     batch = batch._replace(weight=strided(batch.weight, layout))
-    # Memory that nothing has been written to is NaN: the first product must not read the sum.
+    # This fills new memory with NaN: the first product must not read the sum.
     torch.use_deterministic_algorithms(True)
     try:
         ours = error(batch)
@@ -166,7 +169,7 @@ def test_dhidden_is_as_exact_as_the_way_that_rounds_each_product(
     rounded = error(batch)
     if dtype.itemsize == 2:
         assert ours <= rounded
-    else:  # no product is rounded either way, and sums have another order
+    else:  # neither way rounds products, but the order of sums differs
         assert ours <= 2 * rounded + torch.finfo(dtype).eps
     assert 0 < ours <= 16 * torch.finfo(dtype).eps
 
@@ -174,7 +177,7 @@ def test_dhidden_is_as_exact_as_the_way_that_rounds_each_product(
 @pytest.mark.parametrize("width", [1, 5])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_products_of_a_single_row_or_column(cublas: EmulatedCublas, rows: int, width: int) -> None:
-    # The last chunk has one column: a stride there says nothing.
+    # The last chunk has one column, whose stride means nothing.
     batch = make_linear_batch(vocabulary=2 * CHUNK + 1, width=width, dtype=torch.float64)
     batch.labels[:] = -100
     batch.labels[0, 1 : 1 + rows] = torch.arange(rows)
@@ -192,7 +195,7 @@ def test_the_products_are_not_held_beside_the_sum(cublas: EmulatedCublas) -> Non
     leaf = batch.leaves((True, False, False))
 
     def allocated() -> int:
-        """The bytes of all tensors that the backward makes."""
+        """The bytes of all tensors that the backward allocates."""
         logps = linear_token_logps(*leaf[:3], bias=leaf.bias, logits_budget_bytes=0)
         activities = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(

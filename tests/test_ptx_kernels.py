@@ -1,5 +1,5 @@
-"""The PTX of all kernels but those of token log-probs (test_ptx_logps.py), bugs planted in PTX, and
-the runtime's calls around launches."""
+"""The PTX of all kernels except those of token log-probs (test_ptx_logps.py), bugs planted in PTX,
+and the calls of the CUDA runtime."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_every_kernel_is_in_one_family(architecture: str, ptx_kernels: Load) -> 
     assert sorted(names) == sorted(kernels.entries)
 
 
-# ---- planted bugs, in the PTX that is the easier one to read
+# ---- planted bugs, in the PTX that is easier to read
 
 CHECKS = {
     bug.check.__name__.strip("_"): bug.check
@@ -86,7 +86,7 @@ def test_what_may_initialize_the_runtime_does_so_in_the_relaxed_mode(ptx_kernels
     assert kernels.use_device(1) == 0
     checks = Checks()
     check_label_gradients(kernels, checks, "float32")
-    assert kernels.use_device(1) == 0  # which is the current one
+    assert kernels.use_device(1) == 0  # already the current one
     assert kernels.use_device(0) == 0
     assert not checks.failures
     assert [call.function for call in kernels.runtime_calls] == [

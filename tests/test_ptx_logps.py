@@ -1,15 +1,15 @@
 """The PTX of the kernels of token log-probs, executed on the CPU and compared with float64.
 
-The emulator in tests/cuda_emulation compiles the kernels' C++ for the CPU. This runs what nvcc
-compiles for a GPU, launched by the project's own host code, and so also covers
+The emulator in tests/cuda_emulation compiles the kernels' C++ for the CPU. These tests run what
+nvcc compiles for a GPU, launched by the project's own host code, and so they also cover
 
 - the inline PTX in csrc/cuda/platform.h, and the toolkit's exp, log and tanh;
 - what nvcc makes of the source: loads and stores of vectors, offsets, conversions, and registers
   that are read before they are written;
 - the layout of the kernels' arguments, grids, blocks and `__launch_bounds__`.
 
-It says nothing of what comes after PTX: ptxas, caches, time, and the memory model beyond "no two
-threads touch an address without a barrier between them".
+They say nothing about what comes after PTX: ptxas, caches, time, and the memory model beyond "no
+two threads touch an address without a barrier between them".
 
 Every test prints its comparisons and the coverage of each kernel; pytest shows them with -rP.
 """

@@ -1,7 +1,7 @@
-"""The kernels' PTX with the arithmetic that it leaves open: what ptxas and a GPU may do otherwise
-than test_ptx_logps.py and test_ptx_kernels.py assume.
+"""The kernels' PTX where it leaves arithmetic open: ptxas and a GPU may round otherwise than
+test_ptx_logps.py and test_ptx_kernels.py assume.
 
-One version of the PTX each: the other has the same source and the same products and sums.
+Each test takes one version of the PTX. The other has the same source, products and sums.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def test_products_fused_with_sums_stay_within_the_same_bounds(
     FAMILIES[family].require_right(ptx_kernels("100", Rounding(contracts=True)))
 
 
-# Logits of float64 have no approximate instructions but those in the toolkit's functions.
+# For float64, only the toolkit's functions use approximate instructions.
 @pytest.mark.parametrize("family", [name for name in LOGPS_FAMILIES if name != "logps float64"])
 def test_approximate_instructions_may_be_off(family: str, ptx_kernels: Load) -> None:
     FAMILIES[family].require_right(ptx_kernels("90", Rounding(perturbs=True)))

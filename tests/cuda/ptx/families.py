@@ -1,4 +1,4 @@
-"""Kernels that are checked together: what runs them, and how much of their PTX must have run."""
+"""Kernels that are checked together, their checks, and how much of their PTX these must run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .harness.kernels import Kernels
 
 Check: TypeAlias = Callable[[Kernels, Checks], None]
 
-# Most of the rest cannot be reached: several segments in kernels for short rows, blocks that share
-# rows in kernels with a report, and special cases of the toolkit's exp and log.
+# Most of the other instructions cannot be reached: several segments in kernels for short rows,
+# blocks that share rows in kernels with a report, special cases of the toolkit's exp and log.
 LEAST_COVERAGE = 0.95
 
-# What the template argument for logits is called in a kernel's name.
+# The template argument for the dtype of logits in a kernel's name.
 _ELEMENTS = {"float32": "float", "bfloat16": "BFloat16", "float16": "Float16", "float64": "double"}
 
 
 class Family(NamedTuple):
     sources: tuple[str, ...]  # files of csrc/cuda
     check: Check
-    dtype: str = ""  # of logits, if the family is the sources' kernels of one dtype
+    dtype: str = ""  # of logits; empty: the kernels of all dtypes
     not_measured: str = ""  # a kernel that the coverage leaves out
 
     def names(self, kernels: Kernels) -> list[str]:
@@ -84,7 +84,8 @@ LOGPS_FAMILIES = {
     for dtype in DTYPES
 }
 OTHER_FAMILIES = {
-    # For compute_100, nvcc unrolls the loops over a short row, of at most 8 elements, 16 times.
+    # For compute_100, nvcc unrolls the loops over a short row 16 times, but the row has at most 8
+    # elements.
     "token rows": Family(
         ("token_rows",), _check_token_rows, not_measured="gather_short_rows_kernel"
     ),

@@ -1,4 +1,4 @@
-"""Bugs to plant in the PTX of kernels, each of which a check must find."""
+"""Bugs to plant in the PTX of kernels. A check must find each of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _sure(kernels: Kernels, checks: Checks) -> None:
 
 
 def _segments(kernels: Kernels, checks: Checks) -> None:
-    """A block works on all segments of a row, for blocks do not share parts of a vocabulary."""
+    """One block works on all segments: blocks never share rows of a part of the vocabulary."""
     V = 2 * SEGMENT["float32"] + 7
     case = Case("float32", V, B=1, T=2, num_masked=0, out_of_range=False, parts=(V - 1,))
     logps.check_logps(kernels, checks, case)
@@ -87,7 +87,7 @@ class Barriers(NamedTuple):
 BARRIERS = {
     "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, false>": Barriers(_segments),
     # A block reduces each segment twice, in two arrays that take turns. So the barrier between
-    # segments, which the kernel without a report needs, is one too many.
+    # segments, which the kernel without a report needs, is not needed here.
     "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, true>": Barriers(_reports, 1),
     "select_tokens_kernel<float>": Barriers(_select),
     "sequence_logps_kernel<float>": Barriers(_sequences),
@@ -100,8 +100,8 @@ BARRIERS = {
 class Bug(NamedTuple):
     name: str
     kernel: str
-    pattern: str  # each match of which becomes
-    replacement: str
+    pattern: str  # a regular expression
+    replacement: str  # of each match
     check: Check
 
 
@@ -157,7 +157,7 @@ BUGS = [
     ),
     Bug("the smaller of two logs", "score_pairs_kernel<float>", r"max\.f64", "min.f64", _pairs),
 ]
-# A bug only where products are fused with sums.
+# This is a bug only where products are fused with sums.
 FUSED_BUG = Bug("a product that may be fused", FORWARD, r"mul\.rn\.f32", "mul.f32", _sure)
 
 
@@ -170,7 +170,7 @@ def plant(kernels: Kernels, bug: Bug) -> None:
 
 
 def without_each_barrier(kernels: Kernels, kernel: str) -> Iterator[int]:
-    """Removes one barrier of the kernel after the other, and yields their numbers."""
+    """Removes the kernel's barriers one at a time, and yields the number of each."""
     name, body = _body(kernels, kernel)
     barriers = list(re.finditer(r"bar\.sync\s+0;", body))
     for i, barrier in enumerate(barriers):
@@ -187,7 +187,7 @@ def _body(kernels: Kernels, kernel: str) -> tuple[str, str]:
 
 
 def found_by(kernels: Kernels, check: Check) -> list[str]:
-    """What a check finds wrong."""
+    """Runs a check and returns the faults that it finds."""
     checks = Checks()
     try:
         check(kernels, checks)

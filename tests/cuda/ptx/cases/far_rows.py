@@ -1,6 +1,6 @@
 """The last rows of a batch of more than 2^32 rows, where offsets need 64 bits.
 
-The other rows do not exist.
+Only these rows are allocated.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _check(kernels: Kernels, checks: Checks, case: Case, has_report: bool) -> No
     dlogits = device.out((_PRESENT, V), dtype)
 
     def moved(buffer: Buffer) -> int:
-        """The address of row 0, from that of the rows that are present."""
+        """The address that row 0 would have, given that of the present rows."""
         row_size = int(np.prod(buffer.shape[1:])) * buffer.itemsize
         return (buffer.address - (_B * _T - _PRESENT) * row_size) % 2**64
 
@@ -94,7 +94,7 @@ def check_far_gathers(kernels: Kernels, checks: Checks, dtype: str) -> None:
         stride_b, stride_t = -5 * 2**30, 2
         rows = device.out((1, H), dtype)
         for position in (5 * T + 3, 2**32, 6 * T - 1):
-            # The source begins where the row of this position is the second one present.
+            # Makes this position's row the second one of the source.
             b, t = divmod(position, T)
             offset = H - (b * stride_b + t * stride_t)
             kernels.call(

@@ -1,4 +1,4 @@
-"""token_logps and its backward, of a whole vocabulary or of one in parts; write_logps."""
+"""Checks token_logps and its backward, for a vocabulary whole or in parts, and write_logps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Run(NamedTuple):
         return self.rows.case
 
     def members(self, part: int) -> dict[str, Any]:
-        """What forward and backward have in common."""
+        """The members that the arguments of forward and backward share."""
         columns, logits = self.case.ranges()[part], self.parts[part]
         return {
             "dtype": self.case.dtype,
@@ -97,7 +97,7 @@ def _forward(run: _Run) -> None:
     num_segments = run.kernels.shared_segments(case.dtype, case.N, case.V) if is_plain else 0
     segments = run.device.out((num_segments, 3, case.N), "float64") if num_segments else None
     for i, part in enumerate(run.parts):
-        if case.report != "all":  # the logits of a row that is not scored are not read
+        if case.report != "all":  # kernels must not read the logits of other rows
             unread = np.zeros(part.buffer.shape, bool)
             unread[~run.rows.scored] = True
             part.buffer.hide(unread)
@@ -134,7 +134,7 @@ def _check_forward(run: _Run) -> None:
 
 
 def _write_logps(run: _Run) -> Buffer:
-    """The log-probabilities of parts put together, as of rows in order."""
+    """Runs write_logps on the results of all parts, with a row for each token."""
     case, device, outputs = run.case, run.device, run.outputs
     positions = np.where(np.isnan(outputs.label_z.get()), -1, np.arange(case.N))
     written = device.out((case.N,), compute_of(case.dtype))
@@ -160,7 +160,7 @@ def _write_logps(run: _Run) -> Buffer:
 
 
 def _check_report(run: _Run) -> None:
-    """Mean and entropy; of a vocabulary in parts, the two sums that they come from."""
+    """Checks mean and entropy or, for parts, the two sums that these are computed from."""
     case, rows = run.case, run.rows
     eps = rows.eps
     scored, masked = rows.scored, rows.masked
@@ -181,7 +181,7 @@ def _check_report(run: _Run) -> None:
     has_mean = scored | (masked & (case.report == "all"))
     want = np.where(has_mean, means, np.where(masked, 0.0, np.nan))
     mean_logit = run.outputs.mean_logit.get()
-    # With NaN or +inf among its z, a row has no mean: NaN or infinite.
+    # A row with NaN or +inf among its z has no mean: the result is NaN or infinite.
     no_mean = scored & (np.isnan(rows.z) | np.isposinf(rows.z)).any(axis=1)
     run.checks.equal(
         "mean_logit", str(case), np.isfinite(mean_logit[no_mean]), np.zeros(no_mean.sum())
@@ -204,14 +204,14 @@ def _check_backward(run: _Run, rng: np.random.Generator) -> None:
     grads = grad_logps.get()
     label_gradients = device.out((case.N,), compute)
     wanted, relative = rows.gradient(grads), rows.gradient_error
-    # ex2 flushes subnormal results to 0, and the exp of a double those of less than -745.
+    # ex2 flushes subnormal results to 0, and the exp of a double is 0 below -745.
     smallest_share = 2.0**-126 if compute == "float32" else 2.0**-1073
     flushed = (np.abs(grads) * abs(case.scale) * smallest_share)[:, None]
 
     for i, columns in enumerate(case.ranges()):
         dlogits = _backward(run, i, grad_logps, label_gradients)
         want = wanted[:, columns.start : columns.stop].copy()
-        if case.is_split:  # the label's element is kept apart
+        if case.is_split:  # label_gradients has the label's element
             here = rows.scored & (rows.targets >= columns.start) & (rows.targets < columns.stop)
             want[here, rows.targets[here] - columns.start] = 0.0
         error = 1.01 * ROUNDING[case.dtype] + relative[:, columns.start : columns.stop]

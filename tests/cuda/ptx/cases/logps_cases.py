@@ -1,4 +1,4 @@
-"""Batches of logits: every size of a row, every form of every kernel of token_logps."""
+"""Batches of logits for every size of a row and every kernel of token_logps."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Case(NamedTuple):
     amplitude: float = 4.0
     seed: int = 0
     report: str = ""  # "valid" or "all" rows are reported; "": none
-    dlogits_offset: int | None = None  # as offset, of a gradient in memory of its own
-    parts: tuple[int, ...] = ()  # the vocabulary in parts: where they end, but for the last
+    dlogits_offset: int | None = None  # like offset, for a separate gradient; None: in place
+    parts: tuple[int, ...] = ()  # where the parts of the vocabulary end, except the last
     special: bool = False  # some rows hold infinities and NaN
     num_masked: int = 2
-    out_of_range: bool = True  # some labels are
-    sure: bool = False  # labels are far above all others, at a large offset
-    levels: bool = False  # logits 724 apart, between which exp of a double is subnormal
+    out_of_range: bool = True  # some labels are out of range
+    sure: bool = False  # labels have much larger logits, and all logits a large offset
+    levels: bool = False  # some logits are 724 lower: exp of that in float64 is subnormal
 
     @property
     def N(self) -> int:
@@ -70,14 +70,14 @@ def make_logits(case: Case, rng: np.random.Generator) -> Array:
 
 
 def _low(case: Case, rng: np.random.Generator) -> Array:
-    """Which logits are at the lower level, in some pattern for each row."""
+    """Which logits are at the lower level. The pattern varies by row."""
     low = np.zeros((case.N, case.V), bool)
     for i, row in enumerate(low):
         if i % 4 == 0:
             row[:] = rng.random(case.V) < 0.5
-        elif i % 4 == 1:  # the maximum rises when others have been added
+        elif i % 4 == 1:  # the maximum rises after other logits have been added
             row[: case.V // 2] = True
-        elif i % 4 == 2:  # at the edges of the row
+        elif i % 4 == 2:  # all but the edges of the row
             row[1:-1] = True
         else:
             row[rng.integers(case.V, size=1 + case.V // 500)] = True
@@ -86,7 +86,7 @@ def _low(case: Case, rng: np.random.Generator) -> Array:
 
 
 def make_targets(case: Case, rng: np.random.Generator, x: Array) -> Array:
-    """The label that each row is scored with [N], whose logit may be raised."""
+    """The label that scores each row [N]. For case.sure, raises its logit."""
     targets = rng.integers(0, case.V, case.N)
     finite = np.flatnonzero(np.isfinite(x[-1]))
     if len(finite):
@@ -108,7 +108,7 @@ def make_targets(case: Case, rng: np.random.Generator, x: Array) -> Array:
 
 
 def put_labels(device: Device, case: Case, targets: Array) -> Buffer:
-    """Labels [B, T] whose targets these are."""
+    """Stores labels [B, T] that have these targets."""
     if not case.shift:
         return device.put(targets.reshape(case.B, case.T), "int64")
     labels = np.full((case.B, case.T), 2**50)
@@ -149,14 +149,14 @@ def put_rows(device: Device, values: Array, case: Case) -> RowsBuffer:
 
 
 def rows_out(device: Device, like: RowsBuffer, case: Case) -> RowsBuffer:
-    """A gradient of those rows, in memory of its own."""
+    """Allocates a separate gradient for those rows."""
     out = device.out(like.buffer.shape, case.dtype, case.dlogits_offset or 0)
     return _without_padding(out, like.V)
 
 
-# Rows of one vector for each thread, and of a little more than a small block takes at once.
+# Rows of a little over 16 KiB: two or more full batches of a small block's loads, and a rest.
 _LARGE = {"float64": 2051, "float32": 4099, "bfloat16": 8195, "float16": 8195}
-# Some turns of every loop, in a small block and in a large one.
+# Rows of several iterations of every loop, in a small block and in a large one.
 _LOOPS = {
     "float64": (1501, 7003),
     "float32": (3999, 15003),
@@ -182,7 +182,7 @@ def cases(dtype: str) -> list[Case]:
 
 
 def _cases_of_segments(dtype: str) -> list[Case]:
-    """Rows of several segments, which blocks share where there is no report."""
+    """Rows of several segments, which blocks share unless there is a report."""
     V = 2 * SEGMENT[dtype]
     one = Case(dtype, V + 77, B=1, T=4, out_of_range=False, num_masked=1, offset=1, seed=11)
     return [
@@ -222,11 +222,11 @@ def _cases_of_size(dtype: str, V: int) -> list[Case]:
 
 
 def _cases_of_levels(dtype: str) -> list[Case]:
-    """Where results of exp of a double are subnormal or 0."""
+    """Cases in which the exp of a double is subnormal or 0."""
     levels = Case(dtype, 100, seed=34, out_of_range=False, levels=True)
     forms = list(itertools.product(("", "all"), (0.0, 4000.0)))
     found = [levels._replace(report=report, parts=(50,), cap=cap) for report, cap in forms]
-    if dtype != "float64":  # there, only merged sums are scaled by an exp of a double
+    if dtype != "float64":  # others use exp of a double only to merge sums
         return found
     found += [
         levels._replace(V=V, report=report, parts=parts, cap=cap)

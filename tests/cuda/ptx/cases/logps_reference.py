@@ -1,4 +1,4 @@
-"""Rows of logits in float64, and how far results may be from them."""
+"""Reference results of rows in float64, and bounds on errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rows:
     x: Array
     z: Array
     targets: Array
-    max: Array  # [N], as the next ones; of a NaN and a number, the number
+    max: Array  # [N], like the next two; ignores NaN
     sum_exp: Array
     logps: Array  # 0 at masked rows, NaN at labels out of range
     shares: Array  # exp(z - max) [N, V]
@@ -54,7 +54,7 @@ class Rows:
         return values[np.arange(len(values)), self.labels]
 
     def where_scored(self, values: Array) -> Array:
-        """Results of all rows: 0 at masked ones, NaN at labels out of range."""
+        """The values of scored rows; 0 at masked rows, NaN at labels out of range."""
         return np.where(self.masked, 0.0, np.where(self.scored, values, np.nan))
 
     def gradient(self, grads: Array) -> Array:
@@ -71,7 +71,7 @@ class Rows:
         dlogits[~self.masked & ~self.scored] = np.nan
         return dlogits
 
-    # ---- how far results may be off
+    # ---- bounds on errors
 
     @property
     def eps(self) -> float:
@@ -79,7 +79,7 @@ class Rows:
 
     @property
     def z_error(self) -> Array:
-        """Of z - max: some roundings of both, of their difference, and of the softcap's tanh."""
+        """Of z - max: roundings of both, of their difference, and of the softcap's tanh."""
 
         def largest(values: Array) -> Array:
             return np.where(np.isfinite(values), np.abs(values), 0.0).max(axis=1)
@@ -89,15 +89,15 @@ class Rows:
 
     @property
     def sum_error(self) -> Array:
-        """Of sum_exp. The largest term is exactly 1, however large z is.
+        """Of sum_exp. Its largest term is exactly 1, however large z is.
 
-        Some terms next to it are added to it in the dtype of z, which rounds each sum.
+        A few terms are added up with it in the dtype of z, which rounds each sum.
         """
         return (self.sum_exp - 1.0) * self.z_error + 16.0 * self.eps * self.sum_exp
 
     @property
     def logps_error(self) -> Array:
-        """Before they are rounded. The distance of the largest z from itself is exactly 0."""
+        """Of logps before they are rounded. The largest z has exactly the distance 0 to max."""
         of_distance = np.where(self.label_z == self.max, 0.0, self.z_error)
         return of_distance + self.sum_error / self.sum_exp
 
@@ -106,7 +106,7 @@ class Rows:
         """Of an element of the gradient before it is rounded, relative to it [N, V]."""
         relative = (2.0 * self.z_error + 8.0 * self.eps)[:, None] + np.zeros_like(self.z)
         if self.case.cap:
-            # 1 - tanh^2 is as far off as its terms' roundings, however small it is.
+            # The error of 1 - tanh^2 is that of its terms, however small the difference is.
             slope = 1.0 / np.cosh(np.where(np.isfinite(self.z), self.cap_argument, 0.0)) ** 2
             relative += 8.0 * self.eps / np.maximum(slope, self.eps)
         # The label's element is 1 - exp(logp).
@@ -117,7 +117,7 @@ class Rows:
 
     @property
     def cap_argument(self) -> Array:
-        """What tanh is taken of."""
+        """The argument of tanh."""
         return self.case.scale * self.x / self.case.cap
 
 

@@ -1,4 +1,4 @@
-"""Parts that the argument structs have in common."""
+"""Members that the argument structs share."""
 
 from __future__ import annotations
 

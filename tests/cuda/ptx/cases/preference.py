@@ -1,4 +1,4 @@
-"""The preference loss and its backward, against tests/oracle.py."""
+"""Checks the preference loss and its backward against tests/oracle.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     options: dict[str, Any]  # of oracle.PreferenceOptions
     pairs: Array | None = None
     has_weights: bool = False
-    all_gradients: bool = True  # come in; otherwise that of the loss alone
+    all_gradients: bool = True  # are given; otherwise only the gradient of the loss
 
 
 class Outputs(NamedTuple):
@@ -132,9 +132,9 @@ def check_case(kernels: Kernels, checks: Checks, dtype: str, case: Case) -> None
         ("rewards", outputs.rewards, np.concatenate([want.chosen_rewards, want.rejected_rewards])),
         ("sft_loss", outputs.sft_loss, want.sft_loss),
     ):
-        expected = np.asarray(expected).astype(dtype).astype(np.float64)  # infinite in float32
+        expected = np.asarray(expected).astype(dtype).astype(np.float64)  # may overflow to infinity
         size = np.where(np.isfinite(expected), np.abs(expected), 0.0)
-        # What float64, in which all is computed, loses to the largest of the terms.
+        # Everything is computed in float64, which rounds relative to the largest term.
         of_terms = 16.0 * ROUNDING["float64"] * (1.0 + size.max(initial=0.0))
         allowed = 4.0 * ROUNDING[dtype] * size + of_terms
         checks.close(f"preference {what}", name, got.get(), expected, allowed)
@@ -173,7 +173,7 @@ def _members(
     weight: Array | None,
     P: int,
 ) -> dict[str, Any]:
-    """What forward and backward have in common."""
+    """The members that the arguments of forward and backward share."""
     put = batch.device.put
     return {
         "dtype": dtype,
@@ -241,7 +241,7 @@ def _backward(
     grads: dict[str, Buffer],
     is_each: bool,
 ) -> Array:
-    """The gradient of the token log-probs, of incoming gradients by name."""
+    """The gradient of the token log-probs, given incoming gradients by name."""
     out = batch.gradient_out(dtype)
     kernels.call(
         "preference_loss_backward",
@@ -263,7 +263,7 @@ def _backward(
 
 
 def check_absent_pairs(kernels: Kernels, checks: Checks, dtype: str) -> None:
-    """A pair of a sequence that does not exist has a loss of NaN; the others have theirs."""
+    """A pair with a sequence that does not exist has a loss of NaN. Other pairs keep theirs."""
     batch = make_batch(dtype, Layout(lengths=(3, 4, 6, 5), seed=1, density=1.0))
     pairs = np.array([[0, 1], [-1, 2], [2, 4], [2**40, -(2**40)], [3, 2]])
     options, P = oracle.PreferenceOptions(reduction="none"), len(pairs)
@@ -280,9 +280,9 @@ def check_absent_pairs(kernels: Kernels, checks: Checks, dtype: str) -> None:
 def check_many_pairs(
     kernels: Kernels, checks: Checks, dtype: str, has_indices: bool, empty: str
 ) -> None:
-    """The backward of more pairs than its loops take in one turn, for the last sequences.
+    """The backward of more pairs than its loops take in one iteration, for the last sequences.
 
-    Sequences are of one token, so that slopes are gradients but for their denominator.
+    Sequences have one token, so that a gradient is a slope divided by the number of pairs.
     """
     rng, P, num_blocks = np.random.default_rng(2), 256 * 15 + 10, 8
     batch = make_batch(dtype, Layout((2 * P, 1), seed=2, density=0.9))

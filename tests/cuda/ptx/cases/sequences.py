@@ -1,4 +1,4 @@
-"""Sequences of tokens: sequence_targets, sequence_logps and its backward."""
+"""Checks sequence_targets, sequence_logps and its backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .members import IGNORED, strides, targets
 
 
 class Layout(NamedTuple):
-    """What a batch looks like: rows [B, T], or the flat layout of sequences of these lengths."""
+    """What a batch looks like: rows [B, T], or sequences of these lengths in the flat layout."""
 
     shape: tuple[int, int] = (0, 0)
     lengths: tuple[int, ...] = ()
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
         return [slice(*each) for each in itertools.pairwise(self.edges.tolist())]
 
     def gradient_out(self, dtype: str) -> Buffer:
-        """A gradient of token log-probs: in the flat layout it holds zeros before."""
+        """Allocates a gradient of token log-probs. In the flat layout, it starts as zeros."""
         if not self.is_flat:
             return self.device.out(self.valid.shape, dtype)
         return self.device.put(np.zeros(self.valid.shape), dtype, writable=True)
@@ -75,7 +75,7 @@ def make_batch(dtype: str, layout: Layout) -> Batch:
         labels = np.concatenate([np.full((B, 1), 7), labels[:, :-1]], axis=1)
     device = Device((1 << 19) + B * T * 64)
 
-    # Every other element of a row; those between, and those of masked tokens, are not read.
+    # Values are every other element. Kernels must not read others, nor those of masked tokens.
     stride = 2 * T + 3
     values = -np.abs(rng.standard_normal((B, T))) * layout.amplitude - 0.01
     spread = np.full((B, stride), np.nan)
@@ -161,7 +161,7 @@ def check_sequence_logps(
 def check_sequence_targets(
     kernels: Kernels, checks: Checks, lengths: tuple[int, ...], shift: bool
 ) -> None:
-    """No label is taken across the end of a sequence. Positions of none are masked."""
+    """No label is taken across the end of a sequence. Positions outside sequences are masked."""
     rng, device = np.random.default_rng(len(lengths)), Device()
     edges = np.concatenate([[2], 2 + np.cumsum(lengths)])
     N = int(edges[-1]) + 3
@@ -183,7 +183,7 @@ def check_sequence_targets(
 
 
 def check_absent_sequences(kernels: Kernels, checks: Checks, dtype: str) -> None:
-    """A sequence that cu_seqlens puts out of range is NaN."""
+    """The log-prob of a sequence that cu_seqlens puts out of range is NaN."""
     for edges in ([-1, 3, 5], [0, 6, 5], [0, 3, 999]):
         batch = make_batch(dtype, Layout(lengths=(3, 4), seed=1))
         device, T = batch.device, batch.valid.shape[1]

@@ -1,4 +1,4 @@
-"""A vocabulary in shards: rows merged, the labels' shares of dhidden, and dhidden."""
+"""Checks the kernels for vocabulary shards: merged rows, labels' shares of dhidden, dhidden."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_merge_shards(
     allowed = eps * np.abs(want_max) + 1e-300
     checks.close("merged max", name, maxima.get(), np.where(masked, 0.0, want_max), allowed)
     has_sum = masked | np.isfinite(want_max)
-    of_sums = (K + 2) * 2.0**-51  # a rounding of each shard's sum, and of exp
+    of_sums = (K + 2) * 2.0**-51  # each shard's sum and exp are rounded
     got, expected = sum_exp.get(), np.where(masked, 0.0, want_sum)
     allowed = want_sum * of_sums
     checks.close("merged sum_exp", name, got[has_sum], expected[has_sum], allowed[has_sum])

@@ -1,7 +1,7 @@
 """Rows that several blocks share: the forward merges their segments, the backward needs no merge.
 
-Rows differ in their labels only: the stride of B is 0. So there can be many rows, and a block gets
-more than one segment.
+All sequences read the same logits, with a stride of 0 for B, and differ only in their labels. So
+there can be so many rows that a block gets more than one segment.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _check(kernels: Kernels, checks: Checks, case: Case) -> None:
     x[1, V // 2] += 30.0
     logits = device.put(x, case.dtype, case.offset)
     labels = np.full((case.B, case.T), IGNORED)
-    # In the first batch a label in some segment of each row, and further ones later.
+    # The first sequence has labels in different segments. A few later ones have labels, too.
     labels[0] = (2 * SEGMENT[case.dtype], V - 1, 5)
     if case.B > 1:
         labels[17, 1], labels[60, 2], labels[-1, 0], labels[-2, 0] = 0, V, V - 2, 3
@@ -95,7 +95,7 @@ def _check_gradient(
     saved: list[Buffer],
     gradient: Any,
 ) -> None:
-    """Of few rows: what is left of a row has the accuracy that other checks establish."""
+    """Checks the gradient of few rows, loosely: other checks establish its accuracy."""
     grads: Array = np.array([0.5, -2.0, 1.25])
     dlogits = device.out((case.N, case.V), case.dtype, case.offset)
     kernels.call(

@@ -1,4 +1,4 @@
-"""The kernels around products of hidden states: tokens to rows, rows of hidden states, and back."""
+"""Checks the kernels around matrix products: valid tokens to rows of hidden states, and back."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .members import IGNORED, strides, targets
 
 
 def check_token_rows(kernels: Kernels, checks: Checks) -> None:
-    # A token, some for one turn of the loop, and more than two turns.
+    # One token, tokens for one iteration of the loop, and for more than two.
     shapes = ((1, 1), (3, 50), (2, 4500))
     for dtype, (B, T), shift in itertools.product(("bfloat16", "float64"), shapes, (False, True)):
         for spare, has_logps in ((0, True), (5, False), (-3, True), (20000, False)):
             check_select_tokens(kernels, checks, dtype, B, T, shift, spare, has_logps)
     for dtype in DTYPES:
-        # Less than a vector, some vectors, and several turns of the loop; aligned and not.
+        # Less than a vector, some vectors, several iterations of the loop; aligned and not.
         for H, offset in itertools.product((1, 2, 3, 4, 8, 40, 1001, 4099, 17008), (0, 1)):
             check_gather(kernels, checks, dtype, H, offset, offset == H % 2)
         check_label_gradients(kernels, checks, dtype)
@@ -43,7 +43,7 @@ def check_select_tokens(
     spare: int,
     has_logps: bool,
 ) -> None:
-    """Positions and labels of the valid tokens. R is their number and some spare rows."""
+    """Positions and labels of the valid tokens. R is their number plus spare rows."""
     rng, N = np.random.default_rng(B * T), B * T
     device = Device((1 << 16) + N * 64)
     labels = np.where(rng.random((B, T)) < 0.6, rng.integers(0, 99, (B, T)), IGNORED)
@@ -83,7 +83,7 @@ def put_positions(device: Device, rng: np.random.Generator, R: int, N: int) -> B
 
 
 def where_written(buffer: Buffer) -> Array:
-    """Values; NaN where there are none."""
+    """The values that were written, and NaN elsewhere."""
     return np.where(buffer.written(), buffer.get(whole=False), np.nan)
 
 

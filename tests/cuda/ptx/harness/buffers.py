@@ -66,7 +66,7 @@ class Buffer:
         return int(np.dtype(_STORED[self.dtype]).itemsize)
 
     def get(self, whole: bool = True) -> Array:
-        """Its values. Unless whole is False, the kernel must have written all of them."""
+        """The values. Unless whole is False, all of them must have been written."""
         unwritten = self._state() & WRITTEN == 0
         if whole and unwritten.any():
             raise KernelFault(f"{int(unwritten.sum())} bytes of an output were not written")
@@ -88,7 +88,7 @@ class Buffer:
         return int(np.prod(self.shape)) * self.itemsize
 
     def _state(self) -> Array:
-        """What is known of each byte [*shape, itemsize]."""
+        """The state flags of each byte [*shape, itemsize]."""
         state = self.memory.state_at(self.address, self._size())
         return state.reshape(*self.shape, self.itemsize)
 
@@ -98,7 +98,7 @@ class Device:
         self.memory = Memory("global", size + (1 << 20), base=0x7F40_0000_0000)
 
     def put(self, values: Any, dtype: str, offset: int = 0, writable: bool = False) -> Buffer:
-        """An input, offset elements behind a 256-byte boundary."""
+        """Stores an input, offset elements behind a 256-byte boundary."""
         stored = _encoded(values, dtype)
         state = READABLE | WRITTEN | (WRITABLE if writable else 0)
         address = self.memory.allocate(stored.nbytes, 256, offset * stored.itemsize, state)
@@ -106,7 +106,7 @@ class Device:
         return Buffer(self.memory, address, stored.shape, dtype)
 
     def out(self, shape: tuple[int, ...], dtype: str, offset: int = 0) -> Buffer:
-        """An output, which holds nothing yet."""
+        """Allocates an output, which nobody has written yet."""
         itemsize = np.dtype(_STORED[dtype]).itemsize
         address = self.memory.allocate(int(np.prod(shape)) * itemsize, 256, offset * itemsize)
         return Buffer(self.memory, address, shape, dtype)

@@ -18,8 +18,8 @@ from .layouts import write_layouts
 
 ROOT = Path(__file__).resolve().parents[4]
 CSRC = ROOT / "csrc"
-# nvcc has one compiler for architectures before 100, and another from there on. The PTX of 90 is
-# in the library, for GPUs without machine code there.
+# nvcc has one compiler for architectures before 100, and another from there on. The library holds
+# the PTX of 90, for GPUs that it has no machine code for.
 ARCHITECTURES = ("90", "100")
 FAKE_RUNTIME = Path(__file__).with_name("fake_cudart.cpp")
 FLAGS = ("-O3", "-DNDEBUG", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC")
@@ -30,18 +30,18 @@ _OPTIONS_OF_SOURCES = re.compile(
 
 
 class Built(NamedTuple):
-    """The folder of one architecture."""
+    """The folder that holds the build for one architecture."""
 
     folder: Path
 
     @property
     def library(self) -> Path:
-        """Host code that can be loaded."""
+        """The host code as a shared library."""
         return self.folder / "kernels.so"
 
     @property
     def layouts(self) -> Path:
-        """The structs that the host code takes."""
+        """The layouts of the structs that the host code takes."""
         return self.folder / "layouts.json"
 
     def ptx(self) -> dict[str, str]:
@@ -121,7 +121,7 @@ def _compile_all(folder: Path, architecture: str) -> None:
         objects = list(pool.map(compile_one, sources))
     fake = folder / "fake_cudart.o"
     _run("nvcc", "-std=c++17", "-Xcompiler=-fPIC", "-c", FAKE_RUNTIME, "-o", fake)
-    # Symbolic: a process that has loaded the real runtime must not have it called from here.
+    # Symbolic: in a process that has loaded the real runtime, this library calls the fake one.
     flags = ("-shared", "-cudart=none", "-Xlinker=-Bsymbolic")
     _run("nvcc", *flags, *objects, fake, "-o", folder / "kernels.so")
     for each in (*objects, fake):

@@ -1,4 +1,4 @@
-"""Comparisons that go on after a failure, and what they came to."""
+"""Comparisons that continue after a failure, and a summary of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Checks:
     """Errors are in units of the error that is allowed: above 1 is a failure."""
 
     def __init__(self) -> None:
-        self.worst: dict[str, tuple[float, str]] = {}  # error and case by what was compared
+        self.worst: dict[str, tuple[float, str]] = {}  # by what was compared: error and case
         self.failures: list[str] = []
         self.num_values = 0
 
@@ -31,7 +31,7 @@ class Checks:
         if error[at] > 1.0:
             self.failures.append(
                 f"{what}, {case}: expected {want[at]!r} at {tuple(map(int, at))}, got {got[at]!r}"
-                f" ({error[at]:.3g} of what is allowed; {int((error > 1.0).sum())} such values)"
+                f" ({error[at]:.3g} of the allowed error; {int((error > 1.0).sum())} such values)"
             )
 
     def equal(self, what: str, case: str, got: Any, want: Any) -> None:
@@ -40,5 +40,5 @@ class Checks:
     def summary(self) -> str:
         lines = [f"{self.num_values} values compared"]
         for what, (error, case) in sorted(self.worst.items()):
-            lines.append(f"  {what}: at most {error:.3f} of the error allowed, in {case[:150]}")
+            lines.append(f"  {what}: at most {error:.3f} of the allowed error, in {case[:150]}")
         return "\n".join(lines)

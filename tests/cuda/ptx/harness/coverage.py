@@ -12,7 +12,7 @@ from .kernels import Kernels
 class Coverage:
     num_executed: int = 0
     num_instructions: int = 0
-    lines: list[str] = field(default_factory=list)  # one a kernel, and its gaps
+    lines: list[str] = field(default_factory=list)  # one for each kernel and each gap
 
     @property
     def share(self) -> float:
@@ -24,7 +24,7 @@ class Coverage:
 
 
 def coverage(kernels: Kernels, names: Iterable[str]) -> Coverage:
-    """Of the kernels with these mangled names."""
+    """The coverage of the kernels with these mangled names."""
     found = Coverage()
     for name in names:
         profile = kernels.profiles.get(name)
@@ -39,7 +39,7 @@ def coverage(kernels: Kernels, names: Iterable[str]) -> Coverage:
         share = 100 * num_executed / len(instructions)
         found.lines.append(f"{share:6.1f}% of {len(instructions):5d}  {kernels.names[name]}")
         for first, last in _ranges(missing):
-            found.lines.append(f"    {last - first + 1} never, from {instructions[first]}")
+            found.lines.append(f"    {last - first + 1} never executed, from {instructions[first]}")
     return found
 
 

@@ -1,9 +1,10 @@
-// A stand-in for the CUDA runtime, with the functions that csrc/cuda calls. A launch is handed to a
-// function that executes it.
+// A stand-in for the CUDA runtime, with the functions that csrc/cuda calls. A launch calls a
+// function of the test, which executes the kernel.
 //
 // The first call of a process that chooses a device or launches a kernel also initializes the
 // runtime or loads code. In a thread that captures a CUDA graph, this is an error unless the
-// thread's capture mode is relaxed. Here it always is, and the test is told of every call.
+// thread's capture mode is relaxed. The stand-in reports this error in every thread, and tells the
+// test of every such call.
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -27,7 +28,7 @@ std::map<const void*, std::string>& kernels() {
   return names;
 }
 
-// The call may initialize the runtime or load code.
+// For calls that may initialize the runtime or load code.
 cudaError_t require_relaxed_mode(const char* function) {
   if (observe != nullptr) observe(function, static_cast<int>(capture_mode));
   return capture_mode == cudaStreamCaptureModeRelaxed ? cudaSuccess
@@ -81,7 +82,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// Of what nvcc generates for <<<>>>, which the project does not use.
+// nvcc's code for <<<>>> refers to these. The project does not use <<<>>>.
 cudaError_t __cudaGetKernel(void**, const void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, void*) {
   return cudaErrorNotSupported;

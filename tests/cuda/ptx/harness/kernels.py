@@ -1,4 +1,4 @@
-"""The host functions of csrc/cuda as Python functions that execute what they launch."""
+"""The host functions of csrc/cuda in Python. The interpreter executes the kernels they launch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layouts import read_layouts
 DTYPE_CODES = {"float64": 0, "float32": 1, "bfloat16": 2, "float16": 3}  # core/dtypes.h
 CAPTURE_MODE_GLOBAL, CAPTURE_MODE_RELAXED = 0, 2  # cudaStreamCaptureMode
 
-_FAILED = 999  # cudaErrorUnknown: of a launch that raised an exception here
+_FAILED = 999  # cudaErrorUnknown, for a launch that raised a Python exception
 _HOST_FUNCTION = re.compile(r"\b(_ZN9simpo_ext4cuda\d+([a-z_]+)ERKNS_\d+\w+ArgsE(Pv)?)$", re.M)
 
 _Size3 = ctypes.POINTER(ctypes.c_uint * 3)
@@ -50,7 +50,7 @@ class Kernels:
         self.names = dict(zip(self.entries, _demangled(self.entries), strict=True))
         self.profiles: dict[str, Profile] = {}  # of the kernels that have been launched
         self.runtime_calls: list[RuntimeCall] = []
-        self.last_blocks: int | None = None  # of a grid; None: all of its blocks are executed
+        self.last_blocks: int | None = None  # executes only so many of a grid; None: all
         self._programs: dict[str, Program] = {}
         self._memory: Memory | None = None
         self._error: BaseException | None = None
@@ -62,7 +62,7 @@ class Kernels:
         }
 
     def replace(self, name: str, entry: Entry) -> None:
-        """Puts other PTX in the place of a kernel."""
+        """Replaces the PTX of a kernel."""
         self.entries[name] = entry
         self._programs.pop(name, None)
         self.profiles.pop(name, None)
@@ -72,7 +72,7 @@ class Kernels:
     def call(self, name: str, memory: Memory, **members: Any) -> None:
         """Calls the host function of that name with a struct of these members.
 
-        Buffers stand for their addresses, None for a null pointer, and names of dtypes for theirs.
+        A buffer is passed as its address, None as a null pointer, a dtype's name as its code.
         """
         code = self._call(name, members, memory)
         if self._error is not None:
@@ -90,26 +90,26 @@ class Kernels:
         return code
 
     def shared_segments(self, dtype: str, N: int, V: int) -> int:
-        """Into how many segments token_logps cuts a row that blocks share; 0: none is shared."""
+        """The number of segments of a row that blocks share in token_logps; 0: they share none."""
         function = self._library._ZN9simpo_ext4cuda15shared_segmentsENS_5DTypeEll
         function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         function.restype = ctypes.c_int64
         return int(function(DTYPE_CODES[dtype], N, V))
 
     def use_device(self, index: int) -> int:
-        """Makes a device the current one: 0, or an error."""
+        """Makes a device the current one. Returns 0 or an error code."""
         self._library.set_callbacks(*self._callbacks)
         code = int(self._library._ZN9simpo_ext4cuda10use_deviceEi(index))
         self._require_restored_mode("use_device")
         return code
 
     def set_device_unguarded(self, index: int) -> int:
-        """Calls the runtime without the project's code around it: 0, or an error."""
+        """Calls the runtime without the project's code around it. Returns 0 or an error code."""
         self._library.set_callbacks(*self._callbacks)
         return int(self._library.cudaSetDevice(index))
 
     def capture_mode(self) -> int:
-        """That of this thread."""
+        """The capture mode of this thread."""
         return int(self._library.current_capture_mode())
 
     def _require_restored_mode(self, name: str) -> None:

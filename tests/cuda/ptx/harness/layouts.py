@@ -113,12 +113,12 @@ class Layout:
         for offset, length, _ in members.values():
             assert not covered[offset : offset + length].any()
             covered[offset : offset + length] = True
-        # What no member covers is padding, at most 7 bytes in a row, or a member was not parsed.
+        # Padding is at most 7 bytes in a row. In a larger gap, a member was not parsed.
         gaps = "".join("01"[int(each)] for each in covered).split("1")
         assert max(map(len, gaps)) <= 7
 
     def pack(self, values: Mapping[str, Any]) -> bytes:
-        """The struct with these members, nested as the struct is. Padding is not zero."""
+        """Packs these members, nested as in the struct. Fills padding with other bytes than 0."""
         given = dict(_flat(values))
         unknown = given.keys() - self._members.keys()
         missing = self._members.keys() - given.keys() - self._defaults.keys()

@@ -1,9 +1,9 @@
 """Products that ptxas may fuse with the sums they go into.
 
 PTX lets a compiler contract `mul` and `add` (or `sub`) that have no rounding modifier into a
-multiply-add that rounds once; `mul.rn` and `add.rn` it must leave alone. ptxas does so wherever it
-can, which changes results. Here every sum takes a product of its own basic block, also if the
-product is used elsewhere, too.
+multiply-add that rounds once. It must leave `mul.rn` and `add.rn` alone. ptxas fuses wherever it
+can, which changes results. This module fuses every sum with a product of its own basic block, even
+if the product has other uses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Products:
         self._products.clear()
 
     def note(self, instruction: Instruction) -> None:
-        """The block goes on with this instruction."""
+        """Takes note of the next instruction of the block."""
         if not instruction.operands or instruction.opcode == "st":
             return
         result = instruction.operands[0]
@@ -36,7 +36,7 @@ class Products:
             self._products[result] = instruction
 
     def in_sum(self, instruction: Instruction) -> tuple[int, Instruction] | None:
-        """Which of a sum's terms is a product to fuse with, and that product."""
+        """The place of a sum's term that is a product to fuse with, and that product."""
         if instruction.opcode not in ("add", "sub") or instruction.modifiers not in _CONTRACTIBLE:
             return None
         for i, term in enumerate(instruction.operands[1:]):

@@ -43,7 +43,7 @@ def fused_multiply_add(*factors_and_term: Any) -> Array:
 
 
 def larger(a: Any, b: Any) -> Any:
-    """If one is NaN, the other. +0 is above -0."""
+    """The larger of two numbers, with +0 above -0. If one is NaN, the other."""
     bits = f"u{np.asarray(a).dtype.itemsize}"
     of_equals = (np.asarray(a).view(bits) & np.asarray(b).view(bits)).view(np.asarray(a).dtype)
     return np.where(a == b, of_equals, np.fmax(a, b))
@@ -79,10 +79,10 @@ def reciprocal_approx_f64(x: Any) -> Any:
 
 
 def perturbed(exact: Any, ulp: int, keeps_powers: bool) -> Any:
-    """Results of an approximate instruction, each off by at most so many ulp.
+    """Shifts results of an approximate instruction, each by at most so many ulp.
 
-    Equal results have equal errors, which look random. Infinities, NaN and zeros stay and, if that
-    is asked for, powers of two.
+    The shifts look random, but equal results have equal shifts. Infinities, NaN, zeros and the
+    smallest normal numbers stay as they are; so do powers of two with ``keeps_powers``.
     """
     hashed = (exact.view(np.uint32) * np.uint32(0x9E3779B1)) >> np.uint32(16)
     steps = (hashed % np.uint32(2 * ulp + 1)).astype(np.int32) - np.int32(ulp)
@@ -126,7 +126,7 @@ def pack_halves(low: Any, high: Any) -> Any:
 
 
 def in_halves(combine: Callable[[Any, Any], Any], kind: str) -> Callable[[Any, Any], Any]:
-    """The operation on both halves of a word."""
+    """Applies an operation to both halves of a word."""
     narrow, widen = NARROW[kind], WIDEN[kind]
     low, sixteen = np.uint32(0xFFFF), np.uint32(16)
 

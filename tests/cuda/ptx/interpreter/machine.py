@@ -1,8 +1,8 @@
 """The order in which threads run.
 
-The blocks of a batch run together. A register is an array with one element a thread. Threads at
-the same instruction form a group. The group at the lowest instruction runs next, up to the end of
-its basic block, where groups part and meet.
+The blocks of a batch run together. A register is an array with one element for each thread. Threads
+at the same instruction form a group. The group at the lowest instruction runs next, up to the end
+of its basic block, where groups split and merge.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .program import PARAM_BASE, SHARED_BASE, WARP_SIZE, Group, Program
 
 Size3: TypeAlias = tuple[int, int, int]
 
-# More threads in a batch share the interpreter's time for an instruction; fewer need less memory.
+# Larger batches spend less of the interpreter's time per thread; smaller ones need less memory.
 _THREADS_OF_A_BATCH = 8192
 
 
@@ -45,7 +45,7 @@ class Batch:
         self.size = len(blocks) * per_block
         self.threads = np.arange(self.size)
         self.block_of_thread = self.threads // per_block
-        # The numbers by which memory knows threads, among all of the grid.
+        # Memory identifies threads by their numbers in the whole grid.
         numbers = self.threads + blocks.start * per_block
         self.identities = (numbers % 2**31).astype(np.int32)
         self.special = self._special_registers(grid, block, blocks)
@@ -56,7 +56,7 @@ class Batch:
             if size > 1:
                 views = {f"<{kind}{size}": array.view(f"<{kind}{size}") for kind in "uif"}
                 self.views.update(views)
-        # Of each register: the last group that wrote it, the threads that wrote it before, and
+        # For each register: the last group that wrote it, the threads that wrote it before, and
         # whether all live threads have written it.
         self.writers: list[Group | None] = [None] * len(self.kernel.registers)
         self._written = np.zeros((len(self.kernel.registers), self.size), np.bool_)
@@ -106,7 +106,7 @@ class Batch:
         return memory
 
     def shared_addresses(self, addresses: Array, group: Group) -> Array:
-        """Where each block's own shared memory lies in that of the batch."""
+        """Maps addresses in each block's shared memory to those in the batch's."""
         within = addresses.astype(np.int64) - SHARED_BASE
         if ((within < 0) | (within >= self.program.shared_size)).any():
             raise KernelFault("shared access out of bounds")
@@ -223,7 +223,7 @@ class Batch:
                     self._go(where, threads)
 
     def _stall_incomplete(self, start: int, shuffle: Instruction, group: Group) -> Group | None:
-        """The threads whose shuffle all lanes of its mask have reached. The others wait."""
+        """The threads for which all lanes of the mask have reached the shuffle. Others wait."""
         read = self.program.reader(shuffle.operands[4], "u32", shuffle)
         mask = np.broadcast_to(read(self, group), group.threads.shape)
         if group.has_whole_warps and (mask == 0xFFFFFFFF).all():
@@ -247,7 +247,7 @@ def run(
     profile: Profile,
     blocks: range | None = None,
 ) -> None:
-    """Executes a grid, or some of its blocks, after all kernels before it."""
+    """Executes a grid, or some of its blocks. All earlier kernels have ended."""
     memory.forget_accesses()
     blocks = blocks or range(grid[0] * grid[1] * grid[2])
     at_once = max(1, _THREADS_OF_A_BATCH // (block[0] * block[1] * block[2]))

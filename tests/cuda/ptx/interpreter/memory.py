@@ -1,4 +1,4 @@
-"""A memory that knows what may be accessed, what has been written, and by whom."""
+"""A memory that tracks what may be accessed, what has been written, and by which thread."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from .module import Array, KernelFault
 
-# What is known of a byte.
+# State flags of a byte.
 READABLE, WRITABLE, WRITTEN = 1, 2, 4
 
-# Who accessed a unit since the last barrier, if it was not one thread.
+# In place of a thread: no thread, or several, have accessed a unit since the last barrier.
 _NOBODY, _MANY = -1, -2
-_UNIT = 2  # bytes that share a note of who read and wrote them; a store of fewer is not known
+_UNIT = 2  # bytes whose accesses are tracked together; smaller stores are not supported
 
 
 class Memory:
@@ -32,7 +32,7 @@ class Memory:
     def allocate(
         self, size: int, alignment: int = 16, offset: int = 0, state: int = READABLE | WRITABLE
     ) -> int:
-        """An address, offset bytes behind an aligned one, with unused bytes around."""
+        """Allocates bytes, offset bytes behind an aligned address, with a gap on each side."""
         start = -(-self._free // alignment) * alignment + offset
         if start + size + 16 > self.size:
             raise MemoryError(f"{self.name} memory of {self.size} bytes is full")
@@ -47,7 +47,7 @@ class Memory:
         return self.state[address - self.base :][:size]
 
     def forget_accesses(self, start: int = 0, size: int | None = None) -> None:
-        """What a barrier does: accesses before it are no races with those after it."""
+        """Acts as a barrier: accesses before it do not race with those after it."""
         end = self.size if size is None else start + size
         self.writers[start // _UNIT : end // _UNIT] = _NOBODY
         self.readers[start // _UNIT : end // _UNIT] = _NOBODY
@@ -72,7 +72,7 @@ class Memory:
         self.state.reshape(-1, size)[places] |= WRITTEN
 
     def _places(self, addresses: Array, size: int, needed: int, threads: Array, verb: str) -> Array:
-        """The addresses in units of size, once they are known to be good."""
+        """Checks the addresses and returns them in units of size."""
 
         def require(good: Array, problem: str) -> None:
             self._require(good, problem, addresses, size, threads, verb)

@@ -79,7 +79,7 @@ class Kernel:
 
     @functools.cached_property
     def block_starts(self) -> set[int]:
-        """Where basic blocks begin: at labels, after branches, and around what threads wait for."""
+        """Where basic blocks begin: at labels, after branches, around barriers and shuffles."""
         starts = {0, *self.labels.values()}
         for i, instruction in enumerate(self.instructions):
             if instruction.opcode in ("bra", "ret", "exit"):
@@ -102,7 +102,7 @@ _UNSUPPORTED = re.compile(r"^\s*\.(func|global|const|extern|alias)\b.*", re.MULT
 def _variable(text: str) -> Variable:
     match = _VARIABLE.search(text)
     if match is None:
-        raise NotImplementedError(f"a variable: {text}")
+        raise NotImplementedError(f"unknown variable: {text}")
     element = int(match["bits"]) // 8
     alignment = int(match["alignment"] or element)
     return Variable(match["name"], element * int(match["count"] or 1), alignment)
@@ -134,7 +134,7 @@ class _Body:
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        # The names that each open pair of braces declares, and their names in the kernel.
+        # For each open pair of braces: the names that it declares, and their names in the kernel.
         self._scopes: list[dict[str, str]] = [{}]
         self._num_scopes = 0
 

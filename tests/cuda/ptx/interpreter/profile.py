@@ -1,4 +1,4 @@
-"""Counts of what was executed of a kernel."""
+"""How often each instruction of a kernel was executed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .module import Array, Kernel
 class Profile:
     kernel: Kernel
     executed: Array = field(init=False)  # how many threads have executed each instruction
-    reports: set[str] = field(default_factory=set)  # what is wrong and did not stop the kernel
+    reports: set[str] = field(default_factory=set)  # faults that did not stop the kernel
 
     def __post_init__(self) -> None:
         self.executed = np.zeros(len(self.kernel.instructions), np.int64)

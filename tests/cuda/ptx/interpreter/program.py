@@ -34,16 +34,16 @@ SHARED_BASE = 0x400  # so that no variable lies at address 0
 _GAP = 32  # bytes out of bounds around each variable
 _BLOCK_ENDS = ("bra", "ret", "exit", "bar")  # which the machine executes, not the program
 _CACHE_HINTS = ("L1::no_allocate", "cs", "nc")  # which change no value
-_ULP = {"ex2": 2, "rcp": 1}  # of .approx.ftz.f32: the largest error, says the PTX manual
+_ULP = {"ex2": 2, "rcp": 1}  # the PTX manual's largest errors of .approx.ftz.f32
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What PTX leaves open of an arithmetic result."""
+    """Choices that PTX leaves open in arithmetic."""
 
-    # Sums take products of which PTX does not ask that they are rounded, as ptxas has them do.
+    # Sums take products without rounding them where PTX allows it, as ptxas makes them do.
     contracts: bool = False
-    # Results of approximate instructions are off by up to what the PTX manual allows.
+    # Results of approximate instructions are off, within the PTX manual's limits.
     perturbs: bool = False
 
 
@@ -54,7 +54,7 @@ class Group:
         self.threads = threads
         self.has_all_live = len(threads) == batch.num_live
         first, end = int(threads[0]), int(threads[-1]) + 1
-        # To index with. A slice makes no copy.
+        # For indexing: a slice makes no copy.
         self.select: Any = slice(first, end) if end - first == len(threads) else threads
 
     @functools.cached_property
@@ -74,7 +74,7 @@ class Program:
         self._products = Products()
         self._blocks: dict[int, tuple[list[Step], int]] = {}
         # Registers of one width are the rows of one array.
-        self.num_rows: dict[int, int] = {}  # by bytes
+        self.num_rows: dict[int, int] = {}  # by the width in bytes
         self._places: dict[str, tuple[int, int, int]] = {}  # number, bytes, row
         for number, (name, kind) in enumerate(kernel.registers.items()):
             size = TYPES[kind].itemsize
@@ -138,7 +138,7 @@ class Program:
             for each in zip(sources, operation.sources, strict=True)
         ]
         function = self._function(instruction, operation.function)
-        # A loop over the sources would take longer than many an operation.
+        # A loop over the sources would take longer than many operations.
         if len(reads) == 1:
             (a,) = reads
             return lambda batch, group: write(batch, group, function(a(batch, group)))
@@ -156,12 +156,12 @@ class Program:
         if not self._rounding.perturbs or instruction.modifiers != ("approx", "ftz", "f32"):
             return exact
         ulp = _ULP[instruction.opcode]
-        # The toolkit's own exp of a double takes ex2 of integers to be exact.
+        # The toolkit's exp of a double relies on exact results of ex2 for integers.
         keeps_powers = instruction.opcode == "ex2"
         return lambda source: floats.perturbed(exact(source), ulp, keeps_powers)
 
     def _multiply_add(self, instruction: Instruction, place: int, product: Instruction) -> Step:
-        """A sum or difference whose term at that place is a product that is not rounded before."""
+        """A sum or difference whose term at that place is a product, which is not rounded."""
         (kind,) = instruction.modifiers
         result, *terms = instruction.operands
         left, right = (self.reader(each, kind, instruction) for each in product.operands[1:])
