@@ -46,13 +46,13 @@ SIMPO_DEVICE float fast_tanh(float u) {
 SIMPO_DEVICE Rounded<float> tanh(Rounded<float> u) { return Rounded<float>(fast_tanh(u.value)); }
 SIMPO_DEVICE Rounded<double> tanh(Rounded<double> u) { return Rounded<double>(std::tanh(u.value)); }
 
-// z of a logit x, as Logits::z.
+// The z of a logit x, like Logits::z.
 template <class Logits, typename Scalar>
 SIMPO_DEVICE Scalar transformed(const Logits& logits, Scalar x) {
   return logits.z(Rounded<Scalar>(x)).value;
 }
 
-// As Logits::own_slope.
+// Like Logits::own_slope.
 template <class Logits, typename Scalar>
 SIMPO_DEVICE Scalar own_slope(const Logits& logits, Scalar z) {
   return logits.own_slope(Rounded<Scalar>(z)).value;

@@ -1,4 +1,4 @@
-// How token rows are laid over a grid, and a row over the threads of its block.
+// How a grid covers token rows, and how the threads of a block cover a row.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@ namespace simpo_ext::cuda {
 
 // One block for each of count rows, count > 0. The second grid dimension takes what the first
 // cannot hold, in equal shares, so that at most gridDim.y blocks are in excess.
-// z: blocks for each row.
+// z is the number of blocks for each row.
 inline dim3 grid_of_rows(int64_t count, unsigned z = 1) {
   const int64_t y = (count + kMaxGridX - 1) / kMaxGridX;
   const int64_t x = (count + y - 1) / y;
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), z);
 }
 
-// The row of this block; blocks in excess get one that is not less than count.
+// The row of this block. Blocks in excess get a row that is not less than count.
 SIMPO_DEVICE int64_t row_of_block() {
   return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
 }
@@ -35,7 +35,7 @@ SIMPO_DEVICE Token token_of_row(int64_t row, int64_t T) {
   return {row / T, row % T};
 }
 
-// The label of a token, of which all threads of the block ask.
+// The label of a token, which must be the same token for all threads of the block.
 SIMPO_DEVICE int64_t uniform_label_at(const Targets& targets, Token token) {
   if (!targets.has_label(token.t)) return targets.ignore_index;
   return load_uniform(targets.labels + targets.label_offset(token.b, token.t));
@@ -45,16 +45,16 @@ SIMPO_DEVICE bool is_in_vocabulary(int64_t label, int64_t V) {
   return static_cast<uint64_t>(label) < static_cast<uint64_t>(V);
 }
 
-// Whether a label, of any value, is one of [first_label, first_label + V).
+// Whether a label is in [first_label, first_label + V). The label may have any value.
 SIMPO_DEVICE bool is_in_part(int64_t label, int64_t first_label, int64_t V) {
   return static_cast<uint64_t>(label) - static_cast<uint64_t>(first_label) <
          static_cast<uint64_t>(V);
 }
 
 // A row cut for 16-byte access: up to kWidth - 1 elements in front of the first aligned one, whole
-// vectors, and up to kWidth - 1 elements behind. Vector i belongs to thread i % kThreads, and edge
-// i (of those in front and behind, counted through) to thread i. Index is int where a row is short
-// enough: that takes fewer registers.
+// vectors, and up to kWidth - 1 elements behind. Vector i belongs to thread i % kThreads. The
+// elements in front and behind are the edges, numbered from 0; edge i belongs to thread i. Index is
+// int where a row is short enough, which takes fewer registers.
 template <typename T, typename Index = int64_t>
 class RowCut {
  public:
@@ -97,7 +97,8 @@ constexpr int64_t kSegmentBytes = 65536;
 template <typename T>
 constexpr int64_t kSegmentColumns = kSegmentBytes / static_cast<int64_t>(sizeof(T));
 
-// Of a row of V logits: at least one. It depends on V alone, and so do the bits of a row's sum.
+// The number of segments of a row of V logits, at least one. It depends only on V, so that the bits
+// of a row's sum do not depend on the number of rows.
 template <typename T>
 SIMPO_HOST_DEVICE inline int num_segments(int64_t V) {
   return V <= kSegmentColumns<T>
@@ -105,7 +106,7 @@ SIMPO_HOST_DEVICE inline int num_segments(int64_t V) {
              : static_cast<int>((V + kSegmentColumns<T> - 1) / kSegmentColumns<T>);
 }
 
-// With fewer rows than kBusyBlocks, several blocks share each.
+// With fewer rows than kBusyBlocks, several blocks share each row.
 inline unsigned blocks_per_row(int64_t N, int num_segments) {
   if (N == 0 || N >= kBusyBlocks) return 1;
   const int64_t wanted = (kBusyBlocks + N - 1) / N;
@@ -114,8 +115,8 @@ inline unsigned blocks_per_row(int64_t N, int num_segments) {
   return static_cast<unsigned>((num_segments + segments_each - 1) / segments_each);
 }
 
-// The segments of a row of V logits: just one, or as many as num_segments says. Blocks that share a
-// row, blockIdx.z from 0 on, take equal shares of them, in order.
+// The segments of a row of V logits: one, or num_segments(V). Blocks that share a row take equal
+// shares of its segments, in the order of blockIdx.z.
 template <typename T, bool kIsOne, bool kMayBeShared>
 class RowSegments {
  public:

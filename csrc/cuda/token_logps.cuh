@@ -3,21 +3,21 @@
 //
 // Memory contract, per row of V logits of e bytes:
 //
-//   forward: a scored row is read once, and its label's logit again, (V + 1) e bytes; 16 bytes are
-//   written, 24 for float64. A masked row costs one label load. A report adds 16 bytes written and,
-//   if it covers all positions, reads masked rows once. Blocks that share a row write 24 bytes for
+//   forward: reads a scored row once and its label's logit again, (V + 1) e bytes, and writes 16
+//   bytes, 24 for float64. A masked row costs one label load. A report writes 16 more bytes and, if
+//   it covers all positions, reads masked rows once. Blocks that share a row write 24 bytes for
 //   each of its segments, and a second kernel reads them.
 //
-//   backward, also in place: a scored row is read and written once, and its label's logit again. A
-//   masked row, or one whose incoming gradient is 0, is written with zeros, and its logits are not
-//   read. Of every row the label, grad_logps, max and sum_exp are read.
+//   backward, also in place: reads and writes a scored row once, and its label's logit again.
+//   Writes zeros to a masked row, or one whose incoming gradient is 0, without reading its logits.
+//   Reads the label, grad_logps, max and sum_exp of every row.
 //
 // For a part of the vocabulary: the forward reads the label's logit only where the part has it, and
 // max and sum_exp of the parts before, if there are any. It writes max, sum_exp and, if the part
 // has the label or is the first, the label's z. The backward reads and writes the label's logit
 // again, and writes its gradient, only where the part has it.
 //
-// A label outside the vocabulary is not followed: its row becomes NaN.
+// A label outside the vocabulary is not used as an index: its row becomes NaN.
 //
 // Every sum has a fixed order, so equal inputs at equal alignments give equal bits, however many
 // rows there are. Rows may start at any element; 16-byte accesses begin at the first aligned one.
@@ -29,8 +29,8 @@
 
 namespace simpo_ext::cuda {
 
-// 16-byte loads a thread has under way at once. tanh, and exp of a double, leave no registers for
-// four, and take longer than memory does.
+// The number of 16-byte loads that a thread has in flight. tanh, and exp of a double, leave no
+// registers for four, and take longer than the loads.
 template <typename T, class Logits>
 constexpr int kVectorsInFlight = sizeof(T) == 8 || Logits::kIsCapped ? 2 : 4;
 
@@ -39,7 +39,7 @@ constexpr int kSmallBlock = 128, kLargeBlock = 256;
 // A multiprocessor holds as many threads in small blocks as in large ones, so as many loads are in
 // flight either way. Small blocks hold more rows at once: while one row waits for its label or is
 // being reduced, others load. Large blocks finish a row sooner, so that fewer multiprocessors are
-// idle when the last rows are worked on. They pay where a row has two full batches of their loads.
+// idle at the end of a launch. They pay off where a row has two full batches of their loads.
 template <typename T, class Logits>
 constexpr int64_t kLargeRowBytes =
     int64_t{2} * kLargeBlock * kVectorsInFlight<T, Logits> * sizeof(Vector16);

@@ -17,12 +17,12 @@
 
 namespace simpo_ext::cuda {
 
-// How many threads must fit on a multiprocessor. The limit of registers that this sets, 40 or 64,
-// is what each kernel needs without spills; exp of a double needs up to 128.
+// How many threads must fit on a multiprocessor. This limits a kernel to 64 registers, or to 128
+// for the exp of a double, which is enough to spill none.
 template <class Logits>
 constexpr int kBackwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512 : 1024;
 
-// What all elements of a row but its label's need: coefficient * exp(z - max) * slope.
+// The gradient of each element of a row except its label's: coefficient * exp(z - max) * slope.
 template <typename T, class Logits>
 struct RowGradient {
   using Scalar = Compute<T>;
@@ -43,8 +43,8 @@ struct RowGradient {
   }
 };
 
-// The gradient of kUnroll vectors, as in add_vectors. dx may be x: a thread overwrites only what it
-// has read itself.
+// Writes the gradient of kUnroll vectors, numbered as in add_vectors. dx may be x: a thread
+// overwrites only what it has read itself.
 template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded>
 SIMPO_DEVICE void write_vectors(const Vector16* x, Vector16* dx, int64_t first, int64_t num_vectors,
                                 const RowGradient<T, Logits>& gradient) {
@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   T* dx =
       static_cast<T*>(args.dlogits) + args.dlogits_strides.offset(token.b, token.t) + first_column;
 
-  // Loaded together, also where the label will say that they are not needed, so that the row waits
-  // for memory only once.
+  // Loaded together, even if the label will show that the others are not needed, so that the row
+  // waits for memory only once.
   const int64_t label = uniform_label_at(targets, token);
   const Scalar grad = load_uniform(static_cast<const Scalar*>(args.grad_logps) +
                                    args.grad_strides.offset(token.b, token.t));
@@ -103,14 +103,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   // softmax = exp(z - max) / sum_exp, with the division folded into the coefficient.
   const RowGradient<T, Logits> gradient{logits, max, -common_grad / static_cast<Scalar>(sum_exp)};
 
-  // Vectors need rows that are aligned alike. Where they are not, as in a slice of an odd
-  // vocabulary, elements go one by one.
+  // Vector access needs x and dx to be aligned alike. Where they are not, as in a slice of an odd
+  // vocabulary, threads access single elements.
   const bool is_aligned_alike =
       (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(dx)) % 16 == 0;
   const RowCut<T> cut(x, V);
 
-  // In place, another thread may have overwritten the label's logit: it is read, and its gradient
-  // written last, by the thread that writes that element anyway.
+  // In place, another thread may already have overwritten the label's logit. So only the thread
+  // that writes this element reads it beforehand, and it writes the label's gradient last.
   const bool writes_label =
       has_label &&
       tid == (is_aligned_alike ? cut.thread_of_element(column, kThreads) : column % kThreads);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
     const double label_grad = static_cast<double>(common_grad) * one_minus_exp(label_logp);
     Scalar value = static_cast<Scalar>(label_grad) * own_slope(logits, label_z);
     if (args.label_gradients != nullptr) {
-      // Computed again, so that the row takes no registers until now.
+      // row_of_block() again: to keep the row would take registers in the loop.
       store(static_cast<Scalar*>(args.label_gradients) + row_of_block(), value);
       value = 0;
     }

@@ -20,8 +20,8 @@
 
 namespace simpo_ext::cuda {
 
-// How many threads must fit on a multiprocessor. The limit of registers that this sets, 48 or 64,
-// is what each kernel needs without spills; exp of a double needs up to 128.
+// How many threads must fit on a multiprocessor. This limits a kernel to 48 or 64 registers, or to
+// 128 for the exp of a double, which is enough to spill none.
 template <class Logits>
 constexpr int kForwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512
                                      : Logits::kIsCapped                      ? 1024
@@ -49,7 +49,7 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_warp_of_sums(const LogSumExp<Scalar>& mine
   return result;
 }
 
-// The threads' sums together, in thread 0.
+// Merges the threads' sums. Only thread 0 gets the result.
 template <typename Scalar, int kThreads>
 SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine) {
   constexpr int kWarps = kThreads / kWarpSize;
@@ -75,9 +75,9 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine) {
 }
 
 // Adds kUnroll vectors: first, first + kThreads, ...; with kGuarded, those of them that exist. All
-// loads stand before the first use, so that they are in flight together. Their terms are added up
-// in Scalar, and batches in double: next to the one term of a sure label, all others are small and
-// would each lose the same digits.
+// loads stand before the first use, so that they are in flight together. The terms of these vectors
+// are added up in Scalar, and the sums of all batches in double. Next to the one term of a sure
+// label, all others are small, and in Scalar each would lose the same digits.
 template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded, bool kReports>
 SIMPO_DEVICE void add_vectors(const Vector16* vectors, int first, int num_vectors,
                               const Logits& logits, LogSumExp<Compute<T>>& sum, RowReport& report) {
@@ -116,7 +116,7 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int first, int num_vector
   if constexpr (kReports) of_report.add_to(report, reference);
 }
 
-// Adds the columns x[0, n), of which a thread takes its share.
+// Adds this thread's share of the columns x[0, n).
 template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
 SIMPO_DEVICE void add_columns(const T* x, int n, const Logits& logits, LogSumExp<Compute<T>>& sum,
                               RowReport& report) {
@@ -150,7 +150,7 @@ SIMPO_DEVICE void add_columns(const T* x, int n, const Logits& logits, LogSumExp
   }
 }
 
-// What merge_shards reads of a segment: it is a shard to it.
+// Writes what merge_shards reads of a segment, which it treats like a shard.
 template <typename Scalar>
 SIMPO_DEVICE void write_segment(const TokenLogpsArgs& args, int segment, int64_t row,
                                 const LogSumExp<Scalar>& sum, Scalar label_z) {
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   if (label == targets.ignore_index || !is_in_vocabulary(label, args.num_labels)) {
     const bool is_masked = label == targets.ignore_index;
     const Scalar nothing = is_masked ? Scalar(0) : std::numeric_limits<Scalar>::quiet_NaN();
-    if (is_shared) {  // the kernel that merges segments knows masked rows
+    if (is_shared) {  // the kernel that merges segments handles masked rows
       if (!is_masked && tid == 0) write_segments_of_block(args, segments, row, nothing);
       return;
     }
@@ -207,11 +207,11 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
   }
 
   const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, token.t);
-  // Loaded first, so that it has come when the row is done. NaN where this block has no label: then
-  // nothing but it has to be remembered while columns are added.
+  // Loaded first, so that it has arrived when the row is done. NaN marks a block without the label,
+  // which takes no further register while columns are added.
   T label_x = Elements<T>::narrow(std::numeric_limits<Scalar>::quiet_NaN());
-  // Thread 0's: the LogSumExp and the RowReport of the row so far. In shared memory, as registers
-  // are scarce while columns are added.
+  // The LogSumExp and the RowReport of the row so far, for thread 0 only. They are in shared memory
+  // because registers are scarce while columns are added.
   SIMPO_SHARED(Scalar, row_max, 1);
   SIMPO_SHARED(double, row_sums, 3);
   if (tid == 0) {
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
       }
     }
     if (tid == 0 && is_shared) {
-      // It does not matter to what merges segments which of them has the label's z.
+      // The merge takes the label's z from any segment.
       const bool is_first = segment == segments.begin_of_block();
       write_segment(args, segment, row, of_segment,
                     is_first ? transformed(logits, Elements<T>::widen(label_x))
@@ -295,8 +295,8 @@ int launch_token_logps(const TokenLogpsArgs& args, Stream stream) {
                 grid_of_rows(N, blocks), dim3(kThreads), stream, args, Logits(args.transform));
 }
 
-// token_logps of a batch that is not empty, with a report; in a file of its own, as these kernels
-// are many.
+// token_logps with a report, for a batch that is not empty. These kernels are many and have a
+// source file of their own.
 int token_logps_report(const TokenLogpsArgs& args, Stream stream);
 
 // Launches the kernel for a batch that is not empty.

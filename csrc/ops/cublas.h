@@ -54,13 +54,13 @@ inline int int_of(int64_t size) {
   return static_cast<int>(size);
 }
 
-// b [V, H] by columns, as cublasGemmEx takes it.
+// b [V, H] as cublasGemmEx takes it: stored by columns.
 struct ByColumns {
   Tensor tensor;  // holds what data points to
   Operation operation;
   int64_t stride;
 
-  // Read in place where one of the dimensions is contiguous, or else copied.
+  // Reads b in place where one of its dimensions is contiguous, and copies it otherwise.
   explicit ByColumns(const Tensor& b) : tensor(b), operation(kNormal), stride(b.stride(0)) {
     const int64_t V = b.size(0), H = b.size(1);
     if (b.stride(1) == 1 && b.stride(0) >= H) return;
@@ -74,8 +74,8 @@ struct ByColumns {
   }
 };
 
-// sum [R, H] += a [R, V] b [V, H], or = where it is the first. The sum is contiguous, of the
-// compute dtype; a's rows are contiguous; b may have any strides.
+// sum [R, H] += a [R, V] b [V, H], or = for the first product. sum is contiguous and has the
+// compute dtype; the rows of a are contiguous; b may have any strides.
 inline void add_product(GemmEx gemm, void* handle, const Tensor& sum, const Tensor& a,
                         const Tensor& b, bool is_first) {
   const int64_t R = a.size(0), V = a.size(1), H = b.size(1);
@@ -87,7 +87,7 @@ inline void add_product(GemmEx gemm, void* handle, const Tensor& sum, const Tens
   const float factors32[] = {1.0F, is_first ? 0.0F : 1.0F};
   const void* alpha = is_float64 ? static_cast<const void*>(&factors64[0]) : &factors32[0];
   const void* beta = is_float64 ? static_cast<const void*>(&factors64[1]) : &factors32[1];
-  // A matrix by rows is its transpose by columns: sum^T = b^T a^T.
+  // A matrix stored by rows is its transpose stored by columns: sum^T = b^T a^T.
   const ByColumns b_columns(b);
   const int status =
       gemm(handle, b_columns.operation, kNormal, int_of(H), int_of(R), int_of(V), alpha,

@@ -1,4 +1,4 @@
-// How much of the logits is held at a time where the caller does not say.
+// The default of logits_budget_bytes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,18 +10,19 @@
 
 namespace simpo_ext {
 
-// On a GPU, one part in so many of its memory; elsewhere, so many bytes.
+// On a GPU, the budget is the GPU's memory divided by this.
 constexpr int64_t kDefaultLogitsBudgetShare = 16;
+// Elsewhere, it is this many bytes.
 constexpr int64_t kDefaultLogitsBudgetBytes = int64_t{1} << 30;
 
 namespace detail {
 
-// Bytes of memory that the GPU has; 0 if libtorch does not say. Allocator is c10's DeviceAllocator,
-// whose getMemoryInfo the first libtorch that this header is for may lack.
+// Bytes of the GPU's memory, or 0 if libtorch cannot tell. Allocator is c10's DeviceAllocator,
+// which has no getMemoryInfo in the oldest libtorch that this header supports.
 template <class Allocator>
 int64_t gpu_memory(at::DeviceIndex index) {
   if constexpr (requires(Allocator& allocator) { allocator.getMemoryInfo(index); }) {
-    // The driver is asked once for each GPU. An index is an int8_t.
+    // Asks the driver once for each GPU. A device index is an int8_t.
     static std::array<std::atomic<int64_t>, 128> known{};
     std::atomic<int64_t>& memory = known.at(index);
     if (memory == 0) {
@@ -36,8 +37,8 @@ int64_t gpu_memory(at::DeviceIndex index) {
 
 }  // namespace detail
 
-// The default of LinearOptions::logits_budget_bytes for hidden states on the device, which has an
-// index if it is a GPU.
+// The default of LinearOptions::logits_budget_bytes for hidden states on this device. A GPU must
+// have an index.
 inline int64_t default_logits_budget_bytes(at::Device device) {
   const int64_t memory =
       device.is_cuda() ? detail::gpu_memory<c10::DeviceAllocator>(device.index()) : 0;
