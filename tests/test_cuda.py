@@ -152,6 +152,22 @@ def test_kernels_run_on_the_current_stream() -> None:
     assert torch.equal(grad, want_grad)
 
 
+# Two segments in 2 bytes, three in 4. Blocks share a row among 7, and not among 700.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 700, 40_007, device=DEVICE).to(dtype)
+    labels = torch.randint(40_007, (1, 700), device=DEVICE)
+    labels[:, 3] = -100
+    many = logits.detach().requires_grad_()
+    few = logits[:, :7].clone().requires_grad_()
+    logps = simpo_ext.token_logps(many, labels, shift=False)
+    logps_of_few = simpo_ext.token_logps(few, labels[:, :7], shift=False)
+    logps.sum().backward()
+    logps_of_few.sum().backward()
+    assert torch.equal(logps[:, :7], logps_of_few)
+    assert torch.equal(many.grad[:, :7], few.grad)
+
+
 def test_several_streams_at_once_do_not_disturb_each_other() -> None:
     batches = [
         on_gpu(make_batch(pairs=4, time=64, vocabulary=8001, seed=seed)) for seed in range(4)

@@ -74,7 +74,7 @@ def _pairs(kernels: Kernels, checks: Checks) -> None:
 
 
 FORWARD = "token_logps_kernel<BFloat16, ScaledLogits<float>, 128, 4, true, false>"
-BACKWARD = "token_logps_backward_kernel<BFloat16, ScaledLogits<float>, 128, 4>"
+BACKWARD = "token_logps_backward_kernel<BFloat16, ScaledLogits<float>, 128, 4, true>"
 
 
 class Barriers(NamedTuple):
