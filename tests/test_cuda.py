@@ -152,7 +152,7 @@ def test_kernels_run_on_the_current_stream() -> None:
     assert torch.equal(grad, want_grad)
 
 
-# Two segments in 2 bytes, three in 4. Blocks share a row among 7, and not among 700.
+# A row has two segments in bfloat16, three in float32. Blocks share a row of 7, not one of 700.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: torch.dtype) -> None:
     logits = torch.randn(1, 700, 40_007, device=DEVICE).to(dtype)
