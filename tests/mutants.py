@@ -80,8 +80,8 @@ LOGPS_MUTANTS = (
     Mutant(
         "a shared array one entry short",
         FORWARD,
-        "SIMPO_SHARED(double, warp_sums, kWarps);",
-        "SIMPO_SHARED(double, warp_sums, kWarps - 1);",
+        "SIMPO_SHARED(double, all_sums, 2 * kWarps);",
+        "SIMPO_SHARED(double, all_sums, kWarps - 1);",
         "values",
         "asan",
     ),
@@ -268,26 +268,25 @@ LOGPS_MUTANTS = (
     ),
     # ---- segments of a row
     Mutant(
-        "no barrier before the next segment writes shared memory",
+        "the next segment writes shared memory that is still read",
         FORWARD,
-        "    if (segment + 1 < end) __syncthreads();  // the next segment writes shared memory "
-        "again\n",
-        "",
+        "  double* warp_sums = all_sums + call % 2 * kWarps;",
+        "  double* warp_sums = all_sums;",
         "values",
         "tsan",
     ),
     Mutant(
         "every block of a row starts at its first segment",
         ROWS,
-        "kMayBeShared ? 0 : static_cast<int>(blockIdx.z) * each();",
-        "kMayBeShared ? 0 : 0;",
+        "    begin_ = static_cast<int>(blockIdx.z) * share;",
+        "    begin_ = 0;",
         "values",
     ),
     Mutant(
         "the last segment lost where blocks have unequal shares",
         ROWS,
-        "    return blocks == 1 ? count_ : (count_ + blocks - 1) / blocks;",
-        "    return count_ / blocks;",
+        "    const int share = (count_ + blocks - 1) / blocks;",
+        "    const int share = count_ / blocks;",
         "values",
     ),
     Mutant(

@@ -11,8 +11,15 @@ SHARDS_MUTANTS = (
     Mutant(
         "the first shard left out",
         SHARDS,
-        "    for (int64_t k = 0; k < args.K; ++k) {",
-        "    for (int64_t k = 1; k < args.K; ++k) {",
+        "    for (int64_t first = 0; first < args.K; first += kShardsInFlight) {",
+        "    for (int64_t first = 1; first < args.K; first += kShardsInFlight) {",
+        "vocab_shards",
+    ),
+    Mutant(
+        "the shards after the first four left out",
+        SHARDS,
+        "    for (int64_t first = 0; first < args.K; first += kShardsInFlight) {",
+        "    for (int64_t first = 0; first < 1; first += kShardsInFlight) {",
         "vocab_shards",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -137,6 +138,23 @@ def test_main_loops_have_four_wide_loads_in_flight(
         in_flight = max(map(machine_code.loads_in_flight, bodies))
         least = 2 if is_float64(kernel) or is_capped(kernel) else 4
         assert in_flight >= least, label(kernel)
+
+
+@needs_cuda_build
+def test_the_backward_waits_for_memory_once_before_its_row(compiled: list[Kernel]) -> None:
+    for kernel in streaming(compiled):
+        if "backward" not in kernel.name:
+            continue
+        # The label, its gradient, max and sum_exp.
+        loads = [i for i, each in enumerate(kernel.instructions) if each.name == "LDG"][:4]
+        loaded: set[int] = set()
+        for instruction in kernel.instructions[loads[0] : loads[-1] + 1]:
+            assert instruction.name not in ("BRA", "EXIT"), label(kernel)
+            registers = [int(n) for n in re.findall(r"\bR(\d+)", instruction.operands)]
+            is_load = instruction.name == "LDG"
+            assert not loaded & set(registers[1:] if is_load else registers), label(kernel)
+            if is_load:
+                loaded |= {registers[0], registers[0] + (".64" in instruction.opcode)}
 
 
 @needs_cuda_build

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #define SIMPO_DEVICE __device__ __forceinline__
 #define SIMPO_SHARED(T, name, n) __shared__ T name[n]
@@ -63,6 +64,24 @@ SIMPO_DEVICE T load(const T* pointer) {
 template <typename T>
 SIMPO_DEVICE T load_uniform(const T* pointer) {
   return *pointer;
+}
+
+// As load_uniform, and the load stays where it stands. An ordinary one may be moved below a branch
+// that can do without it, and the row would wait for memory once more.
+template <typename T>
+SIMPO_DEVICE T load_uniform_early(const T* pointer) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  T value;
+  if constexpr (sizeof(T) == 4) {
+    uint32_t bits;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(pointer));
+    memcpy(&value, &bits, sizeof(value));
+  } else {
+    uint64_t bits;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(bits) : "l"(pointer));
+    memcpy(&value, &bits, sizeof(value));
+  }
+  return value;
 }
 
 template <typename T>

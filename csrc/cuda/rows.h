@@ -120,16 +120,17 @@ inline unsigned blocks_per_row(int64_t N, int num_segments) {
 template <typename T, bool kIsOne, bool kMayBeShared>
 class RowSegments {
  public:
-  SIMPO_DEVICE explicit RowSegments(int64_t V) : V_(V), count_(kIsOne ? 1 : num_segments<T>(V)) {}
+  SIMPO_DEVICE explicit RowSegments(int64_t V)
+      : V_(V), count_(kIsOne ? 1 : num_segments<T>(V)), begin_(0), end_(count_) {
+    if (kIsOne || !kMayBeShared || gridDim.z == 1) return;
+    const int blocks = static_cast<int>(gridDim.z);
+    const int share = (count_ + blocks - 1) / blocks;
+    begin_ = static_cast<int>(blockIdx.z) * share;
+    end_ = begin_ + share < count_ ? begin_ + share : count_;
+  }
 
-  SIMPO_DEVICE int begin_of_block() const {
-    return kIsOne || !kMayBeShared ? 0 : static_cast<int>(blockIdx.z) * each();
-  }
-  SIMPO_DEVICE int end_of_block() const {
-    if (kIsOne || !kMayBeShared) return count_;
-    const int end = begin_of_block() + each();
-    return end < count_ ? end : count_;
-  }
+  SIMPO_DEVICE int begin_of_block() const { return begin_; }
+  SIMPO_DEVICE int end_of_block() const { return end_; }
 
   SIMPO_DEVICE int64_t first_column(int segment) const { return segment * kSegmentColumns<T>; }
   SIMPO_DEVICE int columns(int segment) const {
@@ -137,18 +138,12 @@ class RowSegments {
   }
   SIMPO_DEVICE int64_t first_column_of_block() const { return first_column(begin_of_block()); }
   SIMPO_DEVICE int64_t columns_of_block() const {
-    const int64_t end = end_of_block() < count_ ? first_column(end_of_block()) : V_;
-    return end - first_column_of_block();
+    return (end_ < count_ ? first_column(end_) : V_) - first_column_of_block();
   }
 
  private:
-  SIMPO_DEVICE int each() const {
-    const int blocks = static_cast<int>(gridDim.z);
-    return blocks == 1 ? count_ : (count_ + blocks - 1) / blocks;
-  }
-
   int64_t V_;
-  int count_;
+  int count_, begin_, end_;
 };
 
 // row[0, V) = value, by the kThreads threads of a block.

@@ -79,10 +79,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   // Loaded together, even if the label will show that the others are not needed, so that the row
   // waits for memory only once.
   const int64_t label = uniform_label_at(targets, token);
-  const Scalar grad = load_uniform(static_cast<const Scalar*>(args.grad_logps) +
-                                   args.grad_strides.offset(token.b, token.t));
-  const Scalar max = load_uniform(static_cast<const Scalar*>(args.max) + row);
-  const double sum_exp = load_uniform(args.sum_exp + row);
+  const Scalar grad = load_uniform_early(static_cast<const Scalar*>(args.grad_logps) +
+                                         args.grad_strides.offset(token.b, token.t));
+  const Scalar max = load_uniform_early(static_cast<const Scalar*>(args.max) + row);
+  const double sum_exp = load_uniform_early(args.sum_exp + row);
 
   const bool is_masked = label == targets.ignore_index;
   const bool is_scored = !is_masked && is_in_vocabulary(label, args.num_labels);

@@ -49,13 +49,17 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_warp_of_sums(const LogSumExp<Scalar>& mine
   return result;
 }
 
-// Merges the threads' sums. Only thread 0 gets the result.
+// Merges the threads' sums. Only thread 0 gets the result. Two sets of shared memory take turns
+// from call to call: while warp 0 reads one, the other warps go on and write the other. They cannot
+// come back to the first before warp 0 has left it, because it must reach the next call's barrier.
 template <typename Scalar, int kThreads>
-SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine) {
+SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine, int call) {
   constexpr int kWarps = kThreads / kWarpSize;
   static_assert(kThreads % kWarpSize == 0 && kWarps <= kWarpSize);
-  SIMPO_SHARED(Scalar, warp_maxima, kWarps);
-  SIMPO_SHARED(double, warp_sums, kWarps);
+  SIMPO_SHARED(Scalar, all_maxima, 2 * kWarps);
+  SIMPO_SHARED(double, all_sums, 2 * kWarps);
+  Scalar* warp_maxima = all_maxima + call % 2 * kWarps;
+  double* warp_sums = all_sums + call % 2 * kWarps;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
 
@@ -239,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
     [[maybe_unused]] RowReport report_of_mine;
     add_columns<T, Logits, kThreads, kUnroll, kReports>(
         x + segments.first_column(segment), segments.columns(segment), logits, sum, report_of_mine);
-    const LogSumExp<Scalar> of_segment = reduce_block<Scalar, kThreads>(sum);
+    const LogSumExp<Scalar> of_segment = reduce_block<Scalar, kThreads>(sum, segment);
     if constexpr (kReports) {
       const RowReport report_of_segment =
           reduce_block_of_reports<Scalar, kThreads>(sum, report_of_mine);
@@ -262,7 +266,6 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
       row_max[0] = so_far.max;
       row_sums[0] = so_far.sum;
     }
-    if (segment + 1 < end) __syncthreads();  // the next segment writes shared memory again
   }
   if (tid != 0 || is_shared) return;
 

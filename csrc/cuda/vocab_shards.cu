@@ -27,6 +27,7 @@ namespace {
 // ---- a row for each thread ------------------------------------------------------------------
 
 constexpr int kMergeThreads = 128;
+constexpr int kShardsInFlight = 4;  // so that a thread waits for memory once for four of them
 
 template <typename Scalar>
 __global__ void __launch_bounds__(kMergeThreads) merge_shards_kernel(MergeShardsArgs args) {
@@ -42,9 +43,20 @@ __global__ void __launch_bounds__(kMergeThreads) merge_shards_kernel(MergeShards
   LogSumExp<Scalar> logsumexp{0, 0.0};
   if (!is_masked) {
     ShardedRow<Scalar> sharded;
-    for (int64_t k = 0; k < args.K; ++k) {
-      const double* shard = args.shards + 3 * k * N + row;
-      sharded.add(load(shard), load(shard + N), load(shard + 2 * N));
+    for (int64_t first = 0; first < args.K; first += kShardsInFlight) {
+      double shards[kShardsInFlight][3];
+      SIMPO_UNROLL
+      for (int u = 0; u < kShardsInFlight; ++u) {
+        if (first + u >= args.K) break;
+        const double* shard = args.shards + 3 * (first + u) * N + row;
+        SIMPO_UNROLL
+        for (int i = 0; i < 3; ++i) shards[u][i] = load(shard + i * N);
+      }
+      SIMPO_UNROLL
+      for (int u = 0; u < kShardsInFlight; ++u) {
+        if (first + u >= args.K) break;
+        sharded.add(shards[u][0], shards[u][1], shards[u][2]);
+      }
     }
     logp = static_cast<Scalar>(sharded.logp());
     logsumexp = sharded.logsumexp;

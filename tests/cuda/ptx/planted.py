@@ -77,23 +77,15 @@ FORWARD = "token_logps_kernel<BFloat16, ScaledLogits<float>, 128, 4, true, false
 BACKWARD = "token_logps_backward_kernel<BFloat16, ScaledLogits<float>, 128, 4, true>"
 
 
-class Barriers(NamedTuple):
-    """A kernel whose barriers are removed, one at a time."""
-
-    check: Check
-    num_needless: int = 0
-
-
+# Kernels whose barriers are removed, one at a time, and what has to find that.
 BARRIERS = {
-    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, false>": Barriers(_segments),
-    # A block reduces each segment twice, in two arrays that take turns. So the barrier between
-    # segments, which the kernel without a report needs, is not needed here.
-    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, true>": Barriers(_reports, 1),
-    "select_tokens_kernel<float>": Barriers(_select),
-    "sequence_logps_kernel<float>": Barriers(_sequences),
-    "sum_sequences_kernel<float>": Barriers(_pairs),
-    "score_pairs_kernel<float>": Barriers(_pairs),
-    "preference_loss_backward_kernel<float>": Barriers(_pairs),
+    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, false>": _segments,
+    "token_logps_kernel<float, ScaledLogits<float>, 256, 4, false, true>": _reports,
+    "select_tokens_kernel<float>": _select,
+    "sequence_logps_kernel<float>": _sequences,
+    "sum_sequences_kernel<float>": _pairs,
+    "score_pairs_kernel<float>": _pairs,
+    "preference_loss_backward_kernel<float>": _pairs,
 }
 
 

@@ -126,6 +126,12 @@ T load_uniform(const T* address,
 }
 
 template <typename T>
+T load_uniform_early(const T* address,
+                     emulation::SourceLocation where = emulation::SourceLocation::current()) {
+  return load_uniform(address, where);
+}
+
+template <typename T>
 void store(T* address, T value,
            emulation::SourceLocation where = emulation::SourceLocation::current()) {
   emulation::before_store(address, sizeof(T), alignof(T), where);

@@ -17,22 +17,15 @@ constexpr int64_t kDefaultLogitsBudgetBytes = int64_t{1} << 30;
 
 namespace detail {
 
-// Bytes of the GPU's memory, or 0 if libtorch cannot tell. Allocator is c10's DeviceAllocator,
-// which has no getMemoryInfo in the oldest libtorch that this header supports.
-template <class Allocator>
-int64_t gpu_memory(at::DeviceIndex index) {
-  if constexpr (requires(Allocator& allocator) { allocator.getMemoryInfo(index); }) {
-    // Asks the driver once for each GPU. A device index is an int8_t.
-    static std::array<std::atomic<int64_t>, 128> known{};
-    std::atomic<int64_t>& memory = known.at(index);
-    if (memory == 0) {
-      memory =
-          static_cast<int64_t>(c10::getDeviceAllocator(at::kCUDA)->getMemoryInfo(index).second);
-    }
-    return memory;
-  } else {
-    return 0;
+// Bytes of the GPU's memory.
+inline int64_t gpu_memory(at::DeviceIndex index) {
+  // Asks the driver once for each GPU. A device index is an int8_t.
+  static std::array<std::atomic<int64_t>, 128> known{};
+  std::atomic<int64_t>& memory = known.at(index);
+  if (memory == 0) {
+    memory = static_cast<int64_t>(c10::getDeviceAllocator(at::kCUDA)->getMemoryInfo(index).second);
   }
+  return memory;
 }
 
 }  // namespace detail
@@ -40,9 +33,8 @@ int64_t gpu_memory(at::DeviceIndex index) {
 // The default of LinearOptions::logits_budget_bytes for hidden states on this device. A GPU must
 // have an index.
 inline int64_t default_logits_budget_bytes(at::Device device) {
-  const int64_t memory =
-      device.is_cuda() ? detail::gpu_memory<c10::DeviceAllocator>(device.index()) : 0;
-  return memory > 0 ? memory / kDefaultLogitsBudgetShare : kDefaultLogitsBudgetBytes;
+  return device.is_cuda() ? detail::gpu_memory(device.index()) / kDefaultLogitsBudgetShare
+                          : kDefaultLogitsBudgetBytes;
 }
 
 }  // namespace simpo_ext

@@ -217,7 +217,10 @@ class Program:
 
     def _access(self, instruction: Instruction) -> tuple[str, int, str]:
         """Space, number of elements, and their type."""
-        space, *hints, kind = instruction.modifiers
+        modifiers = instruction.modifiers
+        if modifiers[:2] == ("relaxed", "gpu"):  # memory here knows no order that this could relax
+            modifiers = modifiers[2:]
+        space, *hints, kind = modifiers
         count = 1
         for hint in hints:
             if re.fullmatch(r"v[248]", hint):
