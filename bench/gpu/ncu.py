@@ -61,6 +61,8 @@ def parse(output: str) -> list[dict[str, Any]]:
         if name is None:
             continue
         if name == "ms":
+            if row["Metric Unit"] not in NANOSECONDS:
+                continue
             value *= NANOSECONDS[row["Metric Unit"]] / 1e6
         kernel = row["Kernel Name"].removeprefix("void ").rpartition(">(")[0] + ">"
         kernel = kernel.replace("simpo_ext::", "").removeprefix("cuda::")

@@ -1,11 +1,9 @@
 // The backward of token_logps. token_logps.cuh has its memory contract.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
-#include "core/dispatch.h"
 #include "core/dtypes.h"
 #include "core/kernels.h"
 #include "core/logsumexp.h"

@@ -1,7 +1,6 @@
 // The forward of token_logps. token_logps.cuh has its memory contract.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 

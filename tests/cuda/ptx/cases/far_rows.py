@@ -80,6 +80,17 @@ def _check(kernels: Kernels, checks: Checks, case: Case, has_report: bool) -> No
     name = f"{dtype} V={V} cap={case.cap}"
     allowed = rows.logps_error + 2.0 * rows.eps * np.abs(rows.logps)
     checks.close("logps of far rows", name, logps.get(), rows.logps, allowed)
+    max_of_rows, sum_of_rows = rows.where_scored(rows.max), rows.where_scored(rows.sum_exp)
+    checks.close("max of far rows", name, maxima.get(), max_of_rows, rows.z_error)
+    checks.close("sum_exp of far rows", name, sum_exp.get(), sum_of_rows, rows.sum_error)
+    if has_report:
+        means = rows.where_scored(rows.z.mean(axis=1))
+        allowed = 4.0 * rows.eps * np.abs(rows.z).mean(axis=1) + rows.z_error
+        checks.close("mean_logit of far rows", name, mean_logit.get(), means, allowed)
+        softmax = rows.shares / rows.sum_exp[:, None]
+        entropies = rows.where_scored(-(softmax * np.log(softmax)).sum(axis=1))
+        allowed = rows.z_error * (1.0 + entropies) + 8.0 * rows.eps
+        checks.close("entropy of far rows", name, entropy.get(), entropies, allowed)
     want = rows.gradient(grads.get())
     error = 1.01 * ROUNDING[dtype] + rows.gradient_error
     allowed = np.abs(want) * error + SMALLEST[dtype]
