@@ -10,6 +10,9 @@ elements. Without torch's caching allocator (PYTORCH_NO_CUDA_MEMORY_CACHING=1), 
 memcheck sees an access beyond the end. Torch fills new tensors with NaN, so that an element that no
 kernel writes is an error.
 
+Where torch shows its cuBLAS, dhidden is added up inside cuBLAS's products: add_partial_kernel and
+half of hidden_gradient_kernel do not run then.
+
 An illegal access makes all later CUDA calls of its process fail. The program then replaces itself
 with a new process for the remaining cases.
 """

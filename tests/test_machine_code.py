@@ -181,7 +181,9 @@ def test_the_kernels_of_shards_leave_room_for_many_threads(compiled: list[Kernel
     found = [k for k in compiled if "vocab_shards_cu" in k.name]
     assert len(found) == (4 * 2 + 2) * len({k.architecture for k in compiled})
     for kernel in found:
-        assert kernel.registers <= 40, label(kernel)
+        # merge_shards holds four shards at a time, and has few blocks.
+        limit = 64 if "merge_shards" in kernel.name else 40
+        assert kernel.registers <= limit, label(kernel)
 
 
 @needs_cuda_build
