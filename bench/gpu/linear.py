@@ -12,16 +12,15 @@ torch's allocator counts the peak memory of each. --device cpu only checks that 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import linear_batch, linear_floor, linear_laps, records
+from bench.gpu import program
 from bench.gpu.report import linear_lines
 from bench.linear_batch import LinearBatch
 from bench.linear_floor import BLOCKS
@@ -47,12 +46,6 @@ def _floor_subject(floor: linear_floor.Floor, block: int) -> Subject:
     return Subject(lambda: None, phases)
 
 
-def _release(device: torch.device) -> None:
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
 def measure(
     laps: LinearLaps,
     each: LinearBatch,
@@ -66,7 +59,7 @@ def measure(
     rows = []
     for candidate in candidates:
         rows.append(linear_laps.first_row(laps, candidate, device))
-        _release(device)
+        program.release_memory(device)
     right = [
         (candidate, row)
         for candidate, row in zip(candidates, rows, strict=True)
@@ -76,7 +69,7 @@ def measure(
         memory = {}
         for phase in (FORWARD, FORWARD_BACKWARD):
             peak = clock.peak_extra_mib(_subject(laps, candidate, phase))[0]
-            _release(device)
+            program.release_memory(device)
             if peak is not None:
                 memory[f"{phase}_mib"] = peak
         if memory:
@@ -109,14 +102,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.linear", description="Times the loss from hidden states."
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", default=SIZE, metavar="NxHxV")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, metavar="2P")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument(
-        "--candidates", nargs="+", metavar="NAME", help="only these, instead of all"
-    )
-    parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
+    program.add_options(parser, ROUNDS)
     options = parser.parse_args(arguments)
     try:
         tokens, hidden, vocabulary = map(int, options.size.split("x"))
@@ -127,15 +115,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--size: expected positive numbers, got {options.size}")
     if sequences < 2 or sequences % 2 or tokens % sequences or tokens < 4 * sequences:
         parser.error(f"--sequences: expected an even divisor of {tokens}, got {sequences}")
-    if options.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {options.rounds}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a CUDA device, torch finds none; use --device cpu")
-    known = {candidate.name: candidate for candidate in linear_candidates()}
-    unknown = [name for name in options.candidates or () if name not in known]
-    if unknown:
-        parser.error(f"--candidates: expected some of {list(known)}, got {unknown}")
-    options.candidates = [known[name] for name in options.candidates or known]
+    program.check_options(parser, options, linear_candidates())
     options.batch = linear_batch.synthetic(
         sequences, tokens // sequences, hidden, vocabulary, "bfloat16"
     )
@@ -161,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records.append(options.record, {"kind": "linear", **case})
         ours = [row for row in case["rows"] if row["kind"] == "ours"]
         all_right &= all(row["status"] == "right" for row in ours)
-        _release(device)
+        program.release_memory(device)
     return 0 if all_right else 1
 
 

@@ -13,18 +13,17 @@ and counts the bytes read and written.
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import records
+from bench.gpu import program
 from bench.gpu.report import logits_lines
 from bench.peers import Candidate, candidates, our_token_logps
 from bench.reference import Reference, gradient_error, make_reference, value_error
@@ -96,12 +95,6 @@ def _errors(subject: Subject, work: str, reference: Reference) -> dict[str, Any]
     }
 
 
-def _release_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _checked(
     candidate: Candidate, subject: Subject, reference: Reference, clock: Clock, device: torch.device
 ) -> dict[str, Any]:
@@ -125,14 +118,14 @@ def _checked(
         result.update(errors)
         if not is_right:
             return {**result, "status": "wrong", "reason": "differs from float64 by too much"}
-        _release_memory(device)
+        program.release_memory(device)
         peaks = clock.peak_extra_mib(subject)
     except Exception as error:  # a peer may raise anything
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0] if text else ''}"
         return {**result, "status": "failed", "reason": reason}
     finally:
-        _release_memory(device)
+        program.release_memory(device)
     phases = zip(subject.phases, peaks, strict=True)
     peak_by_phase = {f"{phase}_peak_extra_mib": peak for phase, peak in phases}
     return {**result, "status": "right", **peak_by_phase}
@@ -205,31 +198,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu.logits", description="Times token_logps beside its peers."
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="NxV")
     parser.add_argument("--valid", nargs="+", type=float, default=VALID, metavar="FRACTION")
     parser.add_argument(
         "--capped", nargs="*", default=CAPPED_SIZES, metavar="NxV", help="with a softcap, only ours"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument(
-        "--candidates", nargs="+", metavar="NAME", help="only these, instead of all"
-    )
-    parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
+    program.add_options(parser, ROUNDS)
     options = parser.parse_args(arguments)
     options.sizes = _sizes(options.sizes, parser)
     options.capped = _sizes(options.capped, parser)
-    if options.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     if not all(0.0 < fraction <= 1.0 for fraction in options.valid):
         parser.error(f"--valid: expected fractions in (0, 1], got {options.valid}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: expected a CUDA device, torch finds none; use --device cpu")
-    known = {candidate.name: candidate for candidate in candidates()}
-    unknown = [name for name in options.candidates or () if name not in known]
-    if unknown:
-        parser.error(f"--candidates: expected some of {list(known)}, got {unknown}")
-    options.candidates = [known[name] for name in options.candidates or known]
+    program.check_options(parser, options, candidates())
     return options
 
 
@@ -256,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records.append(options.record, {"kind": "logits", **run})
         ours = [result for result in run["candidates"] if result["ours"]]
         all_right &= all(result["status"] == "right" for result in ours)
-        _release_memory(device)
+        program.release_memory(device)
     return 0 if all_right else 1
 
 
