@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import inspect
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -64,6 +65,9 @@ class _Answer(NamedTuple):
 
     content: bytes
     error: str = ""
+    # When the exception was raised, by the clock that all processes share. An exception that
+    # another one causes on a second rank may be sent sooner.
+    raised_at: float = math.inf
 
 
 class _Worker(NamedTuple):
@@ -128,7 +132,7 @@ def run_on_ranks(
     reports = _RemoteTracebacks(
         "".join(f"\n\non rank {rank} of {world_size}:\n{e.error}" for rank, e in errors.items())
     )
-    first = next(iter(errors.values()))
+    first = min(errors.values(), key=lambda answer: answer.raised_at)
     raise pickle.loads(first.content) from reports
 
 
@@ -277,15 +281,16 @@ def _module(name: str, file: str) -> ModuleType:
 
 
 def _failure(error: BaseException) -> _Answer:
+    raised_at = time.monotonic()
     text = "".join(traceback.format_exception(error))
     traceback.clear_frames(error.__traceback__)  # whose variables may hold on to the group
     try:
         content = pickle.dumps(error)
         if type(pickle.loads(content)) is type(error):
-            return _Answer(content, text)
+            return _Answer(content, text, raised_at)
     except Exception:
         pass
-    return _Answer(pickle.dumps(RankError(text)), text)
+    return _Answer(pickle.dumps(RankError(text)), text, raised_at)
 
 
 def _leave_group() -> None:

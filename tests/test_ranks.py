@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import ranks
 from ranks import RankError, run_on_ranks
 
 pytestmark = pytest.mark.cpu_only
@@ -50,10 +48,10 @@ def fail_on_rank_1() -> None:
 
 
 def test_an_exception_comes_back_and_ends_the_waiting_of_others() -> None:
-    start = time.monotonic()
+    # A rank that went on waiting would make this a TimeoutError.
     with pytest.raises(KeyError, match="what went wrong") as caught:
         run_on_ranks(2, fail_on_rank_1)
-    assert time.monotonic() - start < ranks.GRACE_SECONDS
+    assert "on rank 0 of 2" in str(caught.value.__cause__)
     assert "on rank 1 of 2" in str(caught.value.__cause__)
     assert "fail_on_rank_1" in str(caught.value.__cause__)
     assert [result.rank for result in run_on_ranks(2, add_up, torch.ones(1))] == [0, 1]
