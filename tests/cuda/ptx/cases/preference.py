@@ -8,26 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import oracle
+from simpo_ext._ops import METRIC_NAMES
+from simpo_ext._options import LOSS_TYPES, REDUCTIONS
 
 from ..harness.buffers import ROUNDING, Buffer
 from ..harness.checks import Checks
 from ..harness.kernels import Kernels
 from ..interpreter.module import Array
 from .sequences import Batch, Layout, make_batch
-
-_LOSSES = {"sigmoid": 0, "hinge": 1, "ipo": 2}
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_METRICS = (  # in the order of enum Metric
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "num_pairs",
-    "dropped_pairs",
-    "num_tokens",
-)
 
 
 class Case(NamedTuple):
@@ -65,10 +53,10 @@ def cases() -> list[Case]:
                 Layout((6, 30), seed=10),
                 {"loss_type": loss, "alpha": alpha, "beta": 40.0, "average_log_prob": False},
             )
-            for loss, alpha in itertools.product(_LOSSES, (0.0, 30.0))
+            for loss, alpha in itertools.product(LOSS_TYPES, (0.0, 30.0))
         ),
     ]
-    for reduction, empty in itertools.product(_REDUCTIONS, ("drop", "nan")):
+    for reduction, empty in itertools.product(REDUCTIONS, ("drop", "nan")):
         how = {"reduction": reduction, "empty": empty}
         found += [
             Case(rows, {**how, "sft_weight": 0.3}),
@@ -138,7 +126,7 @@ def check_case(kernels: Kernels, checks: Checks, dtype: str, case: Case) -> None
         of_terms = 16.0 * ROUNDING["float64"] * (1.0 + size.max(initial=0.0))
         allowed = 4.0 * ROUNDING[dtype] * size + of_terms
         checks.close(f"preference {what}", name, got.get(), expected, allowed)
-    metrics = np.array([want.metrics[key] for key in _METRICS])
+    metrics = np.array([want.metrics[key] for key in METRIC_NAMES])
     allowed = 64.0 * ROUNDING["float64"] * (1.0 + np.abs(metrics))
     checks.close("preference metrics", name, outputs.metrics.get(), metrics, allowed)
 
@@ -185,7 +173,7 @@ def _members(
         },
         "average": options.average_log_prob,
         "reduction": {
-            "reduction": _REDUCTIONS[options.reduction],
+            "reduction": REDUCTIONS[options.reduction],
             "sft_reduction": int(options.sft_reduction == "token"),
             "empty": int(options.empty == "nan"),
             "sft_weight": options.sft_weight,
@@ -210,12 +198,12 @@ def _forward(
         logps=out((2 * P,), dtype),
         rewards=out((2 * P,), dtype),
         sft_loss=out(shape, dtype),
-        metrics=out((len(_METRICS),), "float64"),
+        metrics=out((len(METRIC_NAMES),), "float64"),
         slopes=out((2 * P,), dtype),
         counts=out((S,), "int64"),
     )
     pair_loss = {
-        "type": _LOSSES[options.loss_type],
+        "type": LOSS_TYPES[options.loss_type],
         "beta": options.beta,
         "gamma_beta_ratio": options.margin,
         "label_smoothing": options.label_smoothing,
