@@ -1,6 +1,6 @@
 """The cases of first light: together they launch every kernel of csrc/cuda.
 
-In the emulator, tests/test_first_light.py checks this for each instantiation of each kernel.
+In the emulator, tests/bench/test_first_light.py checks this for each instantiation of each kernel.
 """
 
 from __future__ import annotations

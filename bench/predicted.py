@@ -7,7 +7,7 @@ FILE is a library, an object file or a cubin; the default is the installed libra
 prints the table of csrc/README.md: instructions and special functions per logit of each main loop,
 and the share of a GPU's copy bandwidth that they allow. ``--mix`` prints the opcodes of each main
 loop. ``--record`` writes the counts to bench/data/loop_counts.json, with which
-tests/test_machine_code.py compares the kernels, and the table to csrc/README.md.
+tests/cuda/test_machine_code.py compares the kernels, and the table to csrc/README.md.
 
 The model considers only throughput: a loop takes as long as its busiest unit. Latency, costs per
 row and the end of a launch come on top. Two simplifications err the other way: both sides of a

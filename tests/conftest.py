@@ -26,16 +26,16 @@ import torch
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 import simpo_ext  # noqa: F401  (registers the ops)
-from builds import build
-from emulation import EmulatedKernels
+from support.builds import build
+from support.emulation import EmulatedKernels
+from support.paths import EMULATION, ROOT
 
 if TYPE_CHECKING:
     from ptx.harness.kernels import Kernels
 
-pytest.register_assert_rewrite("trl_training")  # whose assertions are about many numbers
+pytest.register_assert_rewrite("support.trl_training")  # whose assertions are about many numbers
 
 CUDA_ROUTING = pytest.StashKey[torch.library.Library]()
-EMULATION = Path(__file__).resolve().parent / "cuda_emulation"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
             build_emulated_ops(folder, contract=kernels == "contracted")
         load_emulated_ops(folder)
     elif kernels == "cuda":
-        from cuda_routing import route_cpu_ops_to_cuda
+        from support.cuda_routing import route_cpu_ops_to_cuda
 
         config.stash[CUDA_ROUTING] = route_cpu_ops_to_cuda()
 
@@ -109,7 +109,7 @@ def ptx_kernels(pytestconfig: pytest.Config) -> Callable[..., Kernels]:
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Imports a module of bench/, which is found from the root of the repository."""
-    monkeypatch.syspath_prepend(EMULATION.parent.parent)
+    monkeypatch.syspath_prepend(ROOT)
     return lambda name: importlib.import_module(f"bench.{name}")
 
 

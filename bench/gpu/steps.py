@@ -165,7 +165,7 @@ def ncu(run: Run) -> None:
 def _test_files(mark: str) -> list[Path]:
     """The files with tests of a mark. Imports of the other files cannot stop these tests."""
     marked = re.compile(rf"\bmark\.{mark}\b")
-    return [path for path in sorted(TESTS.glob("test_*.py")) if marked.search(path.read_text())]
+    return [path for path in sorted(TESTS.rglob("test_*.py")) if marked.search(path.read_text())]
 
 
 def _pytest(run: Run, kind: str, mark: str, *arguments: str | Path, workers: int = 0) -> None:

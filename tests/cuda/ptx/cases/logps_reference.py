@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import oracle
+from support import oracle
 
 from ..harness.buffers import ROUNDING, compute_of
 from ..interpreter.module import Array

@@ -1,4 +1,4 @@
-"""Checks the preference loss and its backward against tests/oracle.py."""
+"""Checks the preference loss and its backward against tests/support/oracle.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import oracle
 from simpo_ext._ops import METRIC_NAMES
 from simpo_ext._options import LOSS_TYPES, REDUCTIONS
+from support import oracle
 
 from ..harness.buffers import ROUNDING, Buffer
 from ..harness.checks import Checks

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import oracle
+from support import oracle
 
 from ..harness.buffers import ROUNDING, Buffer, Device
 from ..harness.checks import Checks

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from support.paths import ROOT
+
 from .layouts import write_layouts
 
-ROOT = Path(__file__).resolve().parents[4]
 CSRC = ROOT / "csrc"
 # nvcc has one compiler for architectures before 100, and another from there on. The library holds
 # the PTX of 90, for GPUs that it has no machine code for.

@@ -1,0 +1,292 @@
+"""Bugs in the CUDA kernels of sequences, of the flat layout and of pairs.."""
+
+from __future__ import annotations
+
+from mutants.logps import Mutant
+
+SUMS = "cuda/sequence_sums.cuh"
+TARGETS = "cuda/sequence_targets.cu"
+LOSS = "cuda/preference_loss.cu"
+SHARED = "core/preference.h"
+
+PAIRS_MUTANTS = (
+    # ---- every barrier, removed: races
+    Mutant(
+        "no barrier before the tokens' sums of the warps are read",
+        SUMS,
+        "put_words(partial, of_warps + warp * kWords);\n  __syncthreads();\n",
+        "put_words(partial, of_warps + warp * kWords);\n",
+        "sequences",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before another thread's totals are read",
+        LOSS,
+        "    put_words(totals, of_threads + tid * kWords);\n    __syncthreads();\n",
+        "    put_words(totals, of_threads + tid * kWords);\n",
+        "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before totals that are being read are overwritten",
+        LOSS,
+        "(tid + distance) * kWords));\n    }\n    __syncthreads();\n",
+        "(tid + distance) * kWords));\n    }\n",
+        "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before the pair counts of the warps are read",
+        LOSS,
+        "= mine.num_chosen_tokens;\n  }\n  __syncthreads();\n",
+        "= mine.num_chosen_tokens;\n  }\n",
+        "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before the pairs' gradients that the warps have added up are read",
+        LOSS,
+        "of_warps[threadIdx.x / kWarpSize] = sum;\n  __syncthreads();\n",
+        "of_warps[threadIdx.x / kWarpSize] = sum;\n",
+        "preference",
+        "tsan",
+    ),
+    Mutant(
+        "no barrier before gradients of the sequence before are overwritten",
+        LOSS,
+        "  __syncthreads();  // of_warps has been read for the sequence before\n",
+        "",
+        "preference",
+        "tsan",
+    ),
+    # ---- sums and gradients of sequences
+    Mutant(
+        "one warp's tokens lost",
+        SUMS,
+        "    for (int i = 1; i < kWarps; ++i) {",
+        "    for (int i = 2; i < kWarps; ++i) {",
+        "sequences",
+    ),
+    Mutant(
+        "gradient at masked tokens",
+        SUMS,
+        "is_valid_token(targets, b, t) ? value : Scalar(0));",
+        "value);",
+        "sequences",
+    ),
+    Mutant(
+        "32-bit offset of a token's gradient",
+        SUMS,
+        "    store(grad_token_logps + b * targets.T + t, is_valid",
+        "    store(grad_token_logps + static_cast<int32_t>(b * targets.T + t), is_valid",
+        "offsets",
+    ),
+    # ---- where a sequence lies
+    Mutant(
+        "a sequence in front of the first position followed",
+        SUMS,
+        "is_found = begin >= 0 && begin <= end",
+        "is_found = begin <= end",
+        "sequences",
+        "asan",
+    ),
+    Mutant(
+        "a sequence behind the last position followed",
+        SUMS,
+        "begin <= end && end <= targets.T;",
+        "begin <= end && end <= targets.T + 2;",
+        "sequences",
+        "asan",
+    ),
+    Mutant(
+        "a sequence that ends before it begins taken for an empty one",
+        SUMS,
+        "is_found = begin >= 0 && begin <= end && end",
+        "is_found = begin >= 0 && end",
+        "sequences",
+    ),
+    Mutant(
+        "a sequence that is out of range taken for an empty one",
+        SUMS,
+        "  if (!found.is_found) return sum_of_nowhere();\n",
+        "",
+        "sequences",
+    ),
+    Mutant(
+        "a gradient written from the beginning of the row on",
+        SUMS,
+        "  for (int64_t t = range.begin + first; t < range.end; t += step) {\n    store(grad",
+        "  for (int64_t t = first; t < range.end; t += step) {\n    store(grad",
+        "sequences",
+    ),
+    # ---- targets of the flat layout
+    Mutant(
+        "a label taken across the end of a sequence",
+        TARGETS,
+        "    if (labels.label_position(t) >= range.end) continue;\n",
+        "    if (!labels.has_label(t)) continue;\n",
+        "sequences",
+    ),
+    Mutant(
+        "the label behind a sequence read",
+        TARGETS,
+        "    if (labels.label_position(t) >= range.end) continue;\n",
+        "    if (labels.label_position(t) > range.end) continue;\n",
+        "sequences",
+    ),
+    Mutant(
+        "targets written behind the last position",
+        TARGETS,
+        "  if (t < args.labels.T) store(args.targets + t, args.labels.ignore_index);",
+        "  if (t <= args.labels.T) store(args.targets + t, args.labels.ignore_index);",
+        "sequences",
+        "asan",
+    ),
+    Mutant(
+        "targets of sequences beyond the last one",
+        TARGETS,
+        "  if (s >= args.sequences.S) return;\n",
+        "",
+        "sequences",
+        "asan",
+    ),
+    Mutant(
+        "a target written by each block that shares the sequence",
+        TARGETS,
+        "static_cast<int64_t>(gridDim.z) * kSequenceThreads;",
+        "static_cast<int64_t>(kSequenceThreads);",
+        "bytes",
+    ),
+    Mutant(
+        "the last targets of a sequence that blocks share lost",
+        TARGETS,
+        "static_cast<int64_t>(blockIdx.z) * kSequenceThreads + threadIdx.x;",
+        "static_cast<int64_t>(threadIdx.x);",
+        "sequences",
+    ),
+    Mutant(
+        "32-bit offset of a label",
+        TARGETS,
+        "load(labels.labels + labels.label_offset(0, t))",
+        "load(labels.labels + static_cast<int32_t>(labels.label_offset(0, t)))",
+        "offsets",
+    ),
+    # ---- which sequences a pair is of
+    Mutant(
+        "a sequence behind the last one followed",
+        LOSS,
+        "    return sequence >= 0 && sequence < S ? sequence : int64_t{-1};",
+        "    return sequence >= 0 && sequence <= S ? sequence : int64_t{-1};",
+        "preference",
+        "asan",
+    ),
+    Mutant(
+        "the sum of a sequence that is not there read",
+        LOSS,
+        "    return s < 0 ? sum_of_nowhere() : SequenceSum{",
+        "    return SequenceSum{",
+        "preference",
+        "asan",
+    ),
+    Mutant(
+        "the count of a sequence that is not there read",
+        LOSS,
+        "  return s < 0 ? sum_of_nowhere().count : load(args.counts + s);",
+        "  return load(args.counts + s);",
+        "preference",
+        "asan",
+    ),
+    Mutant(
+        "gradients of no pairs looked for",
+        LOSS,
+        "  if (P == 0) return 0.0;  // indices of no pair may be null\n",
+        "",
+        "preference",
+    ),
+    # ---- pairs
+    Mutant(
+        "pairs beyond the first block of threads lost, when scored",
+        LOSS,
+        "  for (int64_t p = tid; p < P; p += kPairThreads) {",
+        "  for (int64_t p = tid; p < P; p += P) {",
+        "preference",
+    ),
+    Mutant(
+        "pairs beyond the first block of threads lost, when counted",
+        LOSS,
+        "p < args.pairs.P; p += kSequenceThreads) {",
+        "p < args.pairs.P; p += args.pairs.P) {",
+        "preference",
+    ),
+    Mutant(
+        "pairs beyond the first block of threads lost, when looked for",
+        LOSS,
+        "p < P; p += kSequenceThreads) {",
+        "p < P; p += P) {",
+        "preference",
+    ),
+    Mutant(
+        "the gradient of chosen taken for that of rejected",
+        LOSS,
+        "    return s < P ? gradients.chosen : gradients.rejected;",
+        "    return gradients.chosen;",
+        "preference",
+    ),
+    Mutant(
+        "the gradient of chosen taken for that of rejected, by indices",
+        LOSS,
+        "    if (members.rejected == s) sum += gradients.rejected;",
+        "    if (members.rejected == s) sum += gradients.chosen;",
+        "preference",
+    ),
+    Mutant(
+        "a sequence taken for chosen or rejected, never both",
+        LOSS,
+        "    if (members.rejected == s) sum +=",
+        "    else if (members.rejected == s) sum +=",
+        "preference",
+    ),
+    Mutant(
+        "one warp's pairs lost",
+        LOSS,
+        "  for (int i = 0; i < kWarps; ++i) sum += of_warps[i];",
+        "  for (int i = 0; i + 1 < kWarps; ++i) sum += of_warps[i];",
+        "preference",
+    ),
+    Mutant(
+        "weights ignored",
+        LOSS,
+        "weights == nullptr ? 1.0 : load(pairs.weights + p);",
+        "weights == nullptr ? 1.0 : 1.0;",
+        "preference",
+    ),
+    Mutant(
+        "weights ignored in the gradient of pairs without indices",
+        LOSS,
+        "args.pairs.weights == nullptr ? 1.0 : load_uniform(args.pairs.weights + p);",
+        "1.0;",
+        "preference",
+    ),
+    # ---- what the CPU has in common
+    Mutant(
+        "the slope of chosen taken for that of rejected",
+        SHARED,
+        "grad_pair_loss * static_cast<double>(slopes[P + p]);",
+        "-grad_pair_loss * static_cast<double>(slopes[p]);",
+        "preference",
+    ),
+    Mutant(
+        "a weight of 0 that does not silence NaN",
+        SHARED,
+        "  if (pair.is_counted && weight != 0.0) {",
+        "  if (pair.is_counted) {",
+        "preference",
+    ),
+    Mutant(
+        "an infinite slope of the shape times one of 0",
+        SHARED,
+        "    if (slope != 0.0) {  // a saturated",
+        "    {  // a saturated",
+        "preference",
+    ),
+)

@@ -1,0 +1,151 @@
+"""What must never depend on what, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+IMPORT = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
+
+# But for build_info.h, which needs no torch.
+API_HEADERS = tuple(f"simpo_ext/{name}" for name in ("detail/", "options", "simpo_ext", "vocab"))
+
+
+# What the integrations are for, and what comes with it.
+TRAINERS = ("accelerate", "axolotl", "llamafactory", "peft", "pydantic", "transformers", "trl")
+
+
+def sources(folder: str, *suffixes: str) -> list[Path]:
+    found = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    assert found, f"nothing to read in {folder}"
+    return found
+
+
+def includes(folder: str) -> dict[Path, list[str]]:
+    suffixes = (".h", ".cpp", ".cu", ".cuh", ".c", ".inl")
+    return {path: INCLUDE.findall(path.read_text()) for path in sources(folder, *suffixes)}
+
+
+@pytest.mark.parametrize("folder", ["csrc/core", "csrc/cpu", "csrc/cuda"])
+def test_kernels_include_neither_torch_nor_python(folder: str) -> None:
+    foreign = re.compile(r"^(torch|ATen|c10|pybind11)/|^Python\.h$")
+    for path, names in includes(folder).items():
+        assert not [name for name in names if foreign.match(name)], path
+
+
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [
+        ("csrc/core", ("cpu/", "cuda/", "ops/", "python/", "simpo_ext/")),
+        ("csrc/cpu", ("cuda/", "ops/", "python/", "simpo_ext/")),
+        ("csrc/cuda", ("cpu/", "ops/", "python/", "simpo_ext/")),
+        ("csrc/ops", ("python/", *API_HEADERS)),
+        ("csrc/python", ("core/", "cpu/", "cuda/", "ops/ops", "ops/checks")),
+        ("csrc/include", ("core/", "cpu/", "cuda/", "ops/", "python/")),
+        ("csrc/examples", ("core/", "cpu/", "cuda/", "ops/", "python/", "simpo_ext/detail/")),
+    ],
+)
+def test_kernels_include_only_what_lies_below_them(folder: str, others: tuple[str, ...]) -> None:
+    for path, names in includes(folder).items():
+        assert not [name for name in names if name.startswith(others)], path
+
+
+def test_kernels_reach_the_cuda_toolkit_through_the_platform_header_alone() -> None:
+    # device.cu, host code, asks the runtime about devices and errors.
+    users = {
+        path.name
+        for path, names in includes("csrc").items()
+        if any(name.startswith(("cuda_", "cuda.h", "curand", "cub/")) for name in names)
+    }
+    assert users == {"platform.h", "device.cu"}
+
+
+def test_the_op_library_includes_the_stable_abi_alone() -> None:
+    allowed = ("torch/csrc/stable/", "torch/headeronly/")
+    for path, names in includes("csrc/ops").items():
+        foreign = [name for name in names if name.startswith(("torch/", "ATen/", "c10/"))]
+        assert all(name.startswith(allowed) for name in foreign), path
+
+
+def test_the_python_module_includes_no_torch_header() -> None:
+    for path, names in includes("csrc/python").items():
+        assert not [name for name in names if name.startswith(("torch/", "ATen/", "c10/"))], path
+
+
+def test_only_ops_py_touches_the_registered_ops() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources("simpo_ext", ".py")
+        if "torch.ops.simpo_ext" in path.read_text()
+    }
+    assert users == {"simpo_ext/_ops.py"}
+
+
+def test_functional_imports_neither_modules_nor_integrations() -> None:
+    for name in ("functional.py", "_ops.py", "_checks.py", "_options.py"):
+        text = (ROOT / "simpo_ext" / name).read_text()
+        above = r"^\s*(from|import)\b.*\b(modules|integrations|demo|check|info)\b"
+        assert not re.search(above, text, re.MULTILINE), name
+
+
+def imported_with(path: Path) -> Iterator[str]:
+    """The modules that importing a file imports: not those of its functions' bodies."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (name, *(f"{name}.{alias.name}" for alias in node.names))
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+def test_no_module_imports_a_trainer_but_the_one_for_trl() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix(): {name.split(".")[0] for name in imported_with(path)}
+        for path in sources("simpo_ext", ".py")
+    }
+    found = {path: names & {*TRAINERS} for path, names in users.items() if names & {*TRAINERS}}
+    assert found == {"simpo_ext/integrations/trl.py": {"trl"}}
+
+
+def test_nothing_else_imports_the_integrations() -> None:
+    integrations = ROOT / "simpo_ext" / "integrations"
+    for path in sources("simpo_ext", ".py"):
+        if integrations not in path.parents:
+            names = [name for name in imported_with(path) if "integrations" in name]
+            assert not names, path
+
+
+def test_the_package_and_its_integrations_come_without_their_trainers() -> None:
+    script = (
+        "import sys\n"
+        "import simpo_ext.integrations.axolotl, simpo_ext.integrations.llamafactory\n"
+        f"found = {{name.split('.')[0] for name in sys.modules}} & {{*{TRAINERS!r}}}\n"
+        "sys.exit(f'imported: {found}' if found else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_oracle_never_imports_the_package_and_bench_never_the_tests() -> None:
+    oracle = IMPORT.findall((ROOT / "tests" / "oracle.py").read_text())
+    assert not [name for name in oracle if name.split(".")[0] in ("simpo_ext", "torch")]
+    for path in (ROOT / "bench").rglob("*.py"):
+        names = {name.split(".")[0] for name in IMPORT.findall(path.read_text())}
+        assert not names & {"tests", "oracle", "batches"}, path

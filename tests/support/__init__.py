@@ -1,0 +1,1 @@
+"""What several tests share: oracles, batches, builds of C++ programs, ranks, trainers."""

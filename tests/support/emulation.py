@@ -1,0 +1,87 @@
+"""The CUDA kernels in the emulator: their test program, built from a copy of the sources."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from support.builds import build, run, skip_unless_sanitizer_works
+from support.paths import CSRC, EMULATION
+
+
+class Build(NamedTuple):
+    sanitizer: str = ""  # what -fsanitize= gets
+    optimization: str = ""  # that of tests/cuda/emulation/CMakeLists.txt
+    contract: str = "OFF"  # whether products and sums are fused
+
+
+# Without optimization a change is compiled in a quarter of the time.
+BUILDS = {
+    "plain": Build(),
+    "asan": Build("address,undefined"),
+    "tsan": Build("thread"),
+    "contracted": Build(contract="ON"),
+    "plain -O0": Build("", "-O0"),
+    "asan -O0": Build("address,undefined", "-O0"),
+}
+ENVIRONMENT = {
+    **os.environ,
+    # A fiber's stack is not one that AddressSanitizer could move frames away from.
+    "ASAN_OPTIONS": "detect_stack_use_after_return=0",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+
+
+class EmulatedKernels:
+    """One build of tests/cuda/emulation/kernels, whose sources can be changed for a while."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        sanitizer, optimization, contract = BUILDS[name]
+        if sanitizer:
+            skip_unless_sanitizer_works(sanitizer, folder)
+        self._sources = folder / "csrc"
+        self._build = folder / "build"
+        self._is_current = True
+        shutil.copytree(CSRC, self._sources)
+        definitions = {
+            "CSRC": self._sources,
+            "SANITIZER": sanitizer,
+            "OPTIMIZATION": optimization,
+            "CONTRACT": contract,
+            "WERROR": "OFF",
+        }
+        flags = (f"-D{name}={value}" for name, value in definitions.items())
+        build(EMULATION, self._build, *flags, target="kernels")
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs the program, after what changed has been compiled."""
+        if not self._is_current:
+            run("cmake", "--build", self._build, "--target", "kernels")
+            self._is_current = True
+        return subprocess.run(
+            [self._build / "kernels", *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=ENVIRONMENT,
+        )
+
+    @contextmanager
+    def mutated(self, file: str, original: str, mutated: str) -> Iterator[None]:
+        """While inside, a piece of source that stands in the file once is another."""
+        path = self._sources / file
+        source = path.read_text()
+        assert source.count(original) == 1
+        try:
+            path.write_text(source.replace(original, mutated))
+            self._is_current = False
+            yield
+        finally:
+            path.write_text(source)
+            self._is_current = False
