@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU by the emulator: cuda_emulation/kernels, section by section; and
+"""The CUDA kernels, run on the CPU by the emulator: emulation/kernels, section by section; and
 the races that ThreadSanitizer finds. Of other bugs, test_mutants.py."""
 
 from __future__ import annotations

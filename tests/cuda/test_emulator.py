@@ -1,6 +1,6 @@
 """The emulator that runs CUDA kernels on the CPU finds the faults it is there to find.
 
-Each program of cuda_emulation/faults.cpp is a tiny kernel, with one planted fault or none.
+Each program of emulation/faults.cpp is a tiny kernel, with one planted fault or none.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The bugs of mutants/, each planted alone in the emulated CUDA kernels, and found.
-Those that only ThreadSanitizer finds are in test_cuda_emulation.py."""
+Those that only ThreadSanitizer finds are in test_emulation.py."""
 
 from __future__ import annotations
 
