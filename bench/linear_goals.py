@@ -10,7 +10,7 @@ import torch
 
 from bench.goals import Figure, judge, place
 from bench.linear_subjects import OURS, OURS_0, OURS_UNLIMITED, UNLIMITED
-from simpo_ext._linear_ops import _kept_logits_shape
+from simpo_ext._ops.logits_plan import kept_logits_shape
 
 Results = dict[str, Any]
 Case = dict[str, Any]
@@ -27,7 +27,7 @@ def chunk_bytes(rows: int, vocabulary: int, element_size: int, device: str) -> t
 
     There is one chunk more that is worked on.
     """
-    chunks, _, width = _kept_logits_shape(rows, vocabulary, element_size, UNLIMITED, device)
+    chunks, _, width = kept_logits_shape(rows, vocabulary, element_size, UNLIMITED, device)
     of_one = rows * width * element_size
     return of_one, (chunks + 1) * of_one
 

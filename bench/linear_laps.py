@@ -21,7 +21,7 @@ from bench.linear_reference import LinearReference, Truth
 from bench.linear_subjects import LIGER_COMPILED, LinearCandidate
 from bench.workers import first_line
 from bench.workload import IGNORE_INDEX
-from simpo_ext._options import default_logits_budget
+from simpo_ext._ops.logits_plan import default_logits_budget
 
 FORWARD, FORWARD_BACKWARD = "forward", "forward_backward"
 

@@ -15,7 +15,7 @@ import torch  # noqa: F401
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 # Before what takes for granted that torch is new enough and the library is there.
-from ._library import _C
+from ._ops.library import _C
 
 # isort: split
 from . import distributed

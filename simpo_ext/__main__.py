@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, check, demo, info
+from . import __version__
+from .cli import check, demo, info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

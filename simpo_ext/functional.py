@@ -1,35 +1,46 @@
 """SimPO as functions of logits, of log-probabilities, or of hidden states and lm_head.
 
-Layout everywhere: B sequences, of which rows 0..P-1 are chosen and rows P..2P-1 rejected where
-pairs are meant and not given as ``pairs``; T positions; V vocabulary. With ``cu_seqlens``, S
-sequences one after the other in N positions. Formulas: SimPO, arXiv 2405.14734.
+A batch has B sequences of T positions and a vocabulary of V. If sequences are pairs, rows 0..P-1
+are chosen and rows P..2P-1 are rejected, unless ``pairs`` says otherwise. With ``cu_seqlens``, S
+sequences lie one after the other in N positions. Formulas: SimPO, arXiv 2405.14734.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import _checks, _ops
-from ._layout import as_batch, resolve_layout
-from ._linear import linear_simpo_loss, linear_token_logps
-from ._normalizer import PairCounts
-from ._options import (
-    EmptyPolicy,
-    LossType,
-    Normalizer,
-    Reduction,
-    ReportName,
-    SftReduction,
-    resolve_normalizer,
-    resolve_preference_options,
-    resolve_token_options,
+from ._inputs.batch import check_pairs_in_range, labels_batch, logits_batch, token_logps_batch
+from ._inputs.checks import (
+    check_bool,
+    check_choice,
+    check_floating,
+    check_ignore_index,
+    check_same_device,
 )
-from ._output import Report, SimPOOutput, compose_output
-from ._presets import Preset, Semantics, TrainerLossType, with_preset
-from ._report import check_report
+from ._metrics.output import Report, SimPOOutput, compose_output
+from ._metrics.report import count_sides
+from ._ops import fast_path
+from ._ops.preference_loss import preference_loss
+from ._ops.records import ENUMS, LossOptions, LossOutputs, TokenOptions, Validity, compute_dtype
+from ._ops.sequences import sequence_logps as _sequence_logps
+from ._ops.sequences import sequence_targets
+from ._ops.token_logps import token_logps as _token_logps
+from .distributed.normalizer import PairCounts
+from .linear import linear_simpo_loss, linear_token_logps
+from .options import (
+    EmptyPolicy,
+    LogitsKeywords,
+    LossKeywords,
+    LossType,
+    PreferenceKeywords,
+    resolve_loss_options,
+    resolve_normalizer,
+    resolve_token_options,
+    takes,
+)
+from .presets import Semantics, with_preset
 
 __all__ = [
     "PairCounts",
@@ -47,16 +58,13 @@ __all__ = [
 ]
 
 
+@takes(LogitsKeywords)
 def token_logps(
     logits: Tensor,  # [B, T, V]
     labels: Tensor,  # [B, T]
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1]
-    ignore_index: int = -100,
-    shift: bool = True,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    inplace_backward: bool = False,
+    **options: Unpack[LogitsKeywords],
 ) -> Tensor:  # [B, T]
     """Log-probability of each label under the logits: ``log_softmax(z)[label]``.
 
@@ -74,15 +82,7 @@ def token_logps(
             positions ``cu_seqlens[s]`` up to ``cu_seqlens[s + 1]``. No label is taken across the
             end of a sequence, and what lies before the first and after the last is masked. May
             lie on the CPU beside logits on a GPU.
-        ignore_index: The label of positions that are not scored.
-        shift: True: the logits at t are scored with ``labels[:, t + 1]``, and the last position is
-            masked, as trainers of causal language models do. False: with ``labels[:, t]``.
-        logit_scale: Factor on the logits, at least 1e-30.
-        softcap: Bound of the logits, in [1e-30, 1e30], or None.
-        inplace_backward: The backward overwrites ``logits`` with their gradient instead of
-            allocating it. A later backward through anything that saved their values raises, a
-            second one through this function too; who reads them finds the gradient. Without effect
-            under ``torch.compile``.
+        **options: See :class:`simpo_ext.options.LogitsKeywords`.
 
     Returns:
         [B, T], or the shape of packed labels, float32 (float64 for float64 logits), at the position
@@ -100,29 +100,22 @@ def token_logps(
         RuntimeError: There are no kernels for the device; or, of the backward, its gradient was
             differentiated once more.
     """
-    shape = labels.shape if cu_seqlens is not None else None
-    logits, labels, cu_seqlens = as_batch("logits", logits, labels, cu_seqlens)
-    logits, labels = _checks.check_logits_and_labels(logits, labels)
-    options = resolve_token_options(
-        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
+    call = resolve_token_options(LogitsKeywords, **options)
+    batch = logits_batch(logits, labels, cu_seqlens, call.inplace_backward)
+    targets, tokens = sequence_targets(
+        batch.labels, batch.layout.cu_seqlens, batch.tokens.shape[2], call.tokens
     )
-    _checks.check_inplace_backward(inplace_backward, logits)
-    targets, options = _ops.sequence_targets(labels, cu_seqlens, logits.shape[2], options)
-    logps = _ops.token_logps(logits, targets, options, inplace_backward)
-    return logps if shape is None else logps.view(shape)
+    return batch.as_given(_token_logps(batch.tokens, targets, tokens, call.inplace_backward))
 
 
+@takes(LogitsKeywords)
 def sequence_logps(
     logits: Tensor,  # [B, T, V]
     labels: Tensor,  # [B, T]
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1]
     average_log_prob: bool = True,
-    ignore_index: int = -100,
-    shift: bool = True,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    inplace_backward: bool = False,
+    **options: Unpack[LogitsKeywords],
 ) -> Tensor:  # [B], or [S]
     """Log-probability of each sequence: the mean of its valid tokens', or their sum.
 
@@ -131,11 +124,7 @@ def sequence_logps(
         labels: [B, T].
         cu_seqlens: See :func:`token_logps`.
         average_log_prob: True: the mean over valid tokens, which is SimPO's; False: the sum.
-        ignore_index: See :func:`token_logps`.
-        shift: See :func:`token_logps`.
-        logit_scale: See :func:`token_logps`.
-        softcap: See :func:`token_logps`.
-        inplace_backward: See :func:`token_logps`.
+        **options: See :class:`simpo_ext.options.LogitsKeywords`.
 
     Returns:
         [B], or [S], float32 (float64 for float64 logits). NaN for a sequence without a valid token:
@@ -146,16 +135,14 @@ def sequence_logps(
         ValueError: As :func:`token_logps`.
         IndexError: As :func:`token_logps`.
     """
-    logits, labels, cu_seqlens = as_batch("logits", logits, labels, cu_seqlens)
-    logits, labels = _checks.check_logits_and_labels(logits, labels)
-    options = resolve_token_options(
-        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
-    )
-    average_log_prob = _checks.check_bool("average_log_prob", average_log_prob)
-    _checks.check_inplace_backward(inplace_backward, logits)
-    targets, options = _ops.sequence_targets(labels, cu_seqlens, logits.shape[2], options)
-    logps = _ops.token_logps(logits, targets, options, inplace_backward)
-    return _ops.sequence_logps(logps, targets, cu_seqlens, options, average_log_prob)
+    average_log_prob = check_bool("average_log_prob", average_log_prob)
+    call = resolve_token_options(LogitsKeywords, **options)
+    batch = logits_batch(logits, labels, cu_seqlens, call.inplace_backward)
+    cu_seqlens = batch.layout.cu_seqlens
+    targets, tokens = sequence_targets(batch.labels, cu_seqlens, batch.tokens.shape[2], call.tokens)
+    logps = _token_logps(batch.tokens, targets, tokens, call.inplace_backward)
+    of_sequences, _ = _sequence_logps(logps, targets, cu_seqlens, tokens.validity, average_log_prob)
+    return of_sequences
 
 
 def simpo_loss_from_logps(
@@ -194,21 +181,18 @@ def simpo_loss_from_logps(
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
         ValueError: A shape, a device or a number does not fit.
     """
-    chosen_logps = _checks.check_floating("chosen_logps", chosen_logps)
-    rejected_logps = _checks.check_floating("rejected_logps", rejected_logps)
+    chosen_logps = check_floating("chosen_logps", chosen_logps)
+    rejected_logps = check_floating("rejected_logps", rejected_logps)
     if chosen_logps.dim() != 1:
         raise ValueError(f"chosen_logps: expected shape [P], got {list(chosen_logps.shape)}")
     if rejected_logps.shape != chosen_logps.shape:
         raise ValueError(
-            f"rejected_logps: expected shape {list(chosen_logps.shape)} as of chosen_logps, "
+            f"rejected_logps: expected shape {list(chosen_logps.shape)} to match chosen_logps, "
             f"got {list(rejected_logps.shape)}"
         )
-    if rejected_logps.device != chosen_logps.device:
-        raise ValueError(
-            f"rejected_logps: expected device {chosen_logps.device} as of chosen_logps, "
-            f"got {rejected_logps.device}"
-        )
-    options = resolve_preference_options(
+    check_same_device("rejected_logps", rejected_logps, "chosen_logps", chosen_logps)
+    options = resolve_loss_options(
+        PreferenceKeywords,
         beta=beta,
         gamma_beta_ratio=gamma_beta_ratio,
         gamma=gamma,
@@ -216,17 +200,18 @@ def simpo_loss_from_logps(
         label_smoothing=label_smoothing,
         alpha=alpha,
         shift=False,
-    )
+    ).loss
     # A sequence log-probability is the log-probability of a sequence of one token.
-    dtype = _ops.compute_dtype(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype))
-    token_logps = torch.cat((chosen_logps.to(dtype), rejected_logps.to(dtype))).unsqueeze(1)
-    labels = torch.zeros_like(token_logps, dtype=torch.int64)
-    layout = resolve_layout("chosen_logps", token_logps, None, None, pair_weight)
-    out = _ops.preference_loss(token_logps, labels, layout, options)
+    dtype = compute_dtype(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype))
+    logps = torch.cat((chosen_logps.to(dtype), rejected_logps.to(dtype))).unsqueeze(1)
+    labels = torch.zeros_like(logps, dtype=torch.int64)
+    batch = token_logps_batch(logps, labels, None).paired(None, pair_weight)
+    out = preference_loss(logps, labels, batch.layout, options)
     pairs = chosen_logps.shape[0]
     return out.losses, out.rewards[:pairs], out.rewards[pairs:]
 
 
+@takes(LossKeywords)
 def simpo_loss(
     logits: Tensor,  # [2P, T, V]
     labels: Tensor,  # [2P, T]
@@ -234,25 +219,7 @@ def simpo_loss(
     cu_seqlens: Tensor | None = None,  # [S + 1]
     pairs: Tensor | None = None,  # [P, 2]
     pair_weight: Tensor | None = None,  # [P]
-    preset: Preset | None = None,
-    beta: float | None = None,
-    gamma_beta_ratio: float | None = None,
-    gamma: float | None = None,
-    loss_type: TrainerLossType | None = None,
-    label_smoothing: float = 0.0,
-    alpha: float = 0.0,
-    sft_weight: float | None = None,
-    sft_reduction: SftReduction | None = None,
-    average_log_prob: bool | None = None,
-    reduction: Reduction = "mean",
-    normalizer: Normalizer = None,
-    empty: EmptyPolicy | None = None,
-    ignore_index: int = -100,
-    shift: bool | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    inplace_backward: bool = False,
-    report: Collection[ReportName] = (),
+    **options: Unpack[LossKeywords],
 ) -> SimPOOutput:
     r"""SimPO's loss from the logits of chosen and rejected completions.
 
@@ -281,42 +248,7 @@ def simpo_loss(
         pair_weight: [P] real constants. A factor on a pair's loss and SFT term, not on what they
             are divided by: ``normalizer=pair_weight.sum()`` makes it a weighted mean. A weight of
             0 leaves a pair's loss out, be it NaN.
-        preset: ``"princeton"``, ``"trl"``, ``"liger"`` or ``"llamafactory"``: that trainer's
-            semantics and defaults in place of those below, wherever a keyword is not given, and
-            its names for ``loss_type``: see :func:`with_preset`.
-        beta: Scale of the rewards, > 0. Default 2.0.
-        gamma_beta_ratio: Target margin over beta. Default 0.5, and 0 for ``"ipo"``.
-        gamma: Target margin, instead of ``gamma_beta_ratio``.
-        loss_type: ``"sigmoid"`` (default), ``"hinge"`` or ``"ipo"``.
-        label_smoothing: Probability in [0, 0.5] that a pair's order is wrong; sigmoid only.
-        alpha: Of AlphaPO: 0, or a magnitude in [1e-30, 1e30].
-        sft_weight: Weight of the SFT term, >= 0. Default 0.
-        sft_reduction: ``"sequence"`` (default): -chosen_logps, reduced as the losses are.
-            ``"token"``: cross entropy over all valid chosen tokens of the batch, as Princeton, TRL
-            and Liger have it.
-        average_log_prob: True (default): l is the mean over valid tokens; False: the sum.
-        reduction: ``"mean"`` over counted pairs (and, for a token-wise SFT term, over their chosen
-            tokens), ``"sum"``, or ``"none"``: loss is [P].
-        normalizer: Replaces the denominator of ``"mean"``, for gradient accumulation and data
-            parallelism: a number of pairs, or (pairs, tokens), of which a token-wise SFT term needs
-            the second. Numbers, or tensors of no dimension, which are not read to be checked. See
-            :func:`count_pairs` and :func:`simpo_ext.distributed.global_normalizer`.
-        empty: What becomes of a pair with a completion that has no valid token. ``"drop"``
-            (default): it contributes nothing, to loss, gradient and denominators, and is counted in
-            the metrics; a batch of nothing else has loss 0. Its other completion keeps its logps
-            and their gradient. ``"nan"``: it makes the loss NaN.
-        ignore_index: See :func:`token_logps`.
-        shift: See :func:`token_logps`. Default True.
-        logit_scale: See :func:`token_logps`.
-        softcap: See :func:`token_logps`.
-        inplace_backward: See :func:`token_logps`.
-        report: Metrics to add, out of ``"logits"``, ``"logits_all"`` and ``"entropy"``, each for
-            ``/chosen`` and ``/rejected``; NaN where nothing was counted. ``logits``: the mean over
-            the vocabulary of z (the logits after scale and softcap), averaged over the completion
-            tokens of the counted pairs' sequences. ``logits_all``: the same over all positions of
-            all pairs' sequences, prompt and padding included, as trainers log it; masked positions
-            are read for it. ``entropy``: that of softmax(z) in nats, averaged as ``logits``. They
-            come from the forward's own pass over the logits; loss and gradients are the same bits.
+        **options: See :class:`simpo_ext.options.LossKeywords`.
 
     Returns:
         A :class:`SimPOOutput`.
@@ -330,50 +262,32 @@ def simpo_loss(
             wrong with values makes NaN instead: of a position, a sequence or a pair. Under
             ``torch.compile`` errors of values may come as a RuntimeError.
     """
-    logits, labels, cu_seqlens = as_batch("logits", logits, labels, cu_seqlens)
-    logits, labels = _checks.check_logits_and_labels(logits, labels)
-    layout = resolve_layout("logits", logits, cu_seqlens, pairs, pair_weight)
-    options = resolve_preference_options(
-        preset=preset,
-        beta=beta,
-        gamma_beta_ratio=gamma_beta_ratio,
-        gamma=gamma,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        alpha=alpha,
-        sft_weight=sft_weight,
-        sft_reduction=sft_reduction,
-        average_log_prob=average_log_prob,
-        reduction=reduction,
-        empty=empty,
-        ignore_index=ignore_index,
-        shift=shift,
+    normalizer = options.pop("normalizer", None)
+    call = resolve_loss_options(LossKeywords, **options)
+    denominators = resolve_normalizer(normalizer, call.loss)
+    batch = logits_batch(logits, labels, cu_seqlens, call.inplace_backward)
+    batch = batch.paired(pairs, pair_weight)
+    targets, tokens = sequence_targets(
+        batch.labels, batch.layout.cu_seqlens, batch.tokens.shape[2], call.tokens
     )
-    denominators = resolve_normalizer(normalizer, options)
-    token_options = resolve_token_options(
-        ignore_index=ignore_index, shift=options.shift, logit_scale=logit_scale, softcap=softcap
-    )
-    _checks.check_inplace_backward(inplace_backward, logits)
-    names = check_report(report)
-    targets, token_options = _ops.sequence_targets(
-        labels, layout.cu_seqlens, logits.shape[2], token_options
-    )
-    return compose_output(
-        options._replace(shift=token_options.shift),
-        denominators,
-        lambda op_options: _ops.simpo_loss(
-            logits,
+    all_positions = "logits_all" in call.report if call.report else None
+
+    def loss(loss_options: LossOptions) -> LossOutputs:
+        return fast_path.simpo_loss(
+            batch.tokens,
             targets,
-            layout,
-            token_options,
-            op_options,
-            inplace_backward,
-            "logits_all" in names if names else None,
-        ),
-        Report(names, targets, layout) if names else None,
-    )
+            batch.layout,
+            tokens,
+            loss_options,
+            call.inplace_backward,
+            all_positions,
+        )
+
+    report = Report(call.report, targets, batch.layout) if call.report else None
+    return compose_output(call.loss._replace(shift=tokens.shift), denominators, loss, report)
 
 
+@takes(PreferenceKeywords)
 def simpo_loss_from_token_logps(
     token_logps: Tensor,  # [2P, T]
     labels: Tensor,  # [2P, T]
@@ -381,21 +295,7 @@ def simpo_loss_from_token_logps(
     cu_seqlens: Tensor | None = None,  # [S + 1]
     pairs: Tensor | None = None,  # [P, 2]
     pair_weight: Tensor | None = None,  # [P]
-    preset: Preset | None = None,
-    beta: float | None = None,
-    gamma_beta_ratio: float | None = None,
-    gamma: float | None = None,
-    loss_type: TrainerLossType | None = None,
-    label_smoothing: float = 0.0,
-    alpha: float = 0.0,
-    sft_weight: float | None = None,
-    sft_reduction: SftReduction | None = None,
-    average_log_prob: bool | None = None,
-    reduction: Reduction = "mean",
-    normalizer: Normalizer = None,
-    empty: EmptyPolicy | None = None,
-    ignore_index: int = -100,
-    shift: bool | None = None,
+    **options: Unpack[PreferenceKeywords],
 ) -> SimPOOutput:
     """SimPO's loss from token log-probabilities, wherever they come from.
 
@@ -409,22 +309,7 @@ def simpo_loss_from_token_logps(
         cu_seqlens: See :func:`simpo_loss`, as for all arguments not listed here.
         pairs: See :func:`simpo_loss`.
         pair_weight: See :func:`simpo_loss`.
-        preset: See :func:`simpo_loss`.
-        beta: See :func:`simpo_loss`.
-        gamma_beta_ratio: See :func:`simpo_loss`.
-        gamma: See :func:`simpo_loss`.
-        loss_type: See :func:`simpo_loss`.
-        label_smoothing: See :func:`simpo_loss`.
-        alpha: See :func:`simpo_loss`.
-        sft_weight: See :func:`simpo_loss`.
-        sft_reduction: See :func:`simpo_loss`.
-        average_log_prob: See :func:`simpo_loss`.
-        reduction: See :func:`simpo_loss`.
-        normalizer: See :func:`simpo_loss`.
-        empty: See :func:`simpo_loss`.
-        ignore_index: See :func:`token_logps`.
-        shift: True (default): ``token_logps[:, t]`` is that of ``labels[:, t + 1]``, as
-            :func:`token_logps` returns it.
+        **options: See :class:`simpo_ext.options.PreferenceKeywords`.
 
     Returns:
         A :class:`SimPOOutput`.
@@ -434,31 +319,16 @@ def simpo_loss_from_token_logps(
         ValueError: As :func:`simpo_loss`.
         IndexError: As :func:`simpo_loss`, but for labels.
     """
-    token_logps, labels, cu_seqlens = as_batch("token_logps", token_logps, labels, cu_seqlens)
-    token_logps, labels = _checks.check_token_logps(token_logps, labels)
-    layout = resolve_layout("token_logps", token_logps, cu_seqlens, pairs, pair_weight)
-    options = resolve_preference_options(
-        preset=preset,
-        beta=beta,
-        gamma_beta_ratio=gamma_beta_ratio,
-        gamma=gamma,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        alpha=alpha,
-        sft_weight=sft_weight,
-        sft_reduction=sft_reduction,
-        average_log_prob=average_log_prob,
-        reduction=reduction,
-        empty=empty,
-        ignore_index=ignore_index,
-        shift=shift,
-    )
-    denominators = resolve_normalizer(normalizer, options)
-    targets, shift = _validity(labels, cu_seqlens, ignore_index, options.shift)
+    normalizer = options.pop("normalizer", None)
+    loss_options = resolve_loss_options(PreferenceKeywords, **options).loss
+    denominators = resolve_normalizer(normalizer, loss_options)
+    batch = token_logps_batch(token_logps, labels, cu_seqlens).paired(pairs, pair_weight)
+    validity = Validity(loss_options.ignore_index, loss_options.shift)
+    targets, validity = _marks_of_valid_tokens(batch.labels, batch.layout.cu_seqlens, validity)
     return compose_output(
-        options._replace(ignore_index=0, shift=shift),
+        loss_options._replace(**validity._asdict()),
         denominators,
-        lambda op_options: _ops.preference_loss(token_logps, targets, layout, op_options),
+        lambda options: preference_loss(batch.tokens, targets, batch.layout, options),
     )
 
 
@@ -491,33 +361,28 @@ def count_pairs(
         ValueError: As :func:`simpo_loss`.
         IndexError: As :func:`simpo_loss`, but for labels.
     """
-    labels, _, cu_seqlens = as_batch("labels", labels, labels, cu_seqlens)
-    labels = _checks.check_labels(labels)
-    layout = resolve_layout("labels", labels, cu_seqlens, pairs, None)
-    options = resolve_preference_options(
-        sft_reduction="token",
-        reduction="sum",
-        empty=empty,
-        ignore_index=ignore_index,
-        shift=shift,
+    batch = labels_batch(labels, cu_seqlens).paired(pairs, None)
+    check_choice("empty", empty, ENUMS["empty"])
+    validity = Validity(
+        check_ignore_index("ignore_index", ignore_index), check_bool("shift", shift)
     )
-    targets, shift = _validity(labels, cu_seqlens, ignore_index, shift)
-    # The SFT term of log-probs that are all -1: each chosen token of a counted pair adds 1.
-    logps = torch.full((), -1.0, dtype=torch.float64, device=labels.device).expand(labels.shape)
-    out = _ops.preference_loss(
-        logps, targets, layout, options._replace(ignore_index=0, shift=shift)
-    )
-    return PairCounts(out.metrics[_ops.METRIC_NAMES.index("num_pairs")], out.sft_loss)
+    boundaries, pairs = batch.layout.cu_seqlens, batch.layout.pairs
+    targets, validity = _marks_of_valid_tokens(batch.labels, boundaries, validity)
+    # The op counts the tokens that are scored; the log-probabilities do not matter.
+    logps = torch.zeros((), dtype=torch.float32, device=targets.device).expand(targets.shape)
+    _, num_tokens = _sequence_logps(logps, targets, boundaries, validity, False)
+    if pairs is not None and pairs.device.type == "cpu":
+        check_pairs_in_range(pairs, num_tokens.shape[0])
+    return PairCounts(*count_sides(num_tokens, empty, pairs))
 
 
-def _validity(
+def _marks_of_valid_tokens(
     labels: Tensor,  # [B, T]
     cu_seqlens: Tensor | None,  # [S + 1]
-    ignore_index: int,
-    shift: bool,
-) -> tuple[Tensor, bool]:
-    """Labels that are 0 where nothing is scored and 1 elsewhere, and whether they are shifted."""
-    valid = (labels != ignore_index).to(torch.int64)
-    options = resolve_token_options(ignore_index=0, shift=shift, logit_scale=1.0, softcap=None)
-    valid, options = _ops.sequence_targets(valid, cu_seqlens, 2, options)
-    return valid, options.shift
+    validity: Validity,
+) -> tuple[Tensor, Validity]:
+    """Labels that are 0 where nothing is scored and 1 elsewhere, and the options to read them."""
+    marks = (labels != validity.ignore_index).to(torch.int64)
+    options = TokenOptions(0, validity.shift, logit_scale=1.0, softcap=0.0)
+    marks, options = sequence_targets(marks, cu_seqlens, 2, options)
+    return marks, options.validity

@@ -2,117 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from . import functional
-from ._checks import check_bool
-from ._options import (
-    EMPTY_POLICIES,
-    LOSS_TYPES,
-    SFT_REDUCTIONS,
+from ._metrics.output import SimPOOutput
+from .options import (
+    DEFAULTS,
     EmptyPolicy,
+    LinearModuleKeywords,
+    LossKeywords,
+    LossType,
     Normalizer,
     Reduction,
     ReportName,
     SftReduction,
-    name_of,
-    resolve_linear_options,
+    resolve_loss_options,
     resolve_normalizer,
-    resolve_preference_options,
-    resolve_token_options,
+    takes,
 )
-from ._presets import Preset, TrainerLossType
-from ._report import check_linear_report, check_report
 
 __all__ = ["LinearSimPOLoss", "SimPOLoss"]
 
 
-class _Options(nn.Module):
-    """The options of a loss, checked when it is made, with those of a preset spelt out."""
+class _Loss(nn.Module):
+    """The options of a loss as attributes, checked once; a preset is replaced by what it sets."""
 
-    def __init__(
-        self,
-        *,
-        preset: Preset | None = None,
-        beta: float | None = None,
-        gamma_beta_ratio: float | None = None,
-        gamma: float | None = None,
-        loss_type: TrainerLossType | None = None,
-        label_smoothing: float = 0.0,
-        alpha: float = 0.0,
-        sft_weight: float | None = None,
-        sft_reduction: SftReduction | None = None,
-        average_log_prob: bool | None = None,
-        reduction: Reduction = "mean",
-        normalizer: Normalizer = None,
-        empty: EmptyPolicy | None = None,
-        ignore_index: int = -100,
-        shift: bool | None = None,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        inplace_backward: bool = False,
-        report: Collection[ReportName] = (),
-    ) -> None:
+    beta: float
+    gamma_beta_ratio: float
+    loss_type: LossType
+    label_smoothing: float
+    alpha: float
+    sft_weight: float
+    sft_reduction: SftReduction
+    average_log_prob: bool
+    reduction: Reduction
+    normalizer: Normalizer
+    empty: EmptyPolicy
+    ignore_index: int
+    shift: bool
+    logit_scale: float
+    softcap: float | None
+    inplace_backward: bool
+    report: tuple[ReportName, ...]
+
+    def __init__(self, keywords: type, given: dict[str, Any]) -> None:
         super().__init__()
-        options = resolve_preference_options(
-            preset=preset,
-            beta=beta,
-            gamma_beta_ratio=gamma_beta_ratio,
-            gamma=gamma,
-            loss_type=loss_type,
-            label_smoothing=label_smoothing,
-            alpha=alpha,
-            sft_weight=sft_weight,
-            sft_reduction=sft_reduction,
-            average_log_prob=average_log_prob,
-            reduction=reduction,
-            empty=empty,
-            ignore_index=ignore_index,
-            shift=shift,
-        )
-        resolve_normalizer(normalizer, options)
-        resolve_token_options(
-            ignore_index=ignore_index, shift=options.shift, logit_scale=logit_scale, softcap=softcap
-        )
-        self.beta = options.beta
-        self.gamma_beta_ratio = options.gamma_beta_ratio
-        self.loss_type = name_of(options.loss_type, LOSS_TYPES)
-        self.label_smoothing = options.label_smoothing
-        self.alpha = options.alpha
-        self.sft_weight = options.sft_weight
-        self.sft_reduction = name_of(options.sft_reduction, SFT_REDUCTIONS)
-        self.average_log_prob = options.average_log_prob
-        self.reduction = reduction
-        self.normalizer = normalizer
-        self.empty = name_of(options.empty, EMPTY_POLICIES)
-        self.ignore_index = ignore_index
-        self.shift = options.shift
-        self.logit_scale = logit_scale
-        self.softcap = softcap
-        self.inplace_backward = check_bool("inplace_backward", inplace_backward)
-        self.report = check_report(report)
-        # Not those that a subclass or a caller may set besides.
-        self._options = tuple(
-            name for name in vars(self) if not name.startswith("_") and name != "training"
-        )
+        normalizer = given.pop("normalizer", None)
+        call = resolve_loss_options(keywords, **given)
+        resolve_normalizer(normalizer, call.loss)
+        values = {**DEFAULTS[keywords], **given, **call.loss._asdict()}
+        values.update(normalizer=normalizer, report=call.report)
+        # A preset and its margin are part of what call.loss has.
+        self._options = tuple(name for name in values if name not in ("preset", "gamma"))
+        for name in self._options:
+            setattr(self, name, values[name])
 
-    def _keywords(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._options}
+    def _keywords(self, normalizer: Normalizer) -> dict[str, Any]:
+        """The options of a call, with its own ``normalizer`` if it has one."""
+        options = {name: getattr(self, name) for name in self._options}
+        return options if normalizer is None else {**options, "normalizer": normalizer}
 
     def extra_repr(self) -> str:
         """Every option, as the constructor takes it."""
-        return ", ".join(f"{name}={value!r}" for name, value in self._keywords().items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._keywords(None).items())
 
 
-class SimPOLoss(_Options):
-    """:func:`simpo_ext.functional.simpo_loss` with its options kept; it has no parameters.
+class SimPOLoss(_Loss):
+    """:func:`simpo_ext.simpo_loss` as a module without parameters, which keeps the options.
 
-    Takes the keywords of that function, with the same defaults, and raises the same errors when it
-    is made.
+    The constructor takes the options of that function, with the same defaults and errors.
     """
+
+    @takes(LossKeywords)
+    def __init__(self, **options: Unpack[LossKeywords]) -> None:
+        super().__init__(LossKeywords, dict(options))
 
     def forward(
         self,
@@ -123,7 +89,7 @@ class SimPOLoss(_Options):
         pairs: Tensor | None = None,  # [P, 2]
         pair_weight: Tensor | None = None,  # [P]
         normalizer: Normalizer = None,
-    ) -> functional.SimPOOutput:
+    ) -> SimPOOutput:
         """See :func:`simpo_ext.functional.simpo_loss`.
 
         Args:
@@ -132,15 +98,13 @@ class SimPOLoss(_Options):
             cu_seqlens: [S + 1], of packed sequences.
             pairs: [P, 2], the sequences of each pair.
             pair_weight: [P], factors on the pairs' losses.
-            normalizer: Replaces the module's own for this call, since the denominator of an
-                accumulation step is often known only with its batch.
+            normalizer: Replaces the module's own in this call: the denominator of an accumulation
+                step is often known only with its batch.
 
         Returns:
-            A :class:`~simpo_ext.functional.SimPOOutput`.
+            A :class:`~simpo_ext.SimPOOutput`.
         """
-        options = self._keywords()
-        if normalizer is not None:
-            options["normalizer"] = normalizer
+        options = self._keywords(normalizer)
         return functional.simpo_loss(
             logits,
             labels,
@@ -151,62 +115,18 @@ class SimPOLoss(_Options):
         )
 
 
-class LinearSimPOLoss(_Options):
-    """:func:`simpo_ext.functional.linear_simpo_loss` with its options kept; it has no parameters.
+class LinearSimPOLoss(_Loss):
+    """:func:`simpo_ext.linear_simpo_loss` as a module without parameters, which keeps the options.
 
-    Takes the keywords of :class:`SimPOLoss` and ``logits_budget_bytes``, with the same defaults as
-    that function, and raises the same errors when it is made.
+    The constructor takes the options of that function except ``num_valid_tokens``, with the same
+    defaults and errors.
     """
 
-    def __init__(
-        self,
-        *,
-        preset: Preset | None = None,
-        beta: float | None = None,
-        gamma_beta_ratio: float | None = None,
-        gamma: float | None = None,
-        loss_type: TrainerLossType | None = None,
-        label_smoothing: float = 0.0,
-        alpha: float = 0.0,
-        sft_weight: float | None = None,
-        sft_reduction: SftReduction | None = None,
-        average_log_prob: bool | None = None,
-        reduction: Reduction = "mean",
-        normalizer: Normalizer = None,
-        empty: EmptyPolicy | None = None,
-        ignore_index: int = -100,
-        shift: bool | None = None,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        inplace_backward: bool = False,
-        logits_budget_bytes: int | None = None,
-        report: Collection[ReportName] = (),
-    ) -> None:
-        super().__init__(
-            preset=preset,
-            beta=beta,
-            gamma_beta_ratio=gamma_beta_ratio,
-            gamma=gamma,
-            loss_type=loss_type,
-            label_smoothing=label_smoothing,
-            alpha=alpha,
-            sft_weight=sft_weight,
-            sft_reduction=sft_reduction,
-            average_log_prob=average_log_prob,
-            reduction=reduction,
-            normalizer=normalizer,
-            empty=empty,
-            ignore_index=ignore_index,
-            shift=shift,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            inplace_backward=inplace_backward,
-            report=report,
-        )
-        resolve_linear_options(logits_budget_bytes, None)
-        check_linear_report(report, softcap)
-        self.logits_budget_bytes = logits_budget_bytes
-        self._options += ("logits_budget_bytes",)
+    logits_budget_bytes: int | None
+
+    @takes(LinearModuleKeywords)
+    def __init__(self, **options: Unpack[LinearModuleKeywords]) -> None:
+        super().__init__(LinearModuleKeywords, dict(options))
 
     def forward(
         self,
@@ -220,7 +140,7 @@ class LinearSimPOLoss(_Options):
         pair_weight: Tensor | None = None,  # [P]
         normalizer: Normalizer = None,
         num_valid_tokens: int | None = None,
-    ) -> functional.SimPOOutput:
+    ) -> SimPOOutput:
         """See :func:`simpo_ext.functional.linear_simpo_loss`.
 
         Args:
@@ -235,11 +155,9 @@ class LinearSimPOLoss(_Options):
             num_valid_tokens: An upper bound of the number of valid tokens in ``labels``.
 
         Returns:
-            A :class:`~simpo_ext.functional.SimPOOutput`.
+            A :class:`~simpo_ext.SimPOOutput`.
         """
-        options = self._keywords()
-        if normalizer is not None:
-            options["normalizer"] = normalizer
+        options = self._keywords(normalizer)
         return functional.linear_simpo_loss(
             hidden,
             weight,

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _checks, functional
-from .._options import EmptyPolicy
-from .._report import row_means, valid_tokens
-from ._causal_lm import FusedOutput
-from ._tier import FusedTier, check_options
+from .. import functional
+from .._inputs.checks import check_bool, check_number
+from .._metrics.report import counted_pairs, row_means, valid_tokens
+from ..options import EmptyPolicy
+from ._fused.causal_lm import FusedOutput
+from ._fused.tier import FusedTier, check_options
 
 __all__ = ["PairForward", "SimPOMixin", "get_batch_logps", "patch", "simpo_loss", "simpo_trainer"]
 
@@ -79,7 +80,7 @@ def _sequence_sums(
     is_scored = valid_tokens(labels, label_pad_token_id, shift=True)
     valid_length = is_scored.sum(-1)
     if ld_alpha is not None:
-        ld_alpha = _checks.check_number("ld_alpha", ld_alpha, at_least=0.0, at_most=1.0)
+        ld_alpha = check_number("ld_alpha", ld_alpha, at_least=0.0, at_most=1.0)
         shorter = valid_length.view(2, _num_pairs("logits", labels)).amin(0).repeat(2)
         # The common length is measured in positions from the first that is scored.
         end = is_scored.to(torch.int8).argmax(-1) + shorter
@@ -201,8 +202,8 @@ class SimPOMixin:
         token_logps, mean_logits = self._score(model, batch)
         of_rows = _sequence_sums(token_logps, labels, _IGNORE_INDEX, self.ld_alpha)
         logps, lengths, logits = (values.view(2, pairs) for values in (*of_rows, mean_logits))
-        if self.empty == "drop":
-            is_counted = (lengths > 0).all(0)
+        is_counted = counted_pairs(lengths.flatten(), self.empty)
+        if is_counted is not None:
             logps, lengths, logits = (each[:, is_counted] for each in (logps, lengths, logits))
         chosen_logps, rejected_logps = logps / lengths
         chosen_logits, rejected_logits = logits.mean(1)
@@ -269,7 +270,7 @@ def simpo_trainer(
             f"concatenated_forward, got {trainer_class!r}"
         )
     check_options(fused_linear, empty, logits_budget_bytes)
-    _checks.check_bool("inplace_backward", inplace_backward)
+    check_bool("inplace_backward", inplace_backward)
     base = next(each for each in trainer_class.__mro__ if not issubclass(each, SimPOMixin))
     attributes = {
         "fused_linear": fused_linear,

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as F
-from .._options import EmptyPolicy
-from .._presets import TrainerLossType
-from .._report import row_means
-from ._causal_lm import FusedOutput
-from ._tier import FusedTier, check_options
+from .._metrics.report import counted_pairs, row_means, valid_tokens
+from ..options import EmptyPolicy
+from ..presets import TrainerLossType
+from ._fused.causal_lm import FusedOutput
+from ._fused.tier import FusedTier, check_options
 
 try:
     from trl.experimental.cpo import CPOTrainer
@@ -248,13 +248,13 @@ class SimPOMixin:
 
     def _counted_pairs(self, batch: dict[str, Any]) -> Tensor:  # [P], bool
         """Those that are not dropped."""
-        chosen: Tensor = batch["chosen_labels"]
-        rejected: Tensor = batch["rejected_labels"]
-        if self._empty == "nan":
-            return torch.ones_like(chosen[:, 0], dtype=torch.bool)
-        first = 0 if self.is_encoder_decoder else 1  # nothing predicts the first token
-        has_chosen = (chosen[:, first:] != _LABEL_PAD_TOKEN_ID).any(1)
-        return has_chosen & (rejected[:, first:] != _LABEL_PAD_TOKEN_ID).any(1)
+        shift = not self.is_encoder_decoder
+        sides: tuple[Tensor, ...] = batch["chosen_labels"], batch["rejected_labels"]
+        num_valid = [valid_tokens(side, _LABEL_PAD_TOKEN_ID, shift).sum(1) for side in sides]
+        is_counted = counted_pairs(torch.cat(num_valid), self._empty)
+        if is_counted is None:
+            return torch.ones_like(num_valid[0], dtype=torch.bool)
+        return is_counted
 
     def _read(
         self,

@@ -165,13 +165,13 @@ def test_the_floor_is_the_fastest_variant_of_each_phase(load) -> None:
 
 
 def test_chunks_are_counted_as_the_ops_do(load) -> None:
-    goals, linear_ops = load("linear_goals"), importlib.import_module("simpo_ext._linear_ops")
+    goals, linear_ops = load("linear_goals"), importlib.import_module("simpo_ext._ops.logits_plan")
     for vocabulary in (64, 4096, 4097, 32000, 128256):
         chunk, everything = goals.chunk_bytes(10, vocabulary, 2, "cpu")
-        kept, rows, width = linear_ops._kept_logits_shape(10, vocabulary, 2, everything, "cpu")
+        kept, rows, width = linear_ops.kept_logits_shape(10, vocabulary, 2, everything, "cpu")
         assert chunk == rows * width * 2
         assert everything == (kept + 1) * chunk
-        less = linear_ops._kept_logits_shape(10, vocabulary, 2, everything - 1, "cpu")[0]
+        less = linear_ops.kept_logits_shape(10, vocabulary, 2, everything - 1, "cpu")[0]
         assert less == kept - 1
 
 

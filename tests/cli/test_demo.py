@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from simpo_ext import demo
-from simpo_ext.demo import batches, compare, documentation, jsonl, options, train
-from simpo_ext.demo.messages import DemoError
-from simpo_ext.demo.model import ByteTransformer
+from simpo_ext.cli.demo import batches, compare, documentation, jsonl, options, train
+from simpo_ext.cli.demo.messages import DemoError
+from simpo_ext.cli.demo.model import ByteTransformer
 
 BASIC = {"prompt": "The sky is", "chosen": " blue today.", "rejected": " today blue."}
 
@@ -434,6 +434,6 @@ def test_comparison_refuses_a_wrong_result(monkeypatch):
 
 def test_importing_the_demo_is_cheap():
     # tqdm is not listed: torch imports it where it is installed.
-    code = "import sys, simpo_ext.demo; print({'rich', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, simpo_ext.cli.demo; print({'rich', 'matplotlib'} & set(sys.modules))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert child.stdout.strip() == "set()"

@@ -15,7 +15,7 @@ import torch
 
 import simpo_ext
 from simpo_ext import _C
-from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES, DEFAULT_LOGITS_BUDGET_SHARE
+from simpo_ext._ops.logits_plan import DEFAULT_LOGITS_BUDGET_BYTES, DEFAULT_LOGITS_BUDGET_SHARE
 from support.batches import make_batch
 from support.builds import (
     WITHOUT_DEBUG_INFO,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpo_ext import PairCounts, count_pairs, simpo_loss
-from simpo_ext._normalizer import global_normalizer
+from simpo_ext.distributed.normalizer import global_normalizer
 from support.packed_batches import PAIRS, Packed, make_packed
 from support.ranks import run_on_ranks
 

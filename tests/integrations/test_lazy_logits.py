@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simpo_ext.integrations._lazy_logits import LazyLogits, Transform
+from simpo_ext.integrations._fused.lazy_logits import LazyLogits, Transform
 
 Operation = Callable[[Tensor], Tensor]
 B, T, V = 2, 3, 7

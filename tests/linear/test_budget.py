@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import simpo_ext
-from simpo_ext import _linear_ops, _options
-from simpo_ext._options import DEFAULT_LOGITS_BUDGET_BYTES, default_logits_budget
+from simpo_ext._ops import logits_plan
+from simpo_ext._ops.logits_plan import DEFAULT_LOGITS_BUDGET_BYTES, default_logits_budget
 from simpo_ext.distributed import VocabShard, vocab_parallel_linear_token_logps
 from support.linear_batches import LinearBatch, Watcher, make_linear_batch
 
@@ -71,7 +71,7 @@ def test_the_ops_get_the_default_of_their_device(
     leaf = make_linear_batch().leaves()
     assert budget_passed(function, leaf) == DEFAULT_LOGITS_BUDGET_BYTES
     defaults = {CPU: 12_345}
-    monkeypatch.setattr(_linear_ops, "default_logits_budget", defaults.__getitem__)
+    monkeypatch.setattr(logits_plan, "default_logits_budget", defaults.__getitem__)
     assert budget_passed(function, leaf) == 12_345
     assert budget_passed(function, leaf, logits_budget_bytes=0) == 0
     assert budget_passed(function, leaf, logits_budget_bytes=5) == 5
@@ -85,7 +85,7 @@ def test_a_compiler_takes_the_default_for_a_constant(
     monkeypatch: pytest.MonkeyPatch, memory: int | None
 ) -> None:
     if memory is not None:  # otherwise torch is asked, through functions that Dynamo must know
-        monkeypatch.setattr(_options, "_gpu_memory", lambda device: memory)
+        monkeypatch.setattr(logits_plan, "_gpu_memory", lambda device: memory)
     elif torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(GPU).total_memory
     factors: list[Any] = []

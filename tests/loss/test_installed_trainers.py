@@ -14,7 +14,7 @@ from liger_kernel.chunked_loss import LigerFusedLinearSimPOLoss
 from torch import Tensor
 
 import simpo_ext
-from simpo_ext._presets import PRESETS, with_preset
+from simpo_ext.presets import PRESETS, with_preset
 from support.batches import make_batch
 
 with warnings.catch_warnings():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import simpo_ext
-from simpo_ext._presets import OWN, PRESETS, Semantics, with_preset
+from simpo_ext.presets import OWN, PRESETS, Semantics, with_preset
 from support.batches import Batch, make_batch
 from support.trainer_formulas import (
     TrainerLoss,

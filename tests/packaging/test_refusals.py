@@ -21,7 +21,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import simpo_ext
-from simpo_ext import _C, _checks, _library, distributed
+from simpo_ext import _C, distributed
+from simpo_ext._inputs import checks
+from simpo_ext._ops import library
 from support.builds import run
 from support.paths import ROOT
 
@@ -99,7 +101,7 @@ def test_versions_before_the_oldest_are_refused(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ImportError, match=message("expected torch >= 2.10, got torch", version)):
-        _library._check_torch_version()
+        library._check_torch_version()
 
 
 # The last: what a build says that does not know its version.
@@ -109,11 +111,11 @@ def test_versions_before_the_oldest_are_refused(
 )
 def test_versions_from_the_oldest_on_are_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    _library._check_torch_version()
+    library._check_torch_version()
 
 
 def test_the_oldest_torch_is_one_for_library_package_and_import() -> None:
-    oldest = ".".join(map(str, _library.OLDEST_TORCH))
+    oldest = ".".join(map(str, library.OLDEST_TORCH))
     assert simpo_ext.build_info()["torch_target"] == oldest
     assert f"torch>={oldest}" in (importlib.metadata.requires("simpo_ext") or [])
 
@@ -251,7 +253,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     """A device that fake tensors are on while inside, and what is said of it."""
     name, parts, hip, runtime = DEVICES[request.param]
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(_checks, "_HAS_CUDA_KERNELS", bool(runtime))
+    monkeypatch.setattr(checks, "_HAS_CUDA_KERNELS", bool(runtime))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield name, parts
 

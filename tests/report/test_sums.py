@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpo_ext._report import report_values, sequence_sums
+from simpo_ext._metrics.report import report_values, sequence_sums
 
 ALL = ("logits", "logits_all", "entropy")
 NAN = float("nan")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo_ext import _linear_ops
+from simpo_ext._ops import logits_plan
 
 FORWARD_AND_BACKWARD = (
     "token_logps",
@@ -55,7 +55,7 @@ def route_cpu_ops_to_cuda(device: str = "cuda") -> torch.library.Library:
     """Replaces the CPU kernels of every op. They are back when the library returned is gone."""
     library = torch.library.Library("simpo_ext", "IMPL")
     # What the fake kernels say of CPU tensors has to be the GPU's plan now.
-    _linear_ops._CHUNK_COLUMNS["cpu"] = _linear_ops._CHUNK_COLUMNS["cuda"]
+    logits_plan.CHUNK_COLUMNS["cpu"] = logits_plan.CHUNK_COLUMNS["cuda"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the dispatcher's, that a kernel was registered anew
         for name in FORWARD_AND_BACKWARD:

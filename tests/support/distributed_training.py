@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import simpo_ext
 from simpo_ext import PairCounts, count_pairs
-from simpo_ext._normalizer import global_normalizer
+from simpo_ext.distributed.normalizer import global_normalizer
 
 # A vocabulary and a width that no number of ranks divides.
 VOCABULARY = 203

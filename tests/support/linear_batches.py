@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import simpo_ext
-from simpo_ext import _linear_ops
+from simpo_ext._ops import logits_plan
 from support.batches import make_batch
 
 OPS = torch.ops.simpo_ext
 # The most columns of the logits that are worked on at a time: 4096 on CPUs, 8192 where tensors are
 # sent to a GPU (cuda_routing.py).
-CHUNK = _linear_ops._CHUNK_COLUMNS["cpu"]
+CHUNK = logits_plan.CHUNK_COLUMNS["cpu"]
 # More than any batch of the tests fills.
 UNLIMITED = 2**62
 

@@ -26,7 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from simpo_ext.demo import documentation
+from simpo_ext.cli.demo import documentation
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo_ext._options import TokenOptions
+from simpo_ext._ops.records import TokenOptions
 from support.batches import Batch
 from support.linear_batches import LinearBatch
 

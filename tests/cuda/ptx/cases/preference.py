@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simpo_ext._ops import METRIC_NAMES
-from simpo_ext._options import LOSS_TYPES, REDUCTIONS
+from simpo_ext._ops.records import ENUMS, METRIC_NAMES
 from support import oracle
 
 from ..harness.buffers import ROUNDING, Buffer
@@ -53,10 +52,10 @@ def cases() -> list[Case]:
                 Layout((6, 30), seed=10),
                 {"loss_type": loss, "alpha": alpha, "beta": 40.0, "average_log_prob": False},
             )
-            for loss, alpha in itertools.product(LOSS_TYPES, (0.0, 30.0))
+            for loss, alpha in itertools.product(ENUMS["loss_type"], (0.0, 30.0))
         ),
     ]
-    for reduction, empty in itertools.product(REDUCTIONS, ("drop", "nan")):
+    for reduction, empty in itertools.product(ENUMS["reduction"], ("drop", "nan")):
         how = {"reduction": reduction, "empty": empty}
         found += [
             Case(rows, {**how, "sft_weight": 0.3}),
@@ -173,7 +172,7 @@ def _members(
         },
         "average": options.average_log_prob,
         "reduction": {
-            "reduction": REDUCTIONS[options.reduction],
+            "reduction": ENUMS["reduction"].index(options.reduction),
             "sft_reduction": int(options.sft_reduction == "token"),
             "empty": int(options.empty == "nan"),
             "sft_weight": options.sft_weight,
@@ -203,7 +202,7 @@ def _forward(
         counts=out((S,), "int64"),
     )
     pair_loss = {
-        "type": LOSS_TYPES[options.loss_type],
+        "type": ENUMS["loss_type"].index(options.loss_type),
         "beta": options.beta,
         "gamma_beta_ratio": options.margin,
         "label_smoothing": options.label_smoothing,

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import is_dtensor
-from .._linear import score_labels
-from .._report import valid_tokens
-from ._lazy_logits import LazyLogits, Transform
+from ..._inputs.batch import linear_batch
+from ..._inputs.checks import is_dtensor
+from ..._metrics.report import ReportName, valid_tokens
+from ...linear import score_tokens
+from ...options import LinearKeywords, resolve_token_options
+from .lazy_logits import LazyLogits, Transform
 
 __all__ = ["CannotFuseError", "FusedHead", "FusedOutput", "find_head"]
 
@@ -176,17 +178,17 @@ class FusedHead:
         def forward(hidden: Tensor) -> Tensor:
             if hidden.shape[:-1] != labels.shape:
                 return nn.Linear.forward(self.head, hidden)
-            scored = score_labels(
-                hidden,
-                self.head.weight,
-                labels.to(hidden.device),
-                bias=self.head.bias,
+            call = resolve_token_options(
+                LinearKeywords,
                 logit_scale=logit_scale,
                 softcap=softcap,
                 logits_budget_bytes=logits_budget_bytes,
-                num_valid_tokens=count,
-                report=["logits_all" if softcap is None else "logits"],
+            ).with_count(count)
+            linear = linear_batch(
+                hidden, self.head.weight, labels.to(hidden.device), self.head.bias, None
             )
+            report: tuple[ReportName, ...] = ("logits_all" if softcap is None else "logits",)
+            scored = score_tokens(linear, linear.batch.labels, call, report)
             if scored.all_mean_logits is not None:
                 means.append(scored.all_mean_logits.mean(1))
             else:

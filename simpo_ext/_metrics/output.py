@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
-from ._layout import Layout
-from ._options import REDUCTIONS, Number, PreferenceOptions
-from ._report import asked_for, metric_names, report_values
+from .._ops.records import Layout, LossOptions, LossOutputs
+from .report import asked_for, metric_names, report_values
 
 
 class SimPOOutput(NamedTuple):
@@ -60,7 +58,7 @@ class Report(NamedTuple):
     # [B, T]: the mean logit of every position, where that is not the forward's mean_logit.
     all_mean_logits: Tensor | None = None
 
-    def values(self, out: _ops.PreferenceOutputs, options: PreferenceOptions) -> Tensor:
+    def values(self, out: LossOutputs, options: LossOptions) -> Tensor:
         """What ``names`` add to the metrics."""
         of_all = out.mean_logit if self.all_mean_logits is None else self.all_mean_logits
         values = {"logits": out.mean_logit, "logits_all": of_all, "entropy": out.entropy}
@@ -78,9 +76,9 @@ class Report(NamedTuple):
 
 
 def compose_output(
-    options: PreferenceOptions,
-    denominators: tuple[Number, Number] | None,
-    loss: Callable[[PreferenceOptions], _ops.PreferenceOutputs],
+    options: LossOptions,
+    denominators: tuple[float | Tensor, float | Tensor] | None,
+    loss: Callable[[LossOptions], LossOutputs],
     report: Report | None = None,
 ) -> SimPOOutput:
     """SimPOOutput of a loss; ``denominators``, if given, take the place of those it would count."""
@@ -88,7 +86,7 @@ def compose_output(
         out = loss(options)
     else:
         # Outside the op, whose floats are constants to torch.compile, while these vary by step.
-        out = loss(options._replace(reduction=REDUCTIONS["sum"], sft_weight=0.0))
+        out = loss(options._replace(reduction="sum", sft_weight=0.0))
         total = (out.loss / denominators[0]).to(out.loss.dtype)
         sft_loss = (out.sft_loss / denominators[1]).to(out.loss.dtype)
         if options.sft_weight > 0.0:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._checks import check_choice
+from .._inputs.checks import check_choice
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

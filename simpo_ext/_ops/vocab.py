@@ -1,32 +1,30 @@
-"""The ops of a vocabulary in shards as PyTorch sees them, around the collectives of their caller.
-
-:mod:`simpo_ext._ops` for the ops of a whole vocabulary.
-"""
+"""The ops for a vocabulary in shards, around the collectives of their caller."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ._linear_ops import _bound_of_valid_tokens, _kept_logits_shape, budget_of_call
-from ._ops import (
+from .linear import kept_logits, wanted
+from .logits_plan import bound_of_valid_tokens, budget_of_call
+from .records import TokenOptions, Validity, compute_dtype
+from .registry import (
     Ctx,
-    _call,
-    _check_no_tangent,
-    _check_same_device,
-    _ops,
-    _refuse_create_graph,
-    _register_fake,
-    compute_dtype,
+    call,
+    check_no_tangent,
+    check_same_device,
+    ops,
+    refuse_create_graph,
+    register_autograd,
+    register_fake,
 )
-from ._options import TokenOptions
 
 
 class Shard(Protocol):
-    """What is asked of a :class:`simpo_ext.distributed.VocabShard`."""
+    """The members of :class:`simpo_ext.distributed.VocabShard` that the ops need."""
 
     @property
     def first_label(self) -> int: ...
@@ -36,6 +34,22 @@ class Shard(Protocol):
     def all_gather(self) -> Callable[[Tensor], Tensor]: ...
     @property
     def all_reduce(self) -> Callable[[Tensor], Tensor]: ...
+
+
+class ShardOptions(NamedTuple):
+    """The trailing arguments of the ops that read a shard."""
+
+    first_label: int
+    num_labels: int
+    ignore_index: int
+    shift: bool
+    logit_scale: float
+    softcap: float
+
+    @property
+    def validity(self) -> Validity:
+        """The options that say which positions are scored."""
+        return Validity(self.ignore_index, self.shift)
 
 
 def _gather(shard: Shard, tensor: Tensor) -> Tensor:
@@ -56,31 +70,25 @@ def _reduce(shard: Shard, tensor: Tensor) -> Tensor:
     return reduced
 
 
+def _merged_dtype(float64: bool) -> torch.dtype:
+    return torch.float64 if float64 else torch.float32
+
+
 # ---- from logits ---------------------------------------------------------------------------------
 
 
-@_register_fake("token_logps_shard")
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    first_label: int,
-    num_labels: int,
-    ignore_index: int,
-    shift: bool,
-    logit_scale: float,
-    softcap: float,
-) -> Tensor:
-    _check_same_device(logits, labels)
+@register_fake("token_logps_shard")
+def _(logits: Tensor, labels: Tensor, *_options: Any) -> Tensor:
+    check_same_device(logits, labels)
     return logits.new_empty((3, *logits.shape[:2]), dtype=torch.float64)
 
 
-@_register_fake("token_logps_merge")
+@register_fake("token_logps_merge")
 def _(
     shards: Tensor, labels: Tensor, ignore_index: int, shift: bool, float64: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_same_device(shards, labels)
-    dtype = torch.float64 if float64 else torch.float32
-    shape = labels.shape
+    check_same_device(shards, labels)
+    dtype, shape = _merged_dtype(float64), labels.shape
     return (
         shards.new_empty(shape, dtype=dtype),
         shards.new_empty(shape, dtype=dtype),
@@ -88,43 +96,19 @@ def _(
     )
 
 
-@_register_fake("token_logps_shard_backward")
-def _(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    max: Tensor,
-    sum_exp: Tensor,
-    first_label: int,
-    num_labels: int,
-    ignore_index: int,
-    shift: bool,
-    logit_scale: float,
-    softcap: float,
-) -> Tensor:
-    _check_same_device(logits, grad_logps, labels, max, sum_exp)
+@register_fake("token_logps_shard_backward")
+def _(grad_logps: Tensor, logits: Tensor, *others: Any) -> Tensor:
+    check_same_device(logits, grad_logps, *others[:3])  # labels, max, sum_exp
     return logits.new_empty(logits.shape)
 
 
-@_register_fake("token_logps_shard_backward_")
-def _(
-    grad_logps: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    max: Tensor,
-    sum_exp: Tensor,
-    first_label: int,
-    num_labels: int,
-    ignore_index: int,
-    shift: bool,
-    logit_scale: float,
-    softcap: float,
-) -> None:
-    _check_same_device(logits, grad_logps, labels, max, sum_exp)
+@register_fake("token_logps_shard_backward_")
+def _(grad_logps: Tensor, logits: Tensor, *others: Any) -> None:
+    check_same_device(logits, grad_logps, *others[:3])  # labels, max, sum_exp
 
 
 class _TokenLogpsOfShards(torch.autograd.Function):
-    """token_logps of logits of which this rank has a shard: one all-gather forward, none back."""
+    """token_logps of this rank's shard of logits. The forward gathers; the backward does not."""
 
     @staticmethod
     def forward(
@@ -135,29 +119,28 @@ class _TokenLogpsOfShards(torch.autograd.Function):
         options: TokenOptions,
         inplace_backward: bool,
     ) -> Tensor:
-        part = shard.first_label, shard.vocab_size
-        stats = _call(_ops.token_logps_shard.default, logits, labels, *part, *options)
+        ctx.options = ShardOptions(shard.first_label, shard.vocab_size, *options)
+        stats = call(ops.token_logps_shard.default, logits, labels, *ctx.options)
         logps: Tensor
-        logps, row_max, sum_exp = _ops.token_logps_merge.default(
-            _gather(shard, stats), labels, *options[:2], logits.dtype == torch.float64
+        logps, row_max, sum_exp = ops.token_logps_merge.default(
+            _gather(shard, stats), labels, *options.validity, logits.dtype == torch.float64
         )
-        ctx.options = *part, *options
         ctx.inplace_backward = inplace_backward
         ctx.save_for_backward(logits, labels, row_max, sum_exp)
         return logps
 
     @staticmethod
     def backward(ctx: Ctx, grad_logps: Tensor) -> tuple[Any, ...]:
-        _refuse_create_graph()
+        refuse_create_graph()
         logits, *others = ctx.saved_tensors
         if not ctx.inplace_backward:
-            dlogits = _ops.token_logps_shard_backward.default(
+            dlogits = ops.token_logps_shard_backward.default(
                 grad_logps, logits, *others, *ctx.options
             )
         else:
             dlogits = logits.detach()
-            _ops.token_logps_shard_backward_.default(grad_logps, dlogits, *others, *ctx.options)
-            # As in _ops: who saved the logits' values finds a newer version and fails.
+            ops.token_logps_shard_backward_.default(grad_logps, dlogits, *others, *ctx.options)
+            # As in token_logps.py: nodes that saved the logits find a newer version and fail.
             torch.autograd.graph.increment_version(logits)
         return dlogits, None, None, None, None
 
@@ -170,8 +153,8 @@ def token_logps_of_shards(
     inplace_backward: bool,
 ) -> Tensor:  # [B, T]
     """Log-probability of each position's label, the same bits on every rank."""
-    _check_no_tangent(logits)
-    # As in _ops.token_logps.
+    check_no_tangent(logits)
+    # As in token_logps.py: a compiled backward may not mutate what the forward saved.
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logps: Tensor = _TokenLogpsOfShards.apply(  # type: ignore[no-untyped-call]
         logits, labels, shard, options, inplace
@@ -182,45 +165,29 @@ def token_logps_of_shards(
 # ---- from hidden states --------------------------------------------------------------------------
 
 
-@_register_fake("linear_token_logps_shard")
+@register_fake("linear_token_logps_shard")
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    first_label: int,
-    num_labels: int,
-    ignore_index: int,
-    shift: bool,
-    logit_scale: float,
-    softcap: float,
-    logits_budget_bytes: int,
-    num_valid_tokens: int,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    _check_same_device(hidden, weight, bias, labels)
-    batch, time, _ = hidden.shape
-    rows = batch * time if num_valid_tokens == -1 else num_valid_tokens
-    kept = _kept_logits_shape(
-        rows, weight.shape[0], hidden.element_size(), logits_budget_bytes, hidden.device.type
-    )
-    return hidden.new_empty((3, rows), dtype=torch.float64), hidden.new_empty(kept)
+    check_same_device(hidden, weight, bias, labels)
+    kept = kept_logits(hidden, weight, *options[-2:])  # logits_budget_bytes, num_valid_tokens
+    return hidden.new_empty((3, kept.shape[1]), dtype=torch.float64), kept
 
 
-@_register_fake("linear_token_logps_merge")
+@register_fake("linear_token_logps_merge")
 def _(
     shards: Tensor, labels: Tensor, ignore_index: int, shift: bool, float64: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_same_device(shards, labels)
-    dtype = torch.float64 if float64 else torch.float32
-    rows = shards.shape[2]
+    check_same_device(shards, labels)
+    dtype, rows = _merged_dtype(float64), shards.shape[2:]
     return (
         shards.new_empty(labels.shape, dtype=dtype),
-        shards.new_empty((rows,), dtype=dtype),
-        shards.new_empty((rows,)),
+        shards.new_empty(rows, dtype=dtype),
+        shards.new_empty(rows),
     )
 
 
-@_register_fake("linear_token_logps_shard_backward")
+@register_fake("linear_token_logps_shard_backward")
 def _(
     grad_logps: Tensor,
     hidden: Tensor,
@@ -230,17 +197,10 @@ def _(
     max: Tensor,
     sum_exp: Tensor,
     kept_logits: Tensor,
-    first_label: int,
-    num_labels: int,
-    ignore_index: int,
-    shift: bool,
-    logit_scale: float,
-    softcap: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_same_device(hidden, grad_logps, weight, bias, labels, max, sum_exp, kept_logits)
+    check_same_device(hidden, grad_logps, weight, bias, labels, max, sum_exp, kept_logits)
+    needs_hidden, needs_weight, needs_bias = options[-3:]
     rows = (max.shape[0], hidden.shape[2])
     dhidden_rows = (
         hidden.new_empty(rows, dtype=compute_dtype(hidden.dtype))
@@ -254,11 +214,9 @@ def _(
     )
 
 
-@_register_fake("linear_token_logps_dhidden")
-def _(
-    dhidden_rows: Tensor, hidden: Tensor, labels: Tensor, ignore_index: int, shift: bool
-) -> Tensor:
-    _check_same_device(hidden, dhidden_rows, labels)
+@register_fake("linear_token_logps_dhidden")
+def _(dhidden_rows: Tensor, hidden: Tensor, labels: Tensor, *_options: Any) -> Tensor:
+    check_same_device(hidden, dhidden_rows, labels)
     return hidden.new_empty(hidden.shape)
 
 
@@ -277,44 +235,38 @@ class _LinearTokenLogpsOfShards(torch.autograd.Function):
         logits_budget_bytes: int,
         num_valid_tokens: int,
     ) -> Tensor:
-        part = shard.first_label, shard.vocab_size
-        stats, kept_logits = _call(
-            _ops.linear_token_logps_shard.default,
+        ctx.shard = shard
+        ctx.options = ShardOptions(shard.first_label, shard.vocab_size, *options)
+        stats, kept = call(
+            ops.linear_token_logps_shard.default,
             hidden,
             weight,
             bias,
             labels,
-            *part,
-            *options,
+            *ctx.options,
             logits_budget_bytes,
             num_valid_tokens,
         )
         logps: Tensor
-        logps, row_max, sum_exp = _ops.linear_token_logps_merge.default(
-            _gather(shard, stats), labels, *options[:2], hidden.dtype == torch.float64
+        logps, row_max, sum_exp = ops.linear_token_logps_merge.default(
+            _gather(shard, stats), labels, *options.validity, hidden.dtype == torch.float64
         )
-        ctx.shard = shard
-        ctx.options = *part, *options
-        ctx.save_for_backward(hidden, weight, bias, labels, row_max, sum_exp, kept_logits)
+        ctx.save_for_backward(hidden, weight, bias, labels, row_max, sum_exp, kept)
         return logps
 
     @staticmethod
     def backward(ctx: Ctx, grad_logps: Tensor) -> tuple[Any, ...]:
-        _refuse_create_graph()
+        refuse_create_graph()
         hidden, weight, bias, labels, *others = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        dhidden, dweight, dbias = _ops.linear_token_logps_shard_backward.default(
+        dhidden, dweight, dbias = ops.linear_token_logps_shard_backward.default(
             grad_logps, hidden, weight, bias, labels, *others, *ctx.options, *needs
         )
         if needs[0]:
-            dhidden = _ops.linear_token_logps_dhidden.default(
-                _reduce(ctx.shard, dhidden), hidden, labels, *ctx.options[2:4]
+            dhidden = ops.linear_token_logps_dhidden.default(
+                _reduce(ctx.shard, dhidden), hidden, labels, *ctx.options.validity
             )
-        asked_for = (
-            grad if need else None
-            for grad, need in zip((dhidden, dweight, dbias), needs, strict=True)
-        )
-        return *asked_for, *([None] * 5)
+        return *wanted((dhidden, dweight, dbias), needs), *([None] * 5)
 
 
 def linear_token_logps_of_shards(
@@ -328,10 +280,7 @@ def linear_token_logps_of_shards(
     num_valid_tokens: int | None,
 ) -> Tensor:  # [B, T]
     """token_logps_of_shards of the logits hidden @ weight.T + bias."""
-    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
-    for tensor in inputs:
-        _check_no_tangent(tensor)
-    needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    check_no_tangent(hidden, weight, bias)
     logps: Tensor = _LinearTokenLogpsOfShards.apply(  # type: ignore[no-untyped-call]
         hidden,
         weight,
@@ -339,8 +288,8 @@ def linear_token_logps_of_shards(
         labels,
         shard,
         options,
-        budget_of_call(logits_budget_bytes, hidden.device, needs_gradient),
-        _bound_of_valid_tokens(labels, options, num_valid_tokens),
+        budget_of_call(logits_budget_bytes, hidden, weight, bias),
+        bound_of_valid_tokens(labels, options.validity, num_valid_tokens),
     )
     return logps
 
@@ -364,4 +313,4 @@ for _name in (
     "linear_token_logps_shard_backward",
     "linear_token_logps_dhidden",
 ):
-    torch.library.register_autograd(f"simpo_ext::{_name}", _no_gradient_of_its_own)
+    register_autograd(_name, _no_gradient_of_its_own)

@@ -6,12 +6,15 @@ Public as part of :mod:`simpo_ext.distributed`.
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import _checks, _linear, _ops, _vocab_ops
-from ._layout import as_batch
-from ._options import resolve_linear_options, resolve_token_options
-from ._vocab_dtensor import VocabLayout, replicated
-from ._vocab_shard import VocabShard
+from .._inputs.batch import linear_batch, logits_batch
+from .._inputs.checks import is_dtensor
+from .._ops.sequences import sequence_targets
+from .._ops.vocab import linear_token_logps_of_shards, token_logps_of_shards
+from ..options import LinearKeywords, LogitsKeywords, resolve_token_options, takes
+from .dtensor import VocabLayout, replicated
+from .shard import VocabShard
 
 __all__ = ["VocabShard", "vocab_parallel_linear_token_logps", "vocab_parallel_token_logps"]
 
@@ -27,17 +30,14 @@ def _checked_shard(shard: object, name: str, columns: int) -> VocabShard:
     return shard
 
 
+@takes(LogitsKeywords)
 def vocab_parallel_token_logps(
     logits: Tensor,  # [B, T, V_k]
     labels: Tensor,  # [B, T]
     shard: VocabShard | None = None,
     *,
     cu_seqlens: Tensor | None = None,  # [S + 1]
-    ignore_index: int = -100,
-    shift: bool = True,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    inplace_backward: bool = False,
+    **options: Unpack[LogitsKeywords],
 ) -> Tensor:  # [B, T]
     """:func:`simpo_ext.token_logps` of logits of whose vocabulary each rank has a part.
 
@@ -55,11 +55,7 @@ def vocab_parallel_token_logps(
             says so itself.
         cu_seqlens: See :func:`simpo_ext.token_logps`; the same on every rank. Packed rows of
             DTensors must not be sharded.
-        ignore_index: See :func:`simpo_ext.token_logps`.
-        shift: See :func:`simpo_ext.token_logps`.
-        logit_scale: See :func:`simpo_ext.token_logps`.
-        softcap: See :func:`simpo_ext.token_logps`.
-        inplace_backward: See :func:`simpo_ext.token_logps`.
+        **options: See :class:`simpo_ext.options.LogitsKeywords`.
 
     Returns:
         [B, T] float32 (float64 for float64 logits), a plain tensor; 0 where masked. NaN where
@@ -72,26 +68,24 @@ def vocab_parallel_token_logps(
             :meth:`VocabShard.of_group`).
         IndexError: As :func:`simpo_ext.token_logps`, as are all errors not listed here.
     """
-    if _checks.is_dtensor(logits):
+    call = resolve_token_options(LogitsKeywords, **options)
+    if is_dtensor(logits):
         layout = VocabLayout("logits", logits, logits.dim() - 1, shard)
-        layout.take_rows_of("logits", logits, shift, is_packed=cu_seqlens is not None)
+        layout.take_rows_of("logits", logits, call.tokens.shift, is_packed=cu_seqlens is not None)
         labels = layout.local_rows("labels", labels)
         logits, shard = layout.local("logits", logits), layout.shard
     else:
         labels = replicated("labels", labels)
-    shape = labels.shape if cu_seqlens is not None else None
-    logits, labels, cu_seqlens = as_batch("logits", logits, labels, cu_seqlens)
-    logits, labels = _checks.check_logits_and_labels(logits, labels)
-    shard = _checked_shard(shard, "logits", logits.shape[2])
-    options = resolve_token_options(
-        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
+    batch = logits_batch(logits, labels, cu_seqlens, call.inplace_backward)
+    shard = _checked_shard(shard, "logits", batch.tokens.shape[2])
+    targets, tokens = sequence_targets(
+        batch.labels, batch.layout.cu_seqlens, shard.vocab_size, call.tokens
     )
-    _checks.check_inplace_backward(inplace_backward, logits)
-    targets, options = _ops.sequence_targets(labels, cu_seqlens, shard.vocab_size, options)
-    logps = _vocab_ops.token_logps_of_shards(logits, targets, shard, options, inplace_backward)
-    return logps if shape is None else logps.view(shape)
+    logps = token_logps_of_shards(batch.tokens, targets, shard, tokens, call.inplace_backward)
+    return batch.as_given(logps)
 
 
+@takes(LinearKeywords)
 def vocab_parallel_linear_token_logps(
     hidden: Tensor,  # [B, T, H]
     weight: Tensor,  # [V_k, H]
@@ -100,12 +94,7 @@ def vocab_parallel_linear_token_logps(
     *,
     bias: Tensor | None = None,  # [V_k]
     cu_seqlens: Tensor | None = None,  # [S + 1]
-    ignore_index: int = -100,
-    shift: bool = True,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    logits_budget_bytes: int | None = None,
-    num_valid_tokens: int | None = None,
+    **options: Unpack[LinearKeywords],
 ) -> Tensor:  # [B, T]
     """:func:`simpo_ext.linear_token_logps` with an lm_head of which each rank has a part.
 
@@ -127,12 +116,7 @@ def vocab_parallel_linear_token_logps(
         shard: See :func:`vocab_parallel_token_logps`.
         bias: [V_k], or a DTensor sharded as ``weight``, or None.
         cu_seqlens: See :func:`vocab_parallel_token_logps`.
-        ignore_index: See :func:`simpo_ext.token_logps`.
-        shift: See :func:`simpo_ext.token_logps`.
-        logit_scale: See :func:`simpo_ext.token_logps`.
-        softcap: See :func:`simpo_ext.token_logps`.
-        logits_budget_bytes: See :func:`simpo_ext.linear_token_logps`; of each rank.
-        num_valid_tokens: See :func:`simpo_ext.linear_token_logps`; the same on every rank.
+        **options: See :class:`simpo_ext.options.LinearKeywords`.
 
     Returns:
         As :func:`vocab_parallel_token_logps`.
@@ -142,27 +126,34 @@ def vocab_parallel_linear_token_logps(
         ValueError: As these.
         IndexError: As these.
     """
-    if _checks.is_dtensor(weight):
+    num_valid_tokens = options.pop("num_valid_tokens", None)
+    call = resolve_token_options(LinearKeywords, **options).with_count(num_valid_tokens)
+    if is_dtensor(weight):
         layout = VocabLayout("weight", weight, 0, shard)
         layout.check_replicated()
-        if _checks.is_dtensor(hidden):
-            layout.take_rows_of("hidden", hidden, shift, is_packed=cu_seqlens is not None)
+        if is_dtensor(hidden):
+            is_packed = cu_seqlens is not None
+            layout.take_rows_of("hidden", hidden, call.tokens.shift, is_packed=is_packed)
         hidden = layout.local_rows("hidden", hidden)
         labels = layout.local_rows("labels", labels)
         bias = None if bias is None else layout.local("bias", bias)
         weight, shard = layout.local("weight", weight), layout.shard
     else:
         hidden, labels = replicated("hidden", hidden), replicated("labels", labels)
-    shape = labels.shape if cu_seqlens is not None else None
-    hidden, labels, cu_seqlens = as_batch("hidden", hidden, labels, cu_seqlens)
-    hidden, weight, labels, bias = _linear._checked(hidden, weight, labels, bias)
-    shard = _checked_shard(shard, "weights", weight.shape[0])
-    options = resolve_token_options(
-        ignore_index=ignore_index, shift=shift, logit_scale=logit_scale, softcap=softcap
+    linear = linear_batch(hidden, weight, labels, bias, cu_seqlens)
+    batch = linear.batch
+    shard = _checked_shard(shard, "weights", linear.weight.shape[0])
+    targets, tokens = sequence_targets(
+        batch.labels, batch.layout.cu_seqlens, shard.vocab_size, call.tokens
     )
-    budget, count = resolve_linear_options(logits_budget_bytes, num_valid_tokens)
-    targets, options = _ops.sequence_targets(labels, cu_seqlens, shard.vocab_size, options)
-    logps = _vocab_ops.linear_token_logps_of_shards(
-        hidden, weight, bias, targets, shard, options, budget, count
+    logps = linear_token_logps_of_shards(
+        batch.tokens,
+        linear.weight,
+        linear.bias,
+        targets,
+        shard,
+        tokens,
+        call.logits_budget_bytes,
+        call.num_valid_tokens,
     )
-    return logps if shape is None else logps.view(shape)
+    return batch.as_given(logps)

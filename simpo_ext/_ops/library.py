@@ -1,4 +1,4 @@
-"""Loads the compiled library, where it can work and once: a second copy's ops are not there."""
+"""Loads the compiled library. It refuses a torch that is too old, and a second copy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from pathlib import Path
 
 import torch
 
-# Of the stable ABI that the library speaks, as CMakeLists.txt has it.
+_PACKAGE = __package__.partition(".")[0]
+
+# The version of the stable ABI that the library is built for, as in CMakeLists.txt.
 OLDEST_TORCH = (2, 10)
 
 
 def _check_torch_version() -> None:
-    """An older torch lacks symbols of the library, and parts of what the package calls."""
-    # Compared as two numbers: 2.10.0a0+git, on the way to 2.10.0, has the stable ABI of 2.10.
+    """An older torch lacks symbols that the library needs and functions that the package calls."""
+    # Two numbers only: 2.10.0a0+git, a build before 2.10.0, has the stable ABI of 2.10.
     version = re.match(r"(\d+)\.(\d+)", torch.__version__)
     if version and (int(version[1]), int(version[2])) < OLDEST_TORCH:
         raise ImportError(
@@ -29,10 +31,10 @@ def _check_torch_version() -> None:
 
 def _find_module() -> Path:
     """The compiled module that this Python would import."""
-    spec = importlib.util.find_spec(f"{__package__}._C")
+    spec = importlib.util.find_spec(f"{_PACKAGE}._C")
     if spec is not None and spec.origin is not None:
         return Path(spec.origin)
-    folders = list(sys.modules[__package__].__path__)
+    folders = list(sys.modules[_PACKAGE].__path__)
     others = sorted(str(path) for folder in folders for path in Path(folder).glob("_C.*.so"))
     found = f"found {', '.join(others)}, for another Python or machine" if others else "found none"
     raise ImportError(
@@ -46,7 +48,7 @@ def _refuse_second_copy(library: Path) -> None:
     if not torch._C._jit_get_schemas_for_operator("simpo_ext::token_logps"):
         return
     try:
-        # A program that links this very file may embed Python.
+        # A program that links this same file may embed Python.
         ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
         raise ImportError(
@@ -60,9 +62,9 @@ _module = _find_module()
 _refuse_second_copy(_module.parent / "lib" / "libsimpo_ext.so")
 
 try:
-    from . import _C
+    from .. import _C
 except ImportError as error:
-    # The dynamic linker's words: a file or a symbol that is not there.
+    # The text is the dynamic linker's. It names the missing file or symbol.
     raise ImportError(
         f"simpo_ext: its compiled module {_module} does not load with torch {torch.__version__}: "
         f"{error}; install simpo_ext again with this Python and torch"

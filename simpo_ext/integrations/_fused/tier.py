@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._checks import check_bool, check_choice
-from .._options import EMPTY_POLICIES, resolve_linear_options
-from ._causal_lm import CannotFuseError, FusedHead, FusedOutput, find_head
+from ..._inputs.checks import check_bool, check_choice
+from ..._ops.records import ENUMS
+from ...options import LinearKeywords, resolve_token_options
+from .causal_lm import CannotFuseError, FusedHead, FusedOutput, find_head
 
 __all__ = ["FusedTier", "check_options"]
 
@@ -25,8 +26,8 @@ def check_options(fused_linear: object, empty: object, logits_budget_bytes: int 
     """
     if fused_linear is not None:
         check_bool("fused_linear", fused_linear)
-    check_choice("empty", empty, EMPTY_POLICIES)
-    resolve_linear_options(logits_budget_bytes, None)
+    check_choice("empty", empty, ENUMS["empty"])
+    resolve_token_options(LinearKeywords, logits_budget_bytes=logits_budget_bytes)
 
 
 class FusedTier:

@@ -1,75 +1,42 @@
-"""What the trainers in use do where they differ, and where nothing else is asked for."""
+"""The formulas, defaults and names of well-known trainers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
-from ._checks import check_choice
-
-if TYPE_CHECKING:  # which import this module
-    from ._options import EmptyPolicy, LossType, SftReduction
+from ._inputs.checks import check_choice
+from ._ops.records import EmptyPolicy, LossType, SftReduction
 
 Preset = Literal["princeton", "trl", "liger", "llamafactory"]
 TrainerLossType = Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"]
 
 
 class Semantics(NamedTuple):
-    """The keywords that a preset governs. The margin is one of the two, and the other None."""
+    """The keywords that a preset sets. Of ``gamma_beta_ratio`` and ``gamma``, one is None."""
 
-    loss_type: LossType
-    beta: float
-    gamma_beta_ratio: float | None
-    gamma: float | None
-    label_smoothing: float
-    sft_weight: float
-    sft_reduction: SftReduction
-    average_log_prob: bool
-    empty: EmptyPolicy
-    shift: bool
+    loss_type: LossType = "sigmoid"
+    beta: float = 2.0
+    gamma_beta_ratio: float | None = 0.5
+    gamma: float | None = None
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    sft_reduction: SftReduction = "sequence"
+    average_log_prob: bool = True
+    empty: EmptyPolicy = "drop"
+    shift: bool = True
 
 
-_OWN: Final = Semantics(
-    loss_type="sigmoid",
-    beta=2.0,
-    gamma_beta_ratio=0.5,
-    gamma=None,
-    label_smoothing=0.0,
-    sft_weight=0.0,
-    sft_reduction="sequence",
-    average_log_prob=True,
-    empty="drop",
-    shift=True,
-)
-_PRINCETON: Final = Semantics(
-    loss_type="sigmoid",
-    beta=2.0,
-    gamma_beta_ratio=0.25,
-    gamma=None,
-    label_smoothing=0.0,
-    sft_weight=0.0,
-    sft_reduction="token",
-    average_log_prob=True,
-    empty="nan",
-    shift=True,
-)
+_OWN: Final = Semantics()
+_PRINCETON: Final = Semantics(gamma_beta_ratio=0.25, sft_reduction="token", empty="nan")
 _TRL: Final = Semantics(
-    loss_type="sigmoid",
-    beta=0.1,
-    gamma_beta_ratio=None,
-    gamma=0.5,
-    label_smoothing=0.0,
-    sft_weight=1.0,
-    sft_reduction="token",
-    average_log_prob=True,
-    empty="nan",
-    shift=True,
+    beta=0.1, gamma_beta_ratio=None, gamma=0.5, sft_weight=1.0, sft_reduction="token", empty="nan"
 )
 _TRL_CPO: Final = _TRL._replace(gamma_beta_ratio=0.0, gamma=None, average_log_prob=False)
 _LIGER: Final = _TRL._replace(shift=False)
 _LLAMAFACTORY: Final = _TRL._replace(sft_weight=0.0, sft_reduction="sequence")
 
-# By loss_type in the trainer's own words, of which the first is the default.
+# By the trainer's own name for loss_type. The first is the default.
 OWN: Final[Mapping[str, Semantics]] = {
     "sigmoid": _OWN,
     "hinge": _OWN._replace(loss_type="hinge"),
@@ -178,20 +145,20 @@ def with_preset(
         ValueError: There is no such preset, or the trainer has no such ``loss_type``.
     """
     default = _semantics_of(preset, loss_type)
-    if gamma_beta_ratio is None and gamma is None:
-        gamma_beta_ratio, gamma = default.gamma_beta_ratio, default.gamma
-    return Semantics(
-        loss_type=default.loss_type,
-        beta=default.beta if beta is None else beta,
-        gamma_beta_ratio=gamma_beta_ratio,
-        gamma=gamma,
-        label_smoothing=default.label_smoothing if label_smoothing is None else label_smoothing,
-        sft_weight=default.sft_weight if sft_weight is None else sft_weight,
-        sft_reduction=default.sft_reduction if sft_reduction is None else sft_reduction,
-        average_log_prob=default.average_log_prob if average_log_prob is None else average_log_prob,
-        empty=default.empty if empty is None else empty,
-        shift=default.shift if shift is None else shift,
-    )
+    if gamma_beta_ratio is not None or gamma is not None:
+        default = default._replace(gamma_beta_ratio=None, gamma=None)
+    given: dict[str, Any] = {
+        "beta": beta,
+        "gamma_beta_ratio": gamma_beta_ratio,
+        "gamma": gamma,
+        "label_smoothing": label_smoothing,
+        "sft_weight": sft_weight,
+        "sft_reduction": sft_reduction,
+        "average_log_prob": average_log_prob,
+        "empty": empty,
+        "shift": shift,
+    }
+    return default._replace(**{name: value for name, value in given.items() if value is not None})
 
 
 def _semantics_of(preset: object, loss_type: object) -> Semantics:

@@ -8,15 +8,17 @@ device.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._ops import METRIC_NAMES
-from ._options import EMPTY_POLICIES
+from .._ops.records import METRIC_NAMES, EmptyPolicy
 
-REPORTS = ("logits", "logits_all", "entropy")
+ReportName = Literal["logits", "logits_all", "entropy"]
+
+REPORTS: tuple[ReportName, ...] = get_args(ReportName)
 SIDES = ("chosen", "rejected")
 
 # Elements that a reduction in another dtype may copy at once: on a CPU, what stays in its caches.
@@ -24,32 +26,23 @@ _CHUNK_ELEMENTS = 1 << 20
 _CHUNK_ELEMENTS_OF_GPUS = 1 << 24
 
 
-def check_report(report: object) -> tuple[str, ...]:
+def check_report(argument: str, report: object) -> tuple[ReportName, ...]:
     """The names asked for, each once, in the order of :data:`REPORTS`."""
     expected = ", ".join(repr(name) for name in REPORTS)
     # A string is a collection, too: of its letters.
     if isinstance(report, str) or not isinstance(report, Collection):
         raise TypeError(
-            f"report: expected a sequence of names out of {expected}, got {type(report).__name__}"
-            + (f" {report!r}" if isinstance(report, str) else "")
+            f"{argument}: expected a sequence of names out of {expected}, got "
+            f"{type(report).__name__}" + (f" {report!r}" if isinstance(report, str) else "")
         )
     for name in report:
         if not isinstance(name, str):
-            raise TypeError(f"report: expected names out of {expected}, got {type(name).__name__}")
+            raise TypeError(
+                f"{argument}: expected names out of {expected}, got {type(name).__name__}"
+            )
         if name not in REPORTS:
-            raise ValueError(f"report: expected names out of {expected}, got {name!r}")
+            raise ValueError(f"{argument}: expected names out of {expected}, got {name!r}")
     return tuple(name for name in REPORTS if name in report)
-
-
-def check_linear_report(report: object, softcap: float | None) -> tuple[str, ...]:
-    """check_report for hidden states, the logits of most of which are never formed."""
-    names = check_report(report)
-    if softcap is not None and "logits_all" in names:
-        raise ValueError(
-            "report: expected no 'logits_all' with a softcap, under which the mean of logits does "
-            f"not follow from that of hidden states, got softcap={softcap}"
-        )
-    return names
 
 
 def asked_for(report: tuple[str, ...], like: Tensor) -> Tensor:  # [3]
@@ -195,13 +188,35 @@ def _sides(of_sequences: Tensor, pairs: Tensor | None) -> Tensor:
 
 def counted_pairs(
     num_valid: Tensor,  # [S]
-    empty: int,
+    empty: EmptyPolicy,
     pairs: Tensor | None = None,  # [P, 2]
 ) -> Tensor | None:  # [P], bool; None: all of them
     """Those of which neither completion is empty, where such are dropped."""
-    if empty != EMPTY_POLICIES["drop"]:
+    if empty != "drop":
         return None
     return (_sides(num_valid, pairs) > 0).all(0)
+
+
+def count_sides(
+    num_valid: Tensor,  # [S]
+    empty: EmptyPolicy,
+    pairs: Tensor | None = None,  # [P, 2]
+) -> tuple[Tensor, Tensor]:  # [], []
+    """The number of counted pairs and of the valid tokens of their chosen sequences, float64.
+
+    On a GPU, a pair with a sequence that does not exist makes both NaN.
+    """
+    chosen = _sides(num_valid, pairs)[0].to(torch.float64)
+    is_counted = counted_pairs(num_valid, empty, pairs)
+    if is_counted is None:
+        is_counted = torch.ones_like(chosen, dtype=torch.bool)
+    num_pairs = is_counted.sum(dtype=torch.float64)
+    num_tokens = torch.where(is_counted, chosen, 0.0).sum()
+    if pairs is not None and pairs.is_cuda:
+        exists = ((pairs >= 0) & (pairs < num_valid.shape[0])).all()
+        num_pairs = torch.where(exists, num_pairs, torch.nan)
+        num_tokens = torch.where(exists, num_tokens, torch.nan)
+    return num_pairs, num_tokens
 
 
 def side_means(
@@ -228,7 +243,7 @@ def report_values(
     *,
     ignore_index: int,
     shift: bool,
-    empty: int,
+    empty: EmptyPolicy,
     cu_seqlens: Tensor | None = None,  # [S + 1]
     pairs: Tensor | None = None,  # [P, 2]
 ) -> Tensor:  # [2 * len(report)]

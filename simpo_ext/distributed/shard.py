@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from . import _checks, _ops
+from .._inputs.checks import check_count
+from .._ops.fast_path import is_plain_call
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,14 +42,14 @@ class VocabShard:
     """How many labels this rank has, or None: not checked."""
 
     def __post_init__(self) -> None:
-        _checks.check_count("first_label", self.first_label)
-        if _checks.check_count("vocab_size", self.vocab_size) == 0:
+        check_count("first_label", self.first_label)
+        if check_count("vocab_size", self.vocab_size) == 0:
             raise ValueError("vocab_size: expected 1 or more, got 0")
         for name in ("all_gather", "all_reduce"):
             if not callable(getattr(self, name)):
                 got = type(getattr(self, name)).__name__
                 raise TypeError(f"{name}: expected a callable, got {got}")
-        self.check(0 if self.size is None else _checks.check_count("size", self.size))
+        self.check(0 if self.size is None else check_count("size", self.size))
 
     def check(self, columns: int) -> None:
         """ValueError unless ``columns`` logits are those of this shard."""
@@ -94,9 +95,9 @@ class VocabShard:
                 "VocabShard.of_group: expected torch.distributed to be initialised; call "
                 "torch.distributed.init_process_group first"
             )
-        shard_size = _checks.check_count("shard_size", shard_size)
+        shard_size = check_count("shard_size", shard_size)
         if vocab_size is not None:
-            vocab_size = _checks.check_count("vocab_size", vocab_size)
+            vocab_size = check_count("vocab_size", vocab_size)
         rank = dist.get_rank(group)
         if rank < 0:
             raise RuntimeError("group: expected a group that this rank is in, got another")
@@ -126,7 +127,7 @@ class VocabShard:
 
 
 def _gather(group: str, tensor: Tensor) -> Tensor:
-    if tensor.is_cpu and _ops.is_plain_call(tensor):
+    if tensor.is_cpu and is_plain_call(tensor):
         _check_shapes(group, tensor)
     return _gather_alike(group, tensor)
 

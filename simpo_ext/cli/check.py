@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import build_info, functional
+from .. import build_info, functional
 
 # Of the result: float32 sums of a few thousand terms, and one rounding to the gradient's dtype.
 _LOSS_TOLERANCE = {

@@ -8,8 +8,8 @@ group: :func:`vocab_parallel_token_logps` and :func:`vocab_parallel_linear_token
 
 from __future__ import annotations
 
-from ._normalizer import PairCounts, global_normalizer
-from ._vocab_parallel import (
+from .normalizer import PairCounts, global_normalizer
+from .vocab_parallel import (
     VocabShard,
     vocab_parallel_linear_token_logps,
     vocab_parallel_token_logps,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from . import build_info
-from ._library import _C
+from .. import build_info
+from .._ops.library import _C
 
 
 def run() -> int:

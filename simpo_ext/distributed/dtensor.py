@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from . import _checks
-from ._vocab_shard import VocabShard
+from .._inputs.checks import is_dtensor
+from .shard import VocabShard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -104,7 +104,7 @@ class VocabLayout:
         """This rank's part of the vocabulary, of a tensor that lies as the layout's own."""
         from torch.distributed.tensor import Partial
 
-        if not _checks.is_dtensor(tensor):
+        if not is_dtensor(tensor):
             return tensor
         dtensor: Any = tensor
         if dtensor.device_mesh != self.mesh or tuple(dtensor.placements) != self.placements:
@@ -121,7 +121,7 @@ class VocabLayout:
 
     def local_rows(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's rows."""
-        if not _checks.is_dtensor(tensor):
+        if not is_dtensor(tensor):
             return tensor
         dtensor: Any = tensor
         if dtensor.device_mesh != self.mesh or tuple(dtensor.placements) != self.rows:
@@ -134,7 +134,7 @@ class VocabLayout:
 
 def replicated(name: str, tensor: Tensor) -> Tensor:
     """A plain tensor, or what every rank has of a DTensor, beside a plain shard."""
-    if not _checks.is_dtensor(tensor):
+    if not is_dtensor(tensor):
         return tensor
     dtensor: Any = tensor
     if not all(placement.is_replicate() for placement in dtensor.placements):

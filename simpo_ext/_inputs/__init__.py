@@ -1,0 +1,1 @@
+"""What turns the arguments of public functions into what the ops take: checks and layouts."""

@@ -1,0 +1,1 @@
+"""What turns the outputs of the ops into what the public functions return."""

@@ -1,0 +1,77 @@
+"""How ops are registered with PyTorch and called: fake kernels, autograd, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .library import _C  # noqa: F401  (its import registers the ops)
+
+ops = torch.ops.simpo_ext
+
+Ctx: TypeAlias = Any  # torch's autograd context, which torch leaves untyped
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def register_fake(name: str) -> Callable[[Function], Function]:
+    """torch.library.register_fake, which is untyped."""
+    register: Callable[[Function], Function] = torch.library.register_fake(f"simpo_ext::{name}")
+    return register
+
+
+def register_autograd(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    """torch.library.register_autograd for an op of this package."""
+    torch.library.register_autograd(f"simpo_ext::{name}", backward, setup_context=setup_context)
+
+
+def call(op: Any, *args: Any) -> Any:
+    """Calls a forward op; errors of arguments are of one type under every version of torch."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        message = str(error)
+        if message.startswith(("labels[", "pairs[")) and "is out of range" in message:
+            raise IndexError(message) from None
+        if message.startswith(("num_valid_tokens: ", "cu_seqlens[")):
+            raise ValueError(message) from None
+        raise
+
+
+def no_double_backward(*_: object) -> None:
+    """The backward of a backward op."""
+    raise RuntimeError(
+        "simpo_ext does not implement double backward: its gradients cannot be differentiated"
+    )
+
+
+def refuse_create_graph() -> None:
+    """Raises where a backward is recorded: it would take what its forward saved for constants."""
+    if torch.is_grad_enabled():
+        no_double_backward()
+
+
+def check_no_tangent(*tensors: Tensor | None) -> None:
+    """Raises for a tangent of forward-mode AD, which would bypass an op and count as zero."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError("simpo_ext does not implement forward-mode differentiation")
+
+
+def check_same_device(first: Tensor, *others: Tensor | None) -> None:
+    """For fake kernels: a CPU tensor beside a meta tensor would reach them and look like one."""
+    for other in others:
+        if other is not None:
+            torch._check(  # type: ignore[no-untyped-call]
+                other.device == first.device,
+                lambda: f"expected all tensors on {first.device}, got one on another device",
+            )

@@ -1,0 +1,1 @@
+"""How the integrations score tokens from hidden states and lm_head, without logits."""

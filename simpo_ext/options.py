@@ -1,0 +1,561 @@
+"""The options of the losses: the one place of their names, types, defaults, meanings and checks.
+
+The public functions and modules take the keywords of a ``TypedDict`` below. Their signatures and
+the list of options in their documentation are made from it (:func:`takes`). What was given is
+checked and completed once, by :func:`resolve_token_options` or :func:`resolve_loss_options`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Collection
+from functools import lru_cache, partial, wraps
+from typing import (
+    Annotated,
+    Any,
+    NamedTuple,
+    ParamSpec,
+    TypedDict,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+)
+
+import torch
+from torch import Tensor
+
+from ._inputs.checks import check_bool, check_choice, check_count, check_ignore_index, check_number
+from ._metrics.report import ReportName, check_report
+from ._ops.records import (
+    ENUMS,
+    EmptyPolicy,
+    LossOptions,
+    LossType,
+    Reduction,
+    SftReduction,
+    TokenOptions,
+)
+from .presets import Preset, Semantics, TrainerLossType, with_preset
+
+__all__ = [
+    "EmptyPolicy",
+    "LinearKeywords",
+    "LinearLossKeywords",
+    "LinearModuleKeywords",
+    "LogitsKeywords",
+    "LossKeywords",
+    "LossType",
+    "Normalizer",
+    "PreferenceKeywords",
+    "Preset",
+    "Reduction",
+    "ReportName",
+    "SftReduction",
+    "TokenKeywords",
+    "TrainerLossType",
+]
+
+Number = float | Tensor
+Normalizer = Number | tuple[Number, Number] | None
+
+
+class Option(NamedTuple):
+    """An option of a function, beside its name and type."""
+
+    default: Any
+    check: Callable[[str, Any], Any]
+    """Takes name and value; returns the value to use, or raises."""
+    meaning: str
+
+
+def _unchecked(_name: str, value: Any) -> Any:
+    return value
+
+
+def _check_alpha(name: str, value: object) -> float:
+    alpha = check_number(name, value)
+    if alpha != 0.0 and not 1e-30 <= abs(alpha) <= 1e30:
+        raise ValueError(f"{name}: expected 0 or a magnitude in [1e-30, 1e30], got {alpha}")
+    return alpha
+
+
+def _check_softcap(name: str, value: object) -> float:
+    return 0.0 if value is None else check_number(name, value, at_least=1e-30, at_most=1e30)
+
+
+def _check_optional_count(name: str, value: object) -> int | None:
+    return None if value is None else check_count(name, value)
+
+
+def _one_of(name: str) -> Callable[[str, object], str]:
+    return partial(check_choice, choices=ENUMS[name])
+
+
+IgnoreIndex = Annotated[
+    int, Option(-100, check_ignore_index, "The label of positions that are not scored.")
+]
+Shift = Option(
+    True,
+    check_bool,
+    "True (default): position t is scored with ``labels[:, t + 1]``, as trainers of causal "
+    "language models do, and the last position is masked. False: with ``labels[:, t]``.",
+)
+LogitScale = Annotated[
+    float,
+    # Above this bound, float32 keeps the digits of a product or quotient with a logit.
+    Option(1.0, partial(check_number, at_least=1e-30), "Factor on the logits, at least 1e-30."),
+]
+Softcap = Annotated[
+    float | None, Option(None, _check_softcap, "Bound of the logits, in [1e-30, 1e30], or None.")
+]
+InplaceBackward = Annotated[
+    bool,
+    Option(
+        False,
+        check_bool,
+        "The backward overwrites ``logits`` with their gradient and allocates no memory for it. "
+        "A later backward through a function that saved the logits raises, and so does a second "
+        "one through this function. Code that reads the logits after the backward reads the "
+        "gradient. Without effect under ``torch.compile``, and for hidden states, where no logits "
+        "belong to the caller.",
+    ),
+]
+LogitsBudgetBytes = Annotated[
+    int | None,
+    Option(
+        None,
+        _check_optional_count,
+        "How many bytes of logits may be held at a time, >= 0. Default: a sixteenth of the GPU's "
+        "memory, and 1 GiB on CPUs.",
+    ),
+]
+NumValidTokens = Annotated[
+    int | None,
+    Option(
+        None,
+        _check_optional_count,
+        "An upper bound of the number of valid tokens. With it, the host does not wait for the "
+        "GPU, and the call can be captured in a CUDA graph; the cost is that of so many rows. "
+        "Without it the valid tokens are counted; in a capture and under ``torch.compile`` all "
+        "positions with a label count.",
+    ),
+]
+Report = Annotated[
+    Collection[ReportName],
+    Option(
+        (),
+        check_report,
+        'Metrics to add, out of ``"logits"``, ``"logits_all"`` and ``"entropy"``, each for '
+        "``/chosen`` and ``/rejected``; NaN if no pair was counted. ``logits``: the mean of the "
+        "logits after scale and softcap over the vocabulary, averaged over the completion tokens "
+        "of the counted pairs. ``logits_all``: the same over all positions of all pairs, prompt "
+        "and padding included, as trainers log it; this reads masked positions. ``entropy``: the "
+        "entropy of the softmax in nats, averaged as ``logits``. The forward computes them in its "
+        "one pass over the logits. Loss and gradients keep their bits.",
+    ),
+]
+
+
+class TokenKeywords(TypedDict, total=False):
+    """How a position is scored."""
+
+    ignore_index: IgnoreIndex
+    shift: Annotated[bool, Shift]
+    logit_scale: LogitScale
+    softcap: Softcap
+
+
+class LogitsKeywords(TokenKeywords, total=False):
+    """The options of :func:`simpo_ext.token_logps`."""
+
+    inplace_backward: InplaceBackward
+
+
+class LinearKeywords(TokenKeywords, total=False):
+    """The options of :func:`simpo_ext.linear_token_logps`."""
+
+    logits_budget_bytes: LogitsBudgetBytes
+    num_valid_tokens: NumValidTokens
+
+
+class PreferenceKeywords(TypedDict, total=False):
+    """The options of :func:`simpo_ext.simpo_loss_from_token_logps`."""
+
+    preset: Annotated[
+        Preset | None,
+        Option(
+            None,
+            _unchecked,
+            '``"princeton"``, ``"trl"``, ``"liger"`` or ``"llamafactory"``: the formula, the '
+            "defaults and the names of ``loss_type`` of that trainer. A keyword that is given "
+            "wins. See :func:`with_preset`.",
+        ),
+    ]
+    beta: Annotated[
+        float | None,
+        Option(None, partial(check_number, above=0.0), "Scale of the rewards, > 0. Default 2.0."),
+    ]
+    gamma_beta_ratio: Annotated[
+        float | None,
+        Option(None, check_number, 'Target margin over beta. Default 0.5, and 0 for ``"ipo"``.'),
+    ]
+    gamma: Annotated[
+        float | None,
+        Option(None, check_number, "Target margin, instead of ``gamma_beta_ratio``."),
+    ]
+    loss_type: Annotated[
+        TrainerLossType | None,
+        Option(None, _one_of("loss_type"), '``"sigmoid"`` (default), ``"hinge"`` or ``"ipo"``.'),
+    ]
+    label_smoothing: Annotated[
+        float,
+        Option(
+            0.0,
+            partial(check_number, at_least=0.0, at_most=0.5),
+            "Probability in [0, 0.5] that a pair's order is wrong; sigmoid only.",
+        ),
+    ]
+    alpha: Annotated[
+        float, Option(0.0, _check_alpha, "AlphaPO's alpha: 0, or a magnitude in [1e-30, 1e30].")
+    ]
+    sft_weight: Annotated[
+        float | None,
+        Option(
+            None, partial(check_number, at_least=0.0), "Weight of the SFT term, >= 0. Default 0."
+        ),
+    ]
+    sft_reduction: Annotated[
+        SftReduction | None,
+        Option(
+            None,
+            _one_of("sft_reduction"),
+            '``"sequence"`` (default): -chosen_logps, reduced like the losses. ``"token"``: the '
+            "cross entropy over all valid chosen tokens of the batch, as in Princeton's trainer, "
+            "TRL and Liger.",
+        ),
+    ]
+    average_log_prob: Annotated[
+        bool | None,
+        Option(
+            None,
+            check_bool,
+            "True (default): the log-probability of a completion is the mean over its valid "
+            "tokens. False: their sum.",
+        ),
+    ]
+    reduction: Annotated[
+        Reduction,
+        Option(
+            "mean",
+            _one_of("reduction"),
+            '``"mean"`` over counted pairs (for a token-wise SFT term, over their chosen tokens), '
+            '``"sum"``, or ``"none"``: loss is [P].',
+        ),
+    ]
+    normalizer: Annotated[
+        Normalizer,
+        Option(
+            None,
+            _unchecked,
+            'Replaces the denominator of ``"mean"``, for gradient accumulation and data '
+            "parallelism: a number of pairs, or (pairs, tokens); a token-wise SFT term needs both. "
+            "Each is a number or a tensor of shape []. The host does not read such a tensor. See "
+            ":func:`count_pairs` and :func:`simpo_ext.distributed.global_normalizer`.",
+        ),
+    ]
+    empty: Annotated[
+        EmptyPolicy | None,
+        Option(
+            None,
+            _one_of("empty"),
+            'What happens to a pair with a completion that has no valid token. ``"drop"`` '
+            "(default): it adds nothing to loss, gradient and denominators; the metrics count it. "
+            "If all pairs are dropped, the loss is 0. The other completion keeps its "
+            'log-probability and its gradient. ``"nan"``: the loss is NaN.',
+        ),
+    ]
+    ignore_index: IgnoreIndex
+    shift: Annotated[bool | None, Shift._replace(default=None)]
+
+
+class _CommonLossKeywords(PreferenceKeywords, total=False):
+    logit_scale: LogitScale
+    softcap: Softcap
+    inplace_backward: InplaceBackward
+
+
+class LossKeywords(_CommonLossKeywords, total=False):
+    """The options of :func:`simpo_ext.simpo_loss` and :class:`simpo_ext.SimPOLoss`."""
+
+    report: Report
+
+
+class LinearModuleKeywords(_CommonLossKeywords, total=False):
+    """The options of :class:`simpo_ext.LinearSimPOLoss`."""
+
+    logits_budget_bytes: LogitsBudgetBytes
+    report: Report
+
+
+class LinearLossKeywords(_CommonLossKeywords, total=False):
+    """The options of :func:`simpo_ext.linear_simpo_loss`."""
+
+    logits_budget_bytes: LogitsBudgetBytes
+    num_valid_tokens: NumValidTokens
+    report: Report
+
+
+def _options_of(keywords: type) -> dict[str, tuple[Any, Option]]:
+    """Type and option by name, in the order of the class and after those of its bases."""
+    hints = get_type_hints(keywords, include_extras=True)
+    return {name: cast(tuple[Any, Option], get_args(hint)[:2]) for name, hint in hints.items()}
+
+
+_KEYWORDS: dict[type, dict[str, tuple[Any, Option]]] = {
+    keywords: _options_of(keywords)
+    for keywords in (
+        TokenKeywords,
+        LogitsKeywords,
+        LinearKeywords,
+        PreferenceKeywords,
+        LossKeywords,
+        LinearModuleKeywords,
+        LinearLossKeywords,
+    )
+}
+_OPTIONS = {name: option for rows in _KEYWORDS.values() for name, (_, option) in rows.items()}
+DEFAULTS: dict[type, dict[str, Any]] = {
+    keywords: {name: option.default for name, (_, option) in rows.items()}
+    for keywords, rows in _KEYWORDS.items()
+}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes(keywords: type) -> Callable[[Function], Function]:
+    """Writes out ``**options`` in a function's signature and docstring.
+
+    :func:`inspect.signature` and :func:`help` then show every keyword with its default.
+    """
+    rows = _KEYWORDS[keywords]
+
+    def document(function: Any) -> Any:
+        signature = inspect.signature(function)
+        *explicit, options = signature.parameters.values()
+        assert options.kind is inspect.Parameter.VAR_KEYWORD
+        written_out = (
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=type_
+            )
+            for name, (type_, option) in rows.items()
+        )
+        function.__signature__ = signature.replace(parameters=[*explicit, *written_out])
+        if function.__doc__ is not None:  # there are none under python -OO
+            function.__doc__ = _with_options(function.__doc__, rows)
+        return function
+
+    return document
+
+
+def _with_options(text: str, rows: dict[str, tuple[Any, Option]]) -> str:
+    """A docstring whose line ``**options: ...`` has become one entry for each option."""
+    lines = text.split("\n")
+    at = next(i for i, line in enumerate(lines) if line.lstrip().startswith("**options:"))
+    indent = lines[at][: -len(lines[at].lstrip())]
+    entries = (
+        textwrap.fill(
+            f"{name}: {option.meaning}",
+            width=100,
+            initial_indent=indent,
+            subsequent_indent=f"{indent}    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, (_, option) in rows.items()
+    )
+    return "\n".join([*lines[:at], *entries, *lines[at + 1 :]])
+
+
+# ---- from keywords to checked options ------------------------------------------------------------
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _remembered(resolve: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Checks keywords once for all the calls that repeat them. Errors are not remembered."""
+    # Typed: True, 1 and 1.0 are equal as keys, but 1 is an error where a bool is expected.
+    remember = cast(Callable[Parameters, Result], lru_cache(typed=True)(resolve))
+
+    @wraps(resolve)
+    def call(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
+        if not torch.compiler.is_compiling():  # Dynamo cannot trace the cache
+            try:
+                return remember(*args, **keywords)
+            except TypeError:  # a value that cannot be a key, or an error that is raised again
+                pass
+        return resolve(*args, **keywords)
+
+    return call
+
+
+def _completed(keywords: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, and the defaults of the rest."""
+    defaults = DEFAULTS[keywords]
+    for name in given:
+        if name not in defaults:
+            raise TypeError(
+                f"unexpected keyword argument {name!r}: expected one of {', '.join(defaults)}"
+            )
+    return {**defaults, **given}
+
+
+class TokenCall(NamedTuple):
+    """The options of a function that returns token log-probabilities."""
+
+    tokens: TokenOptions
+    inplace_backward: bool = False
+    logits_budget_bytes: int | None = None
+    num_valid_tokens: int | None = None
+
+    def with_count(self, num_valid_tokens: object) -> TokenCall:
+        """With ``num_valid_tokens`` checked. It varies by batch, so it is not remembered."""
+        count = _check_optional_count("num_valid_tokens", num_valid_tokens)
+        return self._replace(num_valid_tokens=count)
+
+
+class LossCall(NamedTuple):
+    """The options of a function that returns a loss."""
+
+    loss: LossOptions
+    tokens: TokenOptions
+    inplace_backward: bool
+    logits_budget_bytes: int | None
+    report: tuple[ReportName, ...]
+
+
+def _checked(names: Collection[str], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _OPTIONS[name].check(name, values[name]) for name in names}
+
+
+@_remembered
+def resolve_token_options(keywords: type, **given: Any) -> TokenCall:
+    """Checks the options of a function that takes :class:`TokenKeywords`, and possibly more."""
+    values = _completed(keywords, given)
+    checked = {name: _OPTIONS[name].check(name, value) for name, value in values.items()}
+    return TokenCall(
+        TokenOptions(**{name: checked[name] for name in TokenOptions._fields}),
+        checked.get("inplace_backward", False),
+        checked.get("logits_budget_bytes"),
+        checked.get("num_valid_tokens"),
+    )
+
+
+@_remembered
+def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
+    """Checks the options of a loss, one by one and together. ``normalizer`` comes after this."""
+    values = _completed(keywords, given)
+    if values["gamma"] is not None and values["gamma_beta_ratio"] is not None:
+        raise ValueError(
+            "gamma, gamma_beta_ratio: expected at most one of the two, "
+            f"got gamma={values['gamma']} and gamma_beta_ratio={values['gamma_beta_ratio']}"
+        )
+    semantics = with_preset(values["preset"], **{name: values[name] for name in Semantics._fields})
+    has_sft_reduction = values["sft_reduction"] is not None
+    values.update(semantics._asdict())
+    beta = _OPTIONS["beta"].check("beta", semantics.beta)
+    values["gamma_beta_ratio"] = _margin_over_beta(semantics, beta)
+    loss = LossOptions(**_checked(LossOptions._fields, values))
+    if loss.loss_type != "sigmoid" and loss.label_smoothing > 0.0:
+        raise ValueError(
+            f"label_smoothing: expected 0 with loss_type={loss.loss_type!r}, got "
+            f"{loss.label_smoothing}"
+        )
+    if loss.sft_weight == 0.0 and not has_sft_reduction:
+        loss = loss._replace(sft_reduction="sequence")  # a preset's "token" has nothing to reduce
+    if loss.sft_reduction == "token" and loss.reduction == "none":
+        raise ValueError(
+            "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
+            "batch's tokens belongs to no pair, got 'token'"
+        )
+    values = {**_LOGITS_DEFAULTS, **values}
+    report = _OPTIONS["report"].check("report", values["report"])
+    is_linear = "logits_budget_bytes" in DEFAULTS[keywords]
+    if is_linear and values["softcap"] is not None:
+        check_no_mean_of_hidden(report, values["softcap"])
+    budget = values.get("logits_budget_bytes")
+    return LossCall(
+        loss=loss,
+        tokens=TokenOptions(**_checked(TokenOptions._fields, values)),
+        inplace_backward=check_bool("inplace_backward", values["inplace_backward"]),
+        logits_budget_bytes=_check_optional_count("logits_budget_bytes", budget),
+        report=report,
+    )
+
+
+# For the options of simpo_loss that simpo_loss_from_token_logps does not have.
+_LOGITS_DEFAULTS = DEFAULTS[LossKeywords]
+
+
+def check_no_mean_of_hidden(report: tuple[str, ...], softcap: float) -> None:
+    """Hidden states give "logits_all" by their mean, which a softcap does not allow."""
+    if "logits_all" in report:
+        raise ValueError(
+            "report: expected no 'logits_all' with a softcap, under which the mean of logits does "
+            f"not follow from that of hidden states, got softcap={softcap}"
+        )
+
+
+def _margin_over_beta(semantics: Semantics, beta: float) -> float:
+    """``gamma_beta_ratio``, whichever of the two was given or is the preset's."""
+    if semantics.gamma_beta_ratio is not None:
+        return check_number("gamma_beta_ratio", semantics.gamma_beta_ratio)
+    assert semantics.gamma is not None
+    ratio = check_number("gamma", semantics.gamma) / beta
+    if abs(ratio) > sys.float_info.max:
+        raise ValueError(
+            f"gamma: expected gamma / beta to be finite, got {semantics.gamma} / {beta}"
+        )
+    return ratio
+
+
+def resolve_normalizer(
+    normalizer: Normalizer, options: LossOptions
+) -> tuple[Number, Number] | None:
+    """The denominators of the mean preference loss and of the mean SFT term; None: count them."""
+    if normalizer is None:
+        return None
+    by_token = options.sft_reduction == "token"
+    if options.reduction != "mean":
+        raise ValueError(
+            f"normalizer: expected None with reduction={options.reduction!r}, which divides by "
+            f"nothing, got {normalizer}"
+        )
+    if isinstance(normalizer, tuple):
+        if len(normalizer) != 2:
+            raise ValueError(f"normalizer: expected (pairs, tokens), got {len(normalizer)} numbers")
+        pairs = _check_denominator("normalizer[0]", normalizer[0])
+        tokens = _check_denominator("normalizer[1]", normalizer[1])
+        return pairs, tokens if by_token else pairs
+    pairs = _check_denominator("normalizer", normalizer)
+    if by_token:
+        raise ValueError(
+            "normalizer: expected (pairs, tokens) with sft_reduction='token', whose denominator is "
+            f"a number of tokens, got {normalizer}"
+        )
+    return pairs, pairs
+
+
+def _check_denominator(name: str, value: Number) -> Number:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        if value.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"{name}: expected a dtype that holds counts, such as float32, got {value.dtype}; "
+                "FSDP2 casts what goes through forward, unless its MixedPrecisionPolicy has "
+                "cast_forward_inputs=False"
+            )
+        return value  # The host does not read it: it would have to wait for the GPU.
+    return check_number(name, value, above=0.0)
