@@ -49,7 +49,7 @@ def test_kernels_include_neither_torch_nor_python(folder: str) -> None:
         ("csrc/cpu", ("cuda/", "ops/", "python/", "simpo_ext/")),
         ("csrc/cuda", ("cpu/", "ops/", "python/", "simpo_ext/")),
         ("csrc/ops", ("python/", *API_HEADERS)),
-        ("csrc/python", ("core/", "cpu/", "cuda/", "ops/ops", "ops/checks")),
+        ("csrc/python", ("core/", "cpu/", "cuda/", "ops/checks")),
         ("csrc/include", ("core/", "cpu/", "cuda/", "ops/", "python/")),
         ("csrc/examples", ("core/", "cpu/", "cuda/", "ops/", "python/", "simpo_ext/detail/")),
     ],

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <vector>
 
-#include "ops/cublas.h"
+#include "ops/linear/cublas.h"
 
 namespace simpo_ext::emulation {
 

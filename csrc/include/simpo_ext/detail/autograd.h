@@ -9,9 +9,11 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 
 #include "simpo_ext/build_info.h"
+#include "simpo_ext/error_tags.h"
 #include "simpo_ext/options.h"
 
 namespace simpo_ext::detail {
@@ -37,18 +39,25 @@ inline void refuse_double_backward() {
               "simpo_ext does not implement double backward: expected create_graph=false");
 }
 
-// Calls an op. What leaves the library as a standard exception, torch may have made an error of its
-// own, whose type does not tell what was wrong.
+// The message of an error whose text has the tag; nullopt without the tag. Torch may have put a
+// backtrace into the lines below the message.
+inline std::optional<std::string> message_after(std::string_view tag, std::string_view text) {
+  const size_t begin = text.find(tag);
+  if (begin == std::string_view::npos) return std::nullopt;
+  const std::string_view message = text.substr(begin + tag.size());
+  return std::string(message.substr(0, message.find('\n')));
+}
+
+// Calls an op. An error with a tag is thrown again as the class that the tag names.
 template <typename Call>
 auto with_argument_errors(const Call& call) {
   try {
     return call();
   } catch (const std::exception& error) {
-    const std::string message = error.what(), first_line = message.substr(0, message.find('\n'));
-    TORCH_CHECK_INDEX(message.find("is out of range") == std::string::npos, first_line);
-    TORCH_CHECK_VALUE(message.find("num_valid_tokens: ") == std::string::npos &&
-                          message.find("cu_seqlens[") == std::string::npos,
-                      first_line);
+    const auto index_error = message_after(kIndexErrorTag, error.what());
+    TORCH_CHECK_INDEX(!index_error.has_value(), *index_error);
+    const auto value_error = message_after(kValueErrorTag, error.what());
+    TORCH_CHECK_VALUE(!value_error.has_value(), *value_error);
     throw;
   }
 }
