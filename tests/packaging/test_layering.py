@@ -144,8 +144,8 @@ def test_the_package_and_its_integrations_come_without_their_trainers() -> None:
 
 
 def test_the_oracle_never_imports_the_package_and_bench_never_the_tests() -> None:
-    oracle = IMPORT.findall((ROOT / "tests" / "oracle.py").read_text())
+    oracle = IMPORT.findall((ROOT / "tests" / "support" / "oracle.py").read_text())
     assert not [name for name in oracle if name.split(".")[0] in ("simpo_ext", "torch")]
     for path in (ROOT / "bench").rglob("*.py"):
         names = {name.split(".")[0] for name in IMPORT.findall(path.read_text())}
-        assert not names & {"tests", "oracle", "batches"}, path
+        assert not names & {"tests", "support"}, path
