@@ -81,6 +81,32 @@ def test_the_python_module_includes_no_torch_header() -> None:
         assert not [name for name in names if name.startswith(("torch/", "ATen/", "c10/"))], path
 
 
+def test_no_front_end_inspects_the_wording_of_an_error() -> None:
+    # The text of an error may be searched for a tag alone.
+    searches = re.compile(r"\b(?:str|repr)\(\w*(?:error|exception|exc)\w*\)|\.what\(\)")
+    found = {
+        (path.relative_to(ROOT).as_posix(), line.strip())
+        for folder in ("simpo_ext", "csrc/include")
+        for path in sources(folder, ".py", ".h")
+        for line in path.read_text().splitlines()
+        if searches.search(line)
+    }
+    of_tags = {(path, line) for path, line in found if re.search("tag", line, re.IGNORECASE)}
+    allowed = {path for path, _ in of_tags}
+    assert {path.split("/")[0] for path in allowed} == {"simpo_ext", "csrc"}
+    assert found == of_tags
+
+
+def test_one_header_makes_errors_that_have_a_tag() -> None:
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("csrc/ops", "csrc/cpu", "csrc/cuda", "csrc/core")
+        for path in sources(folder, ".h", ".cpp", ".cu", ".cuh")
+        if re.search(r"ErrorTag\b|\[simpo_ext:", path.read_text())
+    }
+    assert users == {"csrc/ops/errors.h"}
+
+
 def test_only_ops_py_touches_the_registered_ops() -> None:
     users = {
         path.relative_to(ROOT).as_posix()

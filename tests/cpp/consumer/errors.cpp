@@ -116,7 +116,7 @@ void check_normalizers(const at::Tensor& logits, const at::Tensor& labels) {
   };
   require_error<c10::ValueError>("pair_normalizer: expected a finite number > 0", with(0.0));
   require_error<c10::ValueError>("without Reduction::kMean", with(2.0, Reduction::kSum));
-  require_error<c10::ValueError>("expected a tensor of no dimension", with(at::ones({1})));
+  require_error<c10::ValueError>("expected a tensor without dimensions", with(at::ones({1})));
   require_error<c10::TypeError>("a dtype that holds counts", with(at::ones({}, at::kBFloat16)));
 }
 
@@ -124,7 +124,7 @@ void check_sequence_logps(const at::Tensor& logps) {
   using simpo_ext::simpo_loss_from_logps;
   require_error<c10::ValueError>("chosen_logps: expected shape [P], got [1, 3]",
                                  [&] { simpo_loss_from_logps(logps.unsqueeze(0), logps); });
-  require_error<c10::ValueError>("rejected_logps: expected shape [3] as of chosen_logps, got [2]",
+  require_error<c10::ValueError>("rejected_logps: expected shape [3] to match chosen_logps, got [2]",
                                  [&] { simpo_loss_from_logps(logps, logps.slice(0, 1)); });
   require_error<c10::TypeError>("chosen_logps: expected dtype",
                                 [&] { simpo_loss_from_logps(logps.to(at::kLong), logps); });

@@ -82,7 +82,7 @@ void check_errors(const std::vector<at::Tensor>& batch) {
   const auto stacked = [](const at::Tensor& x) { return x.unsqueeze(0); };
   const at::Tensor &logits = batch.at(0), &labels = batch.at(1), &hidden = batch.at(2);
   const at::Tensor& weight = batch.at(3);
-  require_error<c10::ValueError>("expected labels within [0, 60), got 60 from 1 on", [&] {
+  require_error<c10::ValueError>("expected labels in [0, 60), got 60 labels that start at 1", [&] {
     vocab_parallel_token_logps(logits, labels, {1, 60, stacked, same});
   });
   require_error<c10::TypeError>("all_gather and all_reduce", [&] {

@@ -1,4 +1,4 @@
-// The ops of the library as torch::autograd functions. Arguments have been checked.
+// The ops of the library as torch::autograd functions. The callers have checked the arguments.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -21,7 +21,7 @@ namespace simpo_ext::detail {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The call into the library also keeps it linked: ops are reached through the dispatcher alone.
+// The call into the library keeps it linked: the ops themselves are called through the dispatcher.
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   const char* error = simpo_ext_load_error();
@@ -33,7 +33,8 @@ inline double softcap_or_zero(const TokenLogpsOptions& options) {
   return options.softcap.value_or(0.0);
 }
 
-// With create_graph the gradient would be taken for a constant, and the second one would be wrong.
+// With create_graph, autograd would treat the gradient as a constant, and the second derivative
+// would be wrong.
 inline void refuse_double_backward() {
   TORCH_CHECK(!at::GradMode::is_enabled(),
               "simpo_ext does not implement double backward: expected create_graph=false");
@@ -74,7 +75,7 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
     using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, const at::Tensor&, int64_t, bool, double, double);
     static const auto op = find_op<Signature>("simpo_ext::token_logps");
-    // Below autograd: Python may have registered a formula of its own for the op.
+    // Below autograd, because Python may have registered its own formula for the op.
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [logps, max, sum_exp] = with_argument_errors([&] {
       return op.call(logits, labels, options.ignore_index, options.shift, options.logit_scale,
@@ -111,7 +112,8 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
       dlogits = logits.detach();
       inplace_op.call(grads[0], dlogits, labels, max, sum_exp, ignore_index, shift, logit_scale,
                       softcap);
-      // Whoever saved the logits' values finds a newer version and fails, this node included.
+      // A later backward that needs the old logits, also this node's, sees the new version and
+      // fails.
       torch::autograd::impl::bump_version(logits);
     } else {
       dlogits = op.call(grads[0], logits, labels, max, sum_exp, ignore_index, shift, logit_scale,
