@@ -15,7 +15,7 @@
 namespace simpo_ext::cuda {
 namespace {
 
-// Whether there is anything to gather for a row: a token, with a gradient where it matters.
+// Whether the row has a token and, if gradients are given, a gradient that is not 0.
 template <typename T, typename Load>
 SIMPO_DEVICE bool has_part(const GatherRowsArgs& args, int64_t row, int64_t position,
                            const Load& load_gradient) {
@@ -24,7 +24,7 @@ SIMPO_DEVICE bool has_part(const GatherRowsArgs& args, int64_t row, int64_t posi
   return load_gradient(static_cast<const Compute<T>*>(args.gradients) + row) != Compute<T>(0);
 }
 
-// Of rows no longer than a vector.
+// For rows that are not longer than a vector: a thread for each row.
 template <typename T>
 __global__ void __launch_bounds__(kRowsPerBlock) gather_short_rows_kernel(GatherRowsArgs args) {
   const int64_t row = row_of_thread();
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kRowsPerBlock) gather_short_rows_kernel(Gather
   for (int64_t h = 0; h < args.H; ++h) store(to + h, load(from + h));
 }
 
-// Copies vectors first, first + kRowThreads, ... of a row, kUnroll of them; with kGuarded as many
-// as there are. All loads stand before the first store, so that they are in flight together.
+// Copies kUnroll vectors of a row: first, first + kRowThreads, ...; with kGuarded, those of them
+// that exist. All loads stand before the first store, so that they are in flight together.
 template <int kUnroll, bool kGuarded>
 SIMPO_DEVICE void copy_vectors(const Vector16* from, Vector16* to, int64_t first,
                                int64_t num_vectors) {

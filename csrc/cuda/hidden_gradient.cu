@@ -49,7 +49,8 @@ SIMPO_DEVICE void write_hidden_element(const HiddenGradientRow<T>& row, int64_t 
                              value, Elements<T>::widen(load(row.weight + h * row.weight_stride)))));
 }
 
-// As copy_vectors.
+// Writes kUnroll vectors of a row: first, first + kRowThreads, ...; with kGuarded, those of them
+// that exist. All loads stand before the first store, so that they are in flight together.
 template <typename T, bool kHasSum, int kUnroll, bool kGuarded>
 SIMPO_DEVICE void write_hidden_vectors(const HiddenGradientRow<T>& row, int64_t first,
                                        int64_t num_vectors) {
@@ -119,14 +120,14 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSM)
 // ---- elements -------------------------------------------------------------------------------
 
 constexpr int kAddThreads = 256;
-constexpr int kAddBlocksPerSM = 6;  // leaves 40 registers a thread
+constexpr int kAddBlocksPerSM = 6;  // 40 registers for each thread
 
-// Vectors of a partial product that a thread has under way at once; with what they are added to,
-// as many or twice as many more.
+// The number of a product's vectors that a thread has in flight. The sum that they are added to has
+// as many vectors, or twice as many.
 template <bool kIsFirst>
 constexpr int kPartialsInFlight = kIsFirst ? 4 : 2;
 
-// As copy_vectors.
+// Adds vectors first, first + kAddThreads, ..., like write_hidden_vectors.
 template <typename T, bool kIsFirst, bool kGuarded>
 SIMPO_DEVICE void add_partial_vectors(const Vector16* partial, Vector16* sum, int64_t first,
                                       int64_t num_vectors) {

@@ -15,8 +15,8 @@
 namespace simpo_ext::cuda {
 namespace {
 
-// One block goes through all labels, so that the order of rows needs no second pass: at 4096 labels
-// a turn, each a few dependent steps long, that takes some microseconds for a usual batch.
+// One block goes through all labels, so that the order of rows needs no second pass. It takes 4096
+// labels a turn, with a few dependent steps each: some microseconds for a usual batch.
 constexpr int kSelectThreads = 1024;
 constexpr int kTokensPerThread = 4;
 constexpr int64_t kTokensPerTurn = kSelectThreads * kTokensPerThread;
@@ -25,7 +25,8 @@ template <typename Scalar>
 __global__ void __launch_bounds__(kSelectThreads) select_tokens_kernel(SelectTokensArgs args) {
   constexpr int kWarps = kSelectThreads / kWarpSize;
   static_assert(kWarps == kWarpSize, "a lane for the count of each warp");
-  // For two turns: in one of them some threads may still read while others write in the next.
+  // Two sets of counts, because some threads may still read those of one turn while others write
+  // those of the next.
   SIMPO_SHARED(int, of_warps, 2 * kWarps);
   const Targets& targets = args.targets;
   const int64_t N = targets.B * targets.T;

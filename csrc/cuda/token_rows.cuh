@@ -1,5 +1,5 @@
-// What the kernels around hidden states share: R rows for the valid tokens of a batch, with a
-// thread or a block of threads for each row.
+// Shared by the kernels around hidden states, whose R rows stand for the valid tokens of a batch. A
+// row has a thread or a block of threads.
 #pragma once
 
 #include <cstdint>
@@ -22,9 +22,9 @@ SIMPO_DEVICE int64_t row_of_thread() { return row_of_block() * kRowsPerBlock + t
 
 // ---- a block for each row -------------------------------------------------------------------
 
-// With four 16-byte vectors for each thread: 8 KB, a row of 4096 2-byte elements.
+// Four 16-byte vectors for each thread are 8 KB, a row of 4096 2-byte elements.
 constexpr int kRowThreads = 128;
-constexpr int kRowBlocksPerSM = 8;  // leaves 64 registers a thread
+constexpr int kRowBlocksPerSM = 8;  // 64 registers for each thread
 
 SIMPO_DEVICE bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
@@ -32,7 +32,7 @@ SIMPO_DEVICE bool is_aligned(const void* pointer) {
 
 // ---- sums beside vectors of T ---------------------------------------------------------------
 
-// Compute values beside a vector of T: one vector of them, or two.
+// The compute values that go with a vector of T: one vector, or two.
 template <typename T>
 struct Sums {
   using Scalar = Compute<T>;
@@ -40,7 +40,8 @@ struct Sums {
   static constexpr int kWidth = Elements<Scalar>::kWidth;
   Vector16 v[kVectors];
 
-  // The vectors beside vector i. Two loads share a line, and the first-level cache has the second.
+  // Loads those that go with vector i. Two loads share a cache line, so the second one is a hit in
+  // the first-level cache.
   SIMPO_DEVICE void load_from(const Vector16* sums, int64_t i) {
     SIMPO_UNROLL
     for (int j = 0; j < kVectors; ++j) v[j] = load_cached(sums + i * kVectors + j);

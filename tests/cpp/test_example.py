@@ -209,7 +209,7 @@ print(simpo_ext.token_logps(torch.zeros(1, 1, 4), torch.zeros(1, 1).long(), shif
     assert of_first == "none"
     assert of_second == (
         f"expected one copy of simpo_ext's library in this process, but {first} was loaded before "
-        f"{second}; link or load one of them alone"
+        f"{second}; link or load only one of them"
     )
     assert float(logp) == pytest.approx(-1.3862944)
 
