@@ -1,4 +1,4 @@
-// Neumaier's compensated sum: the result is as if accumulated in twice the precision.
+// Neumaier's compensated sum: as accurate as a sum in twice the precision.
 #pragma once
 
 #include <cmath>
@@ -17,14 +17,14 @@ class CompensatedSum {
     sum_ = next;
   }
 
-  // As if the other's values had been added here.
+  // Adds the other's values.
   SIMPO_HOST_DEVICE void merge(const CompensatedSum& other) {
     add(other.sum_);
     lost_ += other.lost_;
   }
 
   SIMPO_HOST_DEVICE Scalar value() const {
-    // Once the sum is infinite, inf - inf has made the correction NaN.
+    // If the sum is infinite, the correction is NaN, from inf - inf.
     return std::isfinite(sum_) ? sum_ + lost_ : sum_;
   }
 

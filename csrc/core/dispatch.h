@@ -1,4 +1,4 @@
-// From what is known at run time of the logits to types known at compile time.
+// Turns a dtype and a logit transform, known at run time, into types.
 #pragma once
 
 #include "core/dtypes.h"
@@ -39,7 +39,7 @@ void dispatch_logits(DType dtype, LogitTransform transform, const Function& func
   });
 }
 
-// As dispatch_dtype, for tensors of the compute dtype: float or double.
+// Like dispatch_dtype, for the compute dtype: calls function with float or double.
 template <typename Function>
 void dispatch_compute_dtype(DType dtype, const Function& function) {
   if (dtype == DType::kFloat64) {

@@ -1,4 +1,4 @@
-// Element types of logits, and their exact conversions to and from the type arithmetic is done in.
+// The element types of logits, and their conversions to and from the type of the arithmetic.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ struct Float16 {
   uint16_t bits;
 };
 
-// Arithmetic on a row of T is done in Compute<T>: float for everything up to 32 bits, else double.
-// It is also the dtype of logps and losses.
+// The type of the arithmetic on a row of T: float for types of up to 32 bits, otherwise double. It
+// is also the type of logps and losses.
 template <typename T>
 struct ComputeOf {
   using type = float;
@@ -64,17 +64,17 @@ SIMPO_HOST_DEVICE inline float widen(BFloat16 value) {
 SIMPO_HOST_DEVICE inline float widen(Float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
-  // Exponent bias 15 -> 127; infinities and NaNs take the all-ones exponent of float.
+  // Exponent bias 15 -> 127. Infinities and NaNs get float's exponent of all ones.
   const uint32_t rebias = magnitude >= 0x7c00u ? 224u << 23 : 112u << 23;
   const uint32_t normal = (magnitude << 13) + rebias;
-  // A subnormal is its mantissa times 2^-24: through an integer, so that flush-to-zero modes keep
-  // it.
+  // A subnormal is its mantissa times 2^-24. The mantissa is converted as an integer, because a
+  // flush-to-zero mode would make a subnormal float 0.
   const uint32_t subnormal =
       float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   return float_from_bits(sign | (magnitude < 0x0400u ? subnormal : normal));
 }
 
-// narrow<T>: round to nearest, ties to even; NaN stays NaN, overflow becomes infinity.
+// narrow<T> rounds to nearest, ties to even. NaN stays NaN, and overflow becomes infinity.
 template <typename T>
 SIMPO_HOST_DEVICE inline T narrow(Compute<T> value);
 
@@ -92,7 +92,7 @@ template <>
 SIMPO_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  // Rounding could carry a NaN's mantissa into infinity.
+  // Rounding could carry from a NaN's mantissa and make it an infinity.
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return BFloat16{static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x0040u : rounded)};
 }
@@ -106,7 +106,7 @@ SIMPO_HOST_DEVICE inline Float16 narrow<Float16>(float value) {
   // Below 2^-14, adding 0.5 aligns the last mantissa bit with 2^-24, so the addition does the
   // rounding.
   const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - float_bits(0.5f);
-  // Selections, not branches, so that loops over a row vectorise.
+  // Selections instead of branches, so that loops over a row vectorize.
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // from 65520 on: infinity
   half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN

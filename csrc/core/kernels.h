@@ -1,9 +1,9 @@
 // The kernel API: raw pointers in, raw pointers out, no torch. B, T, V and P as in csrc/README.md;
 // B = 2P in the preference loss, chosen rows first.
 //
-// "compute" is the dtype of everything but logits and their gradient: float for float32, bfloat16
-// and float16 logits, double for float64. "contiguous" is said of outputs and of what a forward
-// saved.
+// "compute" is the dtype of all tensors except logits, hidden states, weights and their gradients:
+// float for float32, bfloat16 and float16 logits, double for float64. Outputs and tensors saved by
+// a forward are contiguous; inputs are where that is stated.
 #pragma once
 
 #include <cstdint>
@@ -24,31 +24,30 @@ struct TokenLogpsArgs {
   Targets targets;
   LogitTransform transform;
   void* logps;  // [B, T] contiguous, compute; 0 at masked positions
-  // What the backward needs of a row: the largest transformed logit z, and sum(exp(z - max)). Kept
-  // apart, they lose nothing to an offset of the logits, as max + log(sum_exp) would.
+  // For the backward: the largest transformed logit z of a row, and sum(exp(z - max)). They are two
+  // values because max + log(sum_exp) would lose digits to a large offset of the logits.
   void* max;        // [B, T] contiguous, compute; 0 at masked positions
   double* sum_exp;  // [B, T] contiguous; 0 at masked positions
 
-  // Logits may be those of a part of the vocabulary, the labels [first_label, first_label + V) of
-  // num_labels. Then label_z is given, and what the part comes to is written there and to max and
-  // sum_exp; logps, which are not known before the last part, are not written. A part of no columns
-  // is one like any other. Labels are taken to be valid where continues says that a part came
-  // before.
+  // The logits may belong to a part of the vocabulary: the labels [first_label, first_label + V) of
+  // num_labels. Then label_z is given, and the kernel writes the sums of the part to max, sum_exp
+  // and label_z. It does not write logps, which are not known before the last part. A part may have
+  // no columns. With continues, an earlier part has checked the labels.
   int64_t first_label = 0;
   int64_t num_labels = V;
-  bool continues = false;   // max, sum_exp and label_z hold what the parts before came to
+  bool continues = false;   // max, sum_exp and label_z hold the sums of the parts before
   void* label_z = nullptr;  // [B, T] contiguous, compute: the label's z, NaN before its part
 
-  // What is reported of a row beside, from the same pass: null, or both are given. Of a part of the
-  // vocabulary, and of the parts before, mean_logit gets the sum of z instead, and entropy
-  // sum(exp(z - max) (z - max)), as RowReport has them.
+  // The report of a row, from the same pass: both null, or both given. For a part of the
+  // vocabulary, mean_logit holds the sum of z instead, and entropy sum(exp(z - max) (z - max)),
+  // over this part and those before, as in RowReport.
   double* mean_logit = nullptr;  // [B, T] contiguous: mean of z over the vocabulary
   double* entropy = nullptr;     // [B, T] contiguous: of softmax(z), in nats
-  // Masked rows are read, too, for their mean_logit; otherwise that is 0, as is their entropy.
+  // Also read masked rows, for their mean_logit. Otherwise it is 0. Their entropy is always 0.
   bool all_positions = false;
 
-  // CUDA: scratch for rows that several blocks share, where cuda::shared_segments asks for it and
-  // there is neither a report nor a part of the vocabulary; otherwise null.
+  // CUDA: scratch for rows that several blocks share, if cuda::shared_segments is not 0. Null with
+  // a report or a part of the vocabulary.
   double* segments = nullptr;  // [shared_segments, 3, B * T] contiguous
 };
 
@@ -64,21 +63,20 @@ struct TokenLogpsBackwardArgs {
   TokenStrides grad_strides;
   const void* max;        // [B, T] contiguous, compute
   const double* sum_exp;  // [B, T] contiguous
-  void* dlogits;  // [B, T, V] of dtype, stride 1 in V; the very memory of logits, or apart from it
+  void* dlogits;  // [B, T, V] of dtype, stride 1 in V; equal to logits, or no overlap with it
   TokenStrides dlogits_strides;
-  bool dlogits_holds_zeros = false;  // if so, rows without a gradient need not be written
+  bool dlogits_holds_zeros = false;  // then rows without a gradient need not be written
 
-  // As in TokenLogpsArgs, for a part of the vocabulary. Where label_gradients are given, the part
-  // that has a row's label writes its element there, unrounded, and 0 to dlogits, and labels are
-  // taken to be valid.
+  // A part of the vocabulary, as in TokenLogpsArgs. If label_gradients are given, the part that has
+  // a row's label writes the label's element there, unrounded, and 0 to dlogits. Then labels are
+  // not checked.
   int64_t first_label = 0;
   int64_t num_labels = V;
   void* label_gradients = nullptr;  // [B, T] contiguous, compute
 };
 
-// The flat layout: labels [1, N] -> what each position is scored with, ignore_index where nothing:
-// no label is taken across the end of a sequence. The targets of a batch in this layout come from
-// here, and are without shift.
+// The flat layout: labels [1, N] -> the label that scores each position, or ignore_index. No
+// position is scored with a label of the next sequence. The result needs no shift.
 struct SequenceTargetsArgs {
   Targets labels;
   int64_t num_labels;  // V
@@ -107,13 +105,13 @@ struct SequenceLogpsBackwardArgs {
   const void* grad_logps;  // [S], compute
   int64_t grad_stride;
   const int64_t* counts;   // [S] contiguous
-  void* grad_token_logps;  // [B, T] contiguous, compute; holding 0 in the flat layout
+  void* grad_token_logps;  // [B, T] contiguous, compute; in the flat layout, it must hold zeros
 };
 
 // ---- hidden states ---------------------------------------------------------------------------
 //
-// R rows stand for the valid tokens of a batch, in order: positions[i] = b * T + t. Rows for which
-// there is no token have position -1, ignore_index for a label, and zeros for a hidden state.
+// The valid tokens of a batch become R rows, in order: positions[i] = b * T + t. A row without a
+// token has position -1, the label ignore_index and a hidden state of zeros.
 
 // labels [B, T] -> positions and labels of R rows.
 struct SelectTokensArgs {
@@ -121,13 +119,13 @@ struct SelectTokensArgs {
   int64_t num_labels;  // V
   int64_t R;
   int64_t* positions;  // [R]
-  int64_t* labels;     // [R]: what each token is scored with
+  int64_t* labels;     // [R]: the label that scores each token
   DType dtype;         // of the hidden states
-  void* logps;  // [B, T] contiguous, compute; null, or: 0 at masked and NaN at valid positions
+  void* logps;  // [B, T] contiguous, compute, or null; 0 at masked and NaN at valid positions
 };
 
-// rows[i] = source[position i]; zeros, if gradients are given and that of the row is 0, so that its
-// hidden state has no part in a product even if it is not finite.
+// rows[i] = source[position i]. If gradients are given, a row whose gradient is 0 becomes zeros, so
+// that it adds nothing to a product even if its hidden state is not finite.
 struct GatherRowsArgs {
   DType dtype;
   int64_t T, H, R;
@@ -138,7 +136,7 @@ struct GatherRowsArgs {
   const void* gradients = nullptr;  // [R], compute
 };
 
-// logps[position i], once all parts of the vocabulary are in max, sum_exp and label_z.
+// logps[position i] from max, sum_exp and label_z over all parts of the vocabulary.
 struct WriteLogpsArgs {
   DType dtype;  // of the hidden states
   int64_t R;
@@ -148,7 +146,7 @@ struct WriteLogpsArgs {
   const void* label_z;       // [R], compute
   void* logps;               // [B, T] contiguous, compute
 
-  // Null, or all are given: what TokenLogpsArgs has of a vocabulary in parts, and where it goes.
+  // For a report: the sums over all parts, and the results. All null, or all given.
   int64_t num_labels = 0;             // V
   const double* sum_z = nullptr;      // [R]
   const double* sum_exp_z = nullptr;  // [R]
@@ -168,7 +166,7 @@ struct PutLabelGradientsArgs {
   int64_t dlogits_stride;
 };
 
-// sum[i] += partial[i], or = where it is the first.
+// sum[i] += partial[i], or sum[i] = partial[i] for the first.
 struct AddPartialArgs {
   DType dtype;
   int64_t count;
@@ -183,27 +181,27 @@ struct HiddenGradientArgs {
   int64_t T, H, R;
   int64_t num_labels;           // V
   const int64_t* positions;     // [R]
-  const int64_t* labels;        // [R]; out of range on a GPU: a row of NaN
+  const int64_t* labels;        // [R]; on a GPU, a label out of range gives a row of NaN
   const void* label_gradients;  // [R], compute
   const void* weight;           // [V, H] of dtype
   int64_t weight_stride_v, weight_stride_h;
   const void* partial;  // [R, H] contiguous, of dtype
-  const void* sum;      // [R, H] contiguous, compute; null: nothing to add
+  const void* sum;      // [R, H] contiguous, compute; null: 0
   void* dhidden;        // [B, T, H] contiguous, of dtype
 };
 
 // ---- a vocabulary in shards ------------------------------------------------------------------
 
-// What K shards, in order, say of each row: its maximum z, its sum(exp(z - maximum)), and its
-// label's z, NaN where that is on another shard -> logps, max and sum_exp of the whole vocabulary.
-// A label that is on no shard or, as where ranks disagree on labels, on two: NaN.
+// Merges K shards, in order, into logps, max and sum_exp over the whole vocabulary. For each row, a
+// shard has its maximum z, its sum(exp(z - maximum)), and the label's z, or NaN if the label is on
+// another shard. The logp is NaN if the label is on no shard, or on two because ranks disagree.
 struct MergeShardsArgs {
   DType dtype;      // of logps: kFloat32 or kFloat64
   Targets targets;  // rows as b * T + t
   int64_t K;
   const double* shards;      // [K, 3, B, T] contiguous
-  const int64_t* positions;  // [B * T]: where each row's logp goes; null: in order
-  void* logps;               // compute; 0 at masked rows, if it has no positions
+  const int64_t* positions;  // [B * T]: the index of each row's logp; null: that of the row
+  void* logps;               // compute; without positions, 0 at masked rows
   void* max;                 // [B, T] contiguous, compute; 0 at masked rows
   double* sum_exp;           // [B, T] contiguous; 0 at masked rows
 };
@@ -233,7 +231,7 @@ struct ScatterRowsArgs {
 
 // ---- pairs -----------------------------------------------------------------------------------
 
-// What SimPOOutput.metrics() reads, in this order.
+// The order of metrics.
 enum Metric : int {
   kRewardsChosen,
   kRewardsRejected,
@@ -247,8 +245,8 @@ enum Metric : int {
   kNumMetrics
 };
 
-// Forward: token_logps [B, T] -> the loss and everything reported beside it. What is given as [2P]
-// is of the pairs' chosen sequences and then of their rejected ones.
+// Forward: token_logps [B, T] -> the loss, the values reported with it, and the slopes for the
+// backward. Tensors [2P] have the chosen sequences of all pairs first, then the rejected ones.
 struct PreferenceLossArgs {
   DType dtype;              // of token_logps: kFloat32 or kFloat64
   const void* token_logps;  // [B, T], compute
@@ -262,16 +260,17 @@ struct PreferenceLossArgs {
   double* sums;    // [S] scratch
   void* loss;      // [] or, with Reduction::kNone, [P]; compute
   void* losses;    // [P], compute: weight times preference loss of each pair, without the SFT term;
-                   // 0: dropped
+                   // 0 if dropped
   void* logps;     // [2P], compute; NaN for an empty sequence
   void* rewards;   // [2P], compute: beta * shaped_logp
-  void* sft_loss;  // [] or [P], as loss; compute
+  void* sft_loss;  // the same shape as loss; compute
   double* metrics;  // [kNumMetrics]
-  void* slopes;     // [2P], compute: d losses / d logps; 0: dropped
+  void* slopes;     // [2P], compute: d losses / d logps; 0 if dropped
   int64_t* counts;  // [S]: valid tokens
 };
 
-// Backward: what each token's log-prob owes to the gradients of loss, losses, logps and sft_loss.
+// Backward: from the gradients of loss, losses, logps and sft_loss to that of each token's
+// log-prob.
 struct PreferenceLossBackwardArgs {
   DType dtype;
   Targets targets;
@@ -281,7 +280,7 @@ struct PreferenceLossBackwardArgs {
   LossReduction reduction;
   const void* slopes;        // [2P] contiguous, compute, from the forward
   const int64_t* counts;     // [S] contiguous, from the forward
-  const void* grad_loss;     // [] or [P], compute; null: zero, as are the next three
+  const void* grad_loss;     // [] or [P], compute; this and the next three: null for zero
   int64_t grad_loss_stride;  // 0 for []
   const void* grad_losses;   // [P], compute
   int64_t grad_losses_stride;
@@ -289,16 +288,16 @@ struct PreferenceLossBackwardArgs {
   int64_t grad_logps_stride;
   const void* grad_sft_loss;  // [] or [P], compute
   int64_t grad_sft_loss_stride;
-  void* grad_token_logps;  // [B, T] contiguous, compute; holding 0 in the flat layout
+  void* grad_token_logps;  // [B, T] contiguous, compute; in the flat layout, it must hold zeros
 };
 
 namespace cpu {
 
-// Both return the first invalid label, having written nothing if there is one.
+// Both return the first invalid label. If there is one, they have written nothing.
 LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for);
 LabelError token_logps_backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for);
 
-// How many valid tokens there are, which may be more than R.
+// The number of valid tokens, which may be more than R.
 struct Selection {
   LabelError error;
   int64_t count;
@@ -314,7 +313,7 @@ void merge_shards(const MergeShardsArgs& args);
 void add_label_shares(const AddLabelSharesArgs& args, ParallelFor parallel_for);
 void scatter_rows(const ScatterRowsArgs& args, ParallelFor parallel_for);
 
-// All return what is wrong with cu_seqlens or pairs, having written nothing if anything is.
+// These return the first error of cu_seqlens or pairs. If there is one, they have written nothing.
 struct TargetError {
   LayoutError layout;
   LabelError label;
@@ -327,22 +326,21 @@ LayoutError preference_loss(const PreferenceLossArgs& args, ParallelFor parallel
 LayoutError preference_loss_backward(const PreferenceLossBackwardArgs& args,
                                      ParallelFor parallel_for);
 
-// The instruction set the kernels run with, as in torch.backends.cpu.get_cpu_capability().
+// The instruction set of the kernels, as in torch.backends.cpu.get_cpu_capability().
 const char* capability();
 
 }  // namespace cpu
 
 namespace cuda {
 
-// The kernels run on the current device, on a stream of it, and these return when they are
-// enqueued: 0, or the cudaError_t of a launch that did not happen. Nothing waits for the device and
-// nothing is allocated. A label out of range gives a row of NaN, and so does a sequence that
-// cu_seqlens put out of range, and a pair of sequences that are not there, without a read out of
-// bounds.
+// These functions enqueue kernels on a stream of the current device and return 0, or the
+// cudaError_t of a failed launch. They do not wait for the device and do not allocate. A label out
+// of range gives a row of NaN. A sequence with wrong cu_seqlens, or a pair with a sequence that
+// does not exist, gives NaN. None of these leads to a read out of bounds.
 using Stream = void*;  // cudaStream_t
 int token_logps(const TokenLogpsArgs& args, Stream stream);
-// Into how many segments token_logps cuts a row so that several blocks share it; 0: no block
-// shares.
+// The number of segments into which token_logps cuts a row so that several blocks share it; 0 if
+// each row has one block.
 int64_t shared_segments(DType dtype, int64_t N, int64_t V);
 int token_logps_backward(const TokenLogpsBackwardArgs& args, Stream stream);
 

@@ -1,4 +1,4 @@
-// The online log-sum-exp: a (max, sum) monoid that sees every logit once.
+// The online log-sum-exp: a maximum and a sum that see every logit once, and that can be merged.
 #pragma once
 
 #include <cmath>
@@ -8,15 +8,14 @@
 
 namespace simpo_ext {
 
-// Holds sum(exp(z)) of the values seen so far as sum * exp(max). Empty is (-inf, 0).
-// A NaN or +inf among the values makes every log_probability() NaN, as do values that are all -inf.
+// Holds sum(exp(z)) of the values so far as sum * exp(max). Without values it is (-inf, 0).
+// log_probability() is NaN if there is a NaN or +inf among the values, or if all are -inf.
 template <typename Scalar>
 struct LogSumExp {
   Scalar max = -std::numeric_limits<Scalar>::infinity();
   double sum = 0.0;
 
-  // What to subtract before exp: max, but finite when nothing above -inf has been seen, because
-  // -inf - -inf is NaN.
+  // The number to subtract before exp: max, or 0 while max is -inf, because -inf - -inf is NaN.
   SIMPO_HOST_DEVICE Scalar reference() const {
     return max == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : max;
   }
@@ -37,25 +36,26 @@ struct LogSumExp {
       return;
     }
     raise_max(other.max);
-    if (other.sum == 0.0) return;  // whose max may be -inf, as this one's
+    if (other.sum == 0.0) return;  // both max may be -inf, whose difference is NaN
     sum += other.sum * exp(static_cast<double>(other.max) - static_cast<double>(max));
   }
 
-  // z - log(sum(exp)): the log-probability of z. Subtracting max first is exact where it matters,
-  // so that an offset common to all values costs nothing.
+  // The log-probability of z: z - log(sum(exp)). max is subtracted first. For values of a similar
+  // size this is exact, so that a common offset of all values costs no accuracy.
   SIMPO_HOST_DEVICE double log_probability(Scalar z) const {
     return (static_cast<double>(z) - static_cast<double>(max)) - log(sum);
   }
 };
 
-// A row of a vocabulary in shards, which are added in order: so every rank comes to the same bits.
+// A row whose vocabulary is divided into shards. The shards are added in order, so that every rank
+// gets the same bits.
 template <typename Scalar>
 struct ShardedRow {
   LogSumExp<Scalar> logsumexp;
   Scalar label_z = std::numeric_limits<Scalar>::quiet_NaN();
   bool has_two_labels = false;
 
-  // z: the label's, NaN where it is on another shard.
+  // z: that of the label, or NaN if the label is on another shard.
   SIMPO_HOST_DEVICE void add(double max, double sum, double z) {
     logsumexp.merge({static_cast<Scalar>(max), sum});
     if (z != z) return;
@@ -69,8 +69,8 @@ struct ShardedRow {
   }
 };
 
-// 1 - exp(logp), for a log-probability that rounding may have put above 0. expm1, since 1 - exp
-// would cancel where the model is sure.
+// 1 - exp(logp), for a log-probability that rounding may have put above 0. expm1, because 1 - exp
+// cancels where the probability is close to 1.
 SIMPO_HOST_DEVICE inline double one_minus_exp(double logp) {
   return -std::expm1(logp > 0.0 ? 0.0 : logp);
 }

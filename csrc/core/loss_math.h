@@ -1,5 +1,5 @@
-// The preference loss and the logit transforms: each function with its derivative right below it.
-// Shared by every device and both front ends; nothing else in the project defines this math.
+// The preference loss and the logit transforms, each function with its derivative right below it.
+// All devices and both front ends use these functions. No other file defines this math.
 //
 // Sources: SimPO (arXiv 2405.14734) eq. 6; label smoothing as in conservative DPO; hinge as in
 // SLiC; IPO (arXiv 2310.12036) eq. 17; AlphaPO (arXiv 2501.03884).
@@ -25,10 +25,10 @@ struct LogitTransform {
   double softcap;  // 0: no softcap
 };
 
-// Either form of the transform, at the precision of Scalar: z(x), and below it dz/dx from z itself,
-// as the product of a factor that all logits share and one of their own. What has to be divided is
-// divided once, here. Both are increasing, so that the largest z is that of the largest x. A Value
-// is a Scalar, or a type of one or more of them with the same operators, an abs and a tanh.
+// The forms of the transform, at the precision of Scalar. Each has z(x), and below it dz/dx as a
+// function of z: the product of common_slope(), which all logits share, and own_slope(z). Divisions
+// happen once, in the constructor. All forms increase with x, so the largest x has the largest z. A
+// Value is a Scalar, or a type that holds several, with the same operators, an abs and a tanh.
 
 template <typename Scalar>
 class ScaledLogits {
@@ -83,7 +83,7 @@ class CappedLogits {
       : scale_(static_cast<Scalar>(transform.logit_scale)),
         cap_(static_cast<Scalar>(transform.softcap)),
         inverse_cap_(static_cast<Scalar>(1.0 / transform.softcap)) {
-    // An infinite factor would make NaN of a logit of 0.
+    // A logit of 0 times an infinite factor would be NaN.
     const double ratio = transform.logit_scale / transform.softcap;
     const double largest = static_cast<double>(std::numeric_limits<Scalar>::max());
     scale_over_cap_ = static_cast<Scalar>(ratio < largest ? ratio : largest);
@@ -96,8 +96,9 @@ class CappedLogits {
   }
   SIMPO_HOST_DEVICE Scalar common_slope() const { return scale_; }
 
-  // 1 - (z / cap)^2. As (1 - |r|)(1 + |r|), which keeps the digits that 1 - r * r loses where the
-  // cap saturates. 1 - |r| is formed as (cap - |z|) / cap: exactly 0 where z is the cap.
+  // 1 - r^2 with r = z / cap. It is computed as (1 - |r|)(1 + |r|), because 1 - r * r loses digits
+  // where |z| is close to the cap. 1 - |r| is computed as (cap - |z|) / cap, which is exactly 0 if
+  // |z| is the cap.
   template <typename Value>
   SIMPO_HOST_DEVICE Value own_slope(Value z) const {
     using std::abs;
@@ -111,8 +112,8 @@ class CappedLogits {
 
 // ---- sequence log-probability ---------------------------------------------------------------
 
-// sum: the log-probs of the count valid tokens, added up. An empty sequence has none: NaN, never 0,
-// which would be the best reward there is.
+// sum: the sum of the log-probs of count valid tokens. For an empty sequence the result is NaN, not
+// 0, which would be the best possible reward.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar sequence_logp(Scalar sum, int64_t count, bool average) {
   if (count == 0) return std::numeric_limits<Scalar>::quiet_NaN();
@@ -132,11 +133,11 @@ struct PairLoss {
   double beta;
   double gamma_beta_ratio;
   double label_smoothing;  // probability that chosen and rejected are swapped; sigmoid only
-  double alpha;            // of AlphaPO; 0: none
+  double alpha;            // AlphaPO's; 0: none
 };
 
-// What a log-prob l counts for: l, or with an alpha (1 - exp(l)^-alpha) / alpha. expm1 keeps the
-// digits that 1 - exp loses where alpha l is small.
+// The reward of a log-prob l before beta: l, or (1 - exp(l)^-alpha) / alpha with an alpha. expm1
+// keeps the digits that 1 - exp loses where alpha l is small.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar shaped_logp(Scalar logp, const PairLoss& loss) {
   const Scalar alpha = static_cast<Scalar>(loss.alpha);
@@ -163,7 +164,8 @@ SIMPO_HOST_DEVICE inline Scalar sigmoid(Scalar y) {
   return (y >= Scalar(0) ? Scalar(1) : e) / (Scalar(1) + e);
 }
 
-// beta * z, with z = (chosen - rejected) - gamma_beta_ratio, of shaped log-probs.
+// beta * z, with z = (chosen - rejected) - gamma_beta_ratio. chosen and rejected are shaped
+// log-probs.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar scaled_margin(Scalar chosen, Scalar rejected,
                                               const PairLoss& loss) {
@@ -187,14 +189,15 @@ SIMPO_HOST_DEVICE inline Scalar pair_loss(Scalar margin, const PairLoss& loss) {
   }
   if (loss.type == LossType::kHinge) {
     const Scalar slack = Scalar(1) - margin;
-    return slack <= Scalar(0) ? Scalar(0) : slack;  // NaN is not <= 0, and stays
+    return slack <= Scalar(0) ? Scalar(0) : slack;  // NaN is not <= 0, so it stays NaN
   }
   const Scalar eps = static_cast<Scalar>(loss.label_smoothing);
   if (eps == Scalar(0)) return softplus(-margin);  // 0 * softplus(inf) would be NaN
   return (Scalar(1) - eps) * softplus(-margin) + eps * softplus(margin);
 }
 
-// d pair_loss / d (chosen, shaped); that of rejected is its negative. At the hinge's kink: 0.
+// d pair_loss / d (shaped chosen log-prob). For rejected, it is the negative. 0 at the hinge's
+// kink.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar pair_loss_slope(Scalar margin, const PairLoss& loss) {
   const Scalar beta = static_cast<Scalar>(loss.beta);
@@ -221,8 +224,8 @@ SIMPO_HOST_DEVICE inline bool is_pair_counted(int64_t chosen_count, int64_t reje
   return empty == EmptyPolicy::kNan || (chosen_count > 0 && rejected_count > 0);
 }
 
-// total / denominator; a mean over nothing is 0 where empties are dropped and NaN where they are
-// not.
+// A sum, or total / denominator. The mean over zero terms is 0 if empty pairs are dropped, and
+// otherwise NaN.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar reduce_total(Scalar total, int64_t denominator,
                                              const LossReduction& reduction) {

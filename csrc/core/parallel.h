@@ -1,14 +1,14 @@
-// How a CPU kernel borrows threads from whoever calls it, without knowing who that is.
+// How a CPU kernel uses the threads of its caller, without knowing the caller.
 #pragma once
 
 #include <cstdint>
 
 namespace simpo_ext {
 
-// num_threads() is how many there are to borrow, the caller's among them.
+// num_threads() is the number of threads, including the caller's own.
 // run(begin, end, grain, body, context) calls body(b, e, context) on disjoint ranges that cover
-// [begin, end), each of at least grain indices while there are that many, and returns when all are
-// done. A body must not throw.
+// [begin, end), and returns when all calls have returned. A range has at least grain indices unless
+// [begin, end) has fewer. A body must not throw.
 struct ParallelFor {
   using Body = void (*)(int64_t begin, int64_t end, void* context);
   void (*run)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);

@@ -1,6 +1,6 @@
 // From the sums of two sequences to the loss of their pair, and from the pairs to the loss of the
-// batch: what every device does between reading token log-probs and writing gradients. The formulas
-// themselves are in loss_math.h. All of it is in double, on O(P) values.
+// batch. All devices use this between reading token log-probs and writing gradients. loss_math.h
+// has the formulas. Everything is in double, on O(P) values.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace simpo_ext {
 
-// Of the valid tokens of a sequence.
+// The sum of the log-probs of a sequence's valid tokens, and their number.
 struct SequenceSum {
   double sum;
   int64_t count;
@@ -20,7 +20,7 @@ struct SequenceSum {
 
 // ---- forward --------------------------------------------------------------------------------
 
-// Of a sequence that is not where cu_seqlens or pairs say, so that its pair is NaN and not dropped.
+// Stands for a sequence that does not exist: its pair becomes NaN and is not dropped.
 SIMPO_HOST_DEVICE inline SequenceSum sum_of_nowhere() {
   return {std::numeric_limits<double>::quiet_NaN(), 1};
 }
@@ -30,11 +30,12 @@ struct ScoredPair {
   double chosen_logp, rejected_logp;
   double chosen_reward, rejected_reward;
   bool is_counted;
-  // Times the pair's weight; 0 unless counted, and with a weight of 0, whatever they would be.
+  // The following include the pair's weight. They are 0 if the pair is not counted or its weight is
+  // 0, even if they would be NaN.
   double loss;
   double chosen_slope, rejected_slope;  // d loss / d logp
-  double sft_loss;                      // of the sequence
-  double sft_token_loss;                // of its tokens, added up
+  double sft_loss;                      // -chosen_logp
+  double sft_token_loss;                // minus the sum of the chosen tokens' log-probs
 };
 
 SIMPO_HOST_DEVICE inline ScoredPair score_pair(SequenceSum chosen, SequenceSum rejected,
@@ -54,7 +55,7 @@ SIMPO_HOST_DEVICE inline ScoredPair score_pair(SequenceSum chosen, SequenceSum r
     const double margin = scaled_margin(chosen_shaped, rejected_shaped, how);
     pair.loss = weight * pair_loss(margin, how);
     const double slope = weight * pair_loss_slope(margin, how);
-    if (slope != 0.0) {  // a saturated pair has none, though shaped_logp's may be infinite
+    if (slope != 0.0) {  // with a slope of 0, an infinite slope of shaped_logp must not count
       pair.chosen_slope = slope * shaped_logp_slope(pair.chosen_logp, how);
       pair.rejected_slope = -slope * shaped_logp_slope(pair.rejected_logp, how);
     }
@@ -69,7 +70,7 @@ SIMPO_HOST_DEVICE inline double add_sft_term(double loss, double sft_loss,
   return reduction.sft_weight > 0.0 ? loss + reduction.sft_weight * sft_loss : loss;
 }
 
-// The outputs that pair p of P has to itself.
+// Writes the outputs of pair p of P.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline void write_pair(const ScoredPair& pair, int64_t p, int64_t P,
                                          const PreferenceLossArgs& args) {
@@ -89,7 +90,7 @@ SIMPO_HOST_DEVICE inline void write_pair(const ScoredPair& pair, int64_t p, int6
   }
 }
 
-// Totals over the counted pairs, compensated.
+// Totals over the counted pairs. Sums are compensated.
 struct PreferenceTotals {
   int64_t num_pairs = 0;
   int64_t num_tokens = 0;
@@ -130,7 +131,7 @@ struct PreferenceTotals {
   }
 };
 
-// The outputs of the batch as a whole: the reduced losses and the metrics.
+// Writes the outputs of the whole batch: the reduced losses and the metrics.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline void write_totals(const PreferenceTotals& totals, int64_t P,
                                            const PreferenceLossArgs& args) {
@@ -144,7 +145,7 @@ SIMPO_HOST_DEVICE inline void write_totals(const PreferenceTotals& totals, int64
     *static_cast<Scalar*>(args.loss) = static_cast<Scalar>(add_sft_term(loss, sft_loss, reduction));
     *static_cast<Scalar*>(args.sft_loss) = static_cast<Scalar>(sft_loss);
   }
-  const double n = static_cast<double>(totals.num_pairs);  // no pair: 0 / 0, the metrics' NaN
+  const double n = static_cast<double>(totals.num_pairs);  // without pairs, the means are 0 / 0
   args.metrics[kRewardsChosen] = totals.chosen_rewards.value() / n;
   args.metrics[kRewardsRejected] = totals.rejected_rewards.value() / n;
   args.metrics[kRewardsAccuracies] = static_cast<double>(totals.num_correct) / n;
@@ -158,7 +159,7 @@ SIMPO_HOST_DEVICE inline void write_totals(const PreferenceTotals& totals, int64
 
 // ---- backward -------------------------------------------------------------------------------
 
-// What a mean divides by: over the counted pairs.
+// The denominators of means over the counted pairs.
 struct PairCounts {
   int64_t num_pairs = 0;
   int64_t num_chosen_tokens = 0;
@@ -170,7 +171,7 @@ struct PairCounts {
   }
 };
 
-// What a pair adds to the gradient of each valid token log-prob of its sequences.
+// The share of a pair in the gradient of each valid token log-prob of its sequences.
 struct TokenGradients {
   double chosen, rejected;
 };
@@ -188,7 +189,7 @@ SIMPO_HOST_DEVICE inline TokenGradients pair_gradients(int64_t p, int64_t chosen
                                                        const PreferenceLossBackwardArgs& args) {
   const LossReduction& reduction = args.reduction;
   const int64_t P = args.pairs.P;
-  // Of the sequence log-probs, in the order the outputs feed them.
+  // The gradients of the sequence log-probs, added up in the order of the outputs.
   double grad_chosen = gradient_at<Scalar>(args.grad_logps, args.grad_logps_stride, p);
   double grad_rejected = gradient_at<Scalar>(args.grad_logps, args.grad_logps_stride, P + p);
   double grad_chosen_token = 0.0;
@@ -199,7 +200,7 @@ SIMPO_HOST_DEVICE inline TokenGradients pair_gradients(int64_t p, int64_t chosen
         grad_loss * pair_slope + gradient_at<Scalar>(args.grad_losses, args.grad_losses_stride, p);
     double grad_sft = gradient_at<Scalar>(args.grad_sft_loss, args.grad_sft_loss_stride, p);
     if (reduction.sft_weight > 0.0) grad_sft += grad_loss * reduction.sft_weight;
-    // A gradient of exactly 0 is selected, so that a NaN slope nobody asked for does not count.
+    // With a gradient of exactly 0, a NaN slope must not count: 0 * NaN is NaN.
     if (grad_pair_loss != 0.0) {
       const Scalar* slopes = static_cast<const Scalar*>(args.slopes);
       grad_chosen += grad_pair_loss * static_cast<double>(slopes[p]);

@@ -1,4 +1,4 @@
-// What is reported of a row of logits beside its log-sum-exp: two more sums of the same pass.
+// The report of a row of logits: two more sums from the pass that computes its log-sum-exp.
 #pragma once
 
 #include <cmath>
@@ -8,23 +8,23 @@
 
 namespace simpo_ext {
 
-// Beside the LogSumExp of the same values z.
+// Accompanies the LogSumExp of the same values z.
 struct RowReport {
   double sum_z = 0.0;
   // sum(exp(z - max) (z - max)), with the max of the LogSumExp. A z of -inf adds 0.
   double sum_exp_z = 0.0;
 
-  // For a sum whose max is about to be raised.
+  // Call before sum.raise_max(new_max).
   template <typename Scalar>
   SIMPO_HOST_DEVICE void raise_max(const LogSumExp<Scalar>& sum, Scalar new_max) {
     if (!(new_max > sum.max)) return;
     const double distance = static_cast<double>(sum.max) - static_cast<double>(new_max);
     const double scale = exp(distance);
-    // Of an empty sum the distance is infinite.
+    // The distance is infinite if the sum is empty.
     sum_exp_z = scale == 0.0 ? 0.0 : scale * (sum_exp_z + distance * sum.sum);
   }
 
-  // For a sum into which other_sum is about to be merged.
+  // Call before sum.merge(other_sum).
   template <typename Scalar>
   SIMPO_HOST_DEVICE void merge(const LogSumExp<Scalar>& sum, RowReport other,
                                const LogSumExp<Scalar>& other_sum) {
@@ -34,8 +34,8 @@ struct RowReport {
     sum_exp_z += other.sum_exp_z;
   }
 
-  // In nats, of softmax(z) with all z in the sum. What rounding leaves of that of a sure row may be
-  // below 0, which no entropy is.
+  // The entropy of softmax(z) in nats, for a sum over all z. For a row that is almost certain of
+  // one label, rounding may put the result below 0, so it is clamped.
   SIMPO_HOST_DEVICE double entropy(double sum_exp) const {
     const double value = log(sum_exp) - sum_exp_z / sum_exp;
     return value < 0.0 ? 0.0 : value;

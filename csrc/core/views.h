@@ -1,5 +1,5 @@
-// How kernels find a token's data. Strides are in elements, and offsets are int64: B * T * V passes
-// 2^31 at ordinary sizes.
+// How kernels find the data of a token. Strides are in elements. Offsets are int64, because B * T *
+// V exceeds 2^31 at ordinary sizes.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace simpo_ext {
 
-// Of a [B, T] or [B, T, V] tensor; a stride of 0 (an expanded tensor) is an ordinary case.
+// The strides of a [B, T] or [B, T, V] tensor. They may be 0, for an expanded tensor.
 struct TokenStrides {
   int64_t b;
   int64_t t;
@@ -18,8 +18,8 @@ struct TokenStrides {
   }
 };
 
-// Which label the logits at (b, t) are scored with. With shift, position t predicts labels[b, t +
-// 1], and the last position predicts nothing.
+// Which label scores the logits at (b, t). With shift, it is labels[b, t + 1], and the last
+// position has none.
 struct Targets {
   const int64_t* labels;  // [B, T]
   TokenStrides strides;
@@ -30,8 +30,7 @@ struct Targets {
 
   SIMPO_HOST_DEVICE int64_t label_position(int64_t t) const { return shift ? t + 1 : t; }
 
-  // Whether a label is there for (b, t) to be scored with; only then is label_offset(b, t) that of
-  // one.
+  // Whether the labels have a position for (b, t). Only then may label_offset(b, t) be read.
   SIMPO_HOST_DEVICE bool has_label(int64_t t) const { return label_position(t) < T; }
 
   SIMPO_HOST_DEVICE int64_t label_offset(int64_t b, int64_t t) const {
@@ -52,33 +51,33 @@ struct TokenRange {
   int64_t end;
 };
 
-// The sequences of a batch: its rows, or, in the flat layout, parts of its only row, sequence s the
-// positions [cu_seqlens[s], cu_seqlens[s + 1]).
+// The sequences of a batch: its rows, or, in the flat layout, parts of its only row. There,
+// sequence s has the positions [cu_seqlens[s], cu_seqlens[s + 1]).
 struct Sequences {
   const int64_t* cu_seqlens;  // [S + 1]; null: rows
   int64_t S;
 };
 
-// Pair p is of sequences chosen(p) and rejected(p); without indices, of p and P + p.
+// Pair p consists of sequences indices[p, 0] and indices[p, 1], or p and P + p without indices.
 struct Pairs {
   const int64_t* indices;  // [P, 2] contiguous, or null
   const double* weights;   // [P] contiguous, or null: 1
   int64_t P;
 };
 
-// The first thing that is wrong with a layout.
+// The first error of a layout.
 struct LayoutError {
   enum class Kind { kNone, kBegin, kOrder, kEnd, kPair };
 
   Kind kind = Kind::kNone;
-  int64_t index = 0;  // into cu_seqlens, or of a pair times two plus the side
+  int64_t index = 0;  // into cu_seqlens, or into the flattened pairs
   int64_t value = 0;
-  int64_t bound = 0;  // what it was held against
+  int64_t bound = 0;  // the limit that the value breaks
 
   bool found() const { return kind != Kind::kNone; }
 };
 
-// The first label that is neither ignore_index nor in [0, V); b < 0: there is none.
+// The first label that is neither ignore_index nor in [0, V). b < 0 if there is none.
 struct LabelError {
   int64_t b = -1;
   int64_t position = -1;

@@ -14,7 +14,7 @@ constexpr const char* kVariable = "SIMPO_CPU_CAPABILITY";
 std::vector<const RowKernels*> usable_kernels() {
   std::vector<const RowKernels*> usable = {&kGenericRowKernels};
 #if defined(__x86_64__)
-  // These ask the operating system, too, whether it saves the registers.
+  // These also check that the operating system saves the registers.
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
@@ -40,7 +40,7 @@ const RowKernels* choose() {
     names += std::string(names.empty() ? "" : ", ") + kernels->capability;
   }
   throw std::invalid_argument(std::string(kVariable) + ": expected one of " + names +
-                              ", which this machine can run, got '" + value + "'");
+                              ", the instruction sets of this machine, got '" + value + "'");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Which instruction set the row kernels run with: chosen once, by what the machine has, or lower if
-// the environment variable SIMPO_CPU_CAPABILITY says so.
+// The instruction set of the row kernels. It is chosen once: the best that the machine has, or the
+// one that the environment variable SIMPO_CPU_CAPABILITY names.
 #pragma once
 
 #include <string>
@@ -9,10 +9,10 @@
 
 namespace simpo_ext::cpu {
 
-// Those that were built and that this machine can run, the least capable first.
+// The instruction sets that were built and that this machine can run, the least capable first.
 std::vector<std::string> capabilities();
 
-// Throws std::invalid_argument if the environment variable names none of them.
+// Throws std::invalid_argument if the environment variable is set to anything else.
 const RowKernels& row_kernels();
 
 }  // namespace simpo_ext::cpu

@@ -1,4 +1,4 @@
-// What a CPU kernel makes sure of before it follows a label.
+// The check of labels before a CPU kernel uses them as indices.
 #pragma once
 
 #include <cstdint>

@@ -15,7 +15,7 @@ uintptr_t round_up(uintptr_t address) { return (address + kHugePage - 1) & ~(kHu
 
 void advise(uintptr_t begin, uintptr_t end) {
 #if defined(MADV_HUGEPAGE)
-  // A kernel without huge pages refuses, and pages are small then.
+  // A kernel without huge pages returns an error, and the pages stay small.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   static_cast<void>(begin);
@@ -23,7 +23,7 @@ void advise(uintptr_t begin, uintptr_t end) {
 #endif
 }
 
-// Mappings that wait for a call they fit, the one kept first in front.
+// Mappings for later calls, the oldest first.
 struct Kept {
   std::mutex mutex;
   std::vector<Mapping> mappings;
@@ -35,7 +35,7 @@ Kept& kept() {
   return *instance;
 }
 
-// Lets the system take the pages when it needs them. Nothing happens to those it does not take.
+// Lets the system take the pages when it needs them. The other pages keep their contents.
 bool offer_to_system(const Mapping& mapping) {
 #if defined(MADV_FREE)
   return madvise(mapping.data, mapping.bytes, MADV_FREE) == 0;
@@ -52,7 +52,7 @@ Mapping map_for_writing(std::size_t bytes) {
   {
     const std::lock_guard lock(kept().mutex);
     std::vector<Mapping>& mappings = kept().mappings;
-    // The smallest that fits, but none of which more than half would be of no use.
+    // The smallest that fits, but none that is more than twice as large as needed.
     auto best = mappings.end();
     for (auto each = mappings.begin(); each != mappings.end(); ++each) {
       const bool fits = each->bytes >= length && each->bytes / 2 <= length;
@@ -87,7 +87,7 @@ void keep_for_writing(const Mapping& mapping) {
 }
 
 void* map_zeros(std::size_t bytes) {
-  // One huge page more than needed, of which what lies outside of whole ones is given back.
+  // Maps one huge page more than needed, and unmaps what lies before and after the aligned part.
   const uintptr_t length = round_up(bytes);
   void* const mapped =
       mmap(nullptr, length + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -1,36 +1,36 @@
-// Memory for tensors so large that getting their pages takes longer than filling them: a page fault
-// for each 4 KiB limits a write to a tenth of the memory's bandwidth. Huge pages are asked for, and
-// whatever the system gives instead serves as well.
+// Memory for large tensors, where page faults take longer than writing: with a fault for each 4
+// KiB, a write reaches a tenth of the memory's bandwidth. These functions ask for huge pages, and
+// also work with the pages that the system provides instead.
 #pragma once
 
 #include <cstddef>
 
 namespace simpo_ext::cpu {
 
-// Below this, an allocator hands out memory that it has used before.
+// For smaller blocks, an allocator reuses memory whose pages are already there.
 constexpr std::size_t kLargeBytes = std::size_t{1} << 25;
 
-// Zeros that take up no memory until they are written. Null: the system has none to give.
+// Zeros that take up no memory until they are written. Null if the system has no memory.
 void* map_zeros(std::size_t bytes);
 void unmap(void* data, std::size_t bytes);
 
-// Memory for what is written whole, with whatever it holds: that of an earlier call where some
-// fits, so that training steps do not wait for the same pages again and again. On a virtual
-// machine, whose host takes free pages back, that wait may be a third of a step. Null: the system
-// has none to give.
+// Memory with arbitrary contents, for tensors of which every element is written. It is the memory
+// of an earlier call if one fits, so that training steps do not wait for the same pages again. On a
+// virtual machine whose host takes free pages back, that wait can be a third of a step. data is
+// null if the system has no memory.
 struct Mapping {
   void* data = nullptr;
-  std::size_t bytes = 0;  // at least those asked for
+  std::size_t bytes = 0;  // may be more than requested
 };
 Mapping map_for_writing(std::size_t bytes);
-// For later calls of the above. Meanwhile the system may take the pages whenever it is short of
-// memory; beyond kMostKept mappings, and kMostKeptBytes, what was kept first is unmapped.
+// Keeps a mapping for later calls of map_for_writing. Meanwhile the system may take the pages if it
+// is short of memory. Of more than kMostKept mappings or kMostKeptBytes, the oldest are unmapped.
 void keep_for_writing(const Mapping& mapping);
 
 constexpr std::size_t kMostKept = 4;
 constexpr std::size_t kMostKeptBytes = std::size_t{1} << 32;
 
-// For memory that was just allocated and has not been touched.
+// Asks for huge pages. The memory must not have been written yet.
 void advise_huge_pages(void* data, std::size_t bytes);
 
 }  // namespace simpo_ext::cpu

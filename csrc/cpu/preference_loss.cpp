@@ -1,7 +1,7 @@
 // The preference loss on the CPU.
 //
-// Memory contract: the forward reads each valid token log-prob once and writes O(S + P); the
-// backward reads labels and O(S + P), and writes [B, T]. Sums over tokens and over pairs are
+// Memory contract: the forward reads each valid token log-prob once and writes O(S + P) values. The
+// backward reads labels and O(S + P) values, and writes [B, T]. Sums over tokens and over pairs are
 // compensated, in double, in a fixed order.
 
 #include <vector>
@@ -49,7 +49,7 @@ void backward(const PreferenceLossBackwardArgs& args, ParallelFor parallel_for) 
     const PairMembers members = members_of(args.pairs, p);
     totals.add(args.counts[members.chosen], args.counts[members.rejected], args.reduction.empty);
   }
-  // Of each valid token, from all pairs that its sequence is in.
+  // The gradient of each valid token of a sequence, from all pairs with that sequence.
   std::vector<double> gradients(static_cast<size_t>(S), 0.0);
   const auto gradient_of = [&](int64_t s) -> double& { return gradients[static_cast<size_t>(s)]; };
   for (int64_t p = 0; p < P; ++p) {

@@ -1,6 +1,6 @@
-// What is compiled once for each instruction set: the passes over a run of consecutive logits, a
-// whole row or a part of one. Plain data and function pointers, so that nothing compiled for one
-// instruction set is linked into code for another.
+// The passes over a run of consecutive logits, a whole row or a piece of one. They are compiled
+// once for each instruction set. The interface is plain data and function pointers, so that no
+// function compiled for one instruction set is linked into code for another.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace simpo_ext::cpu {
 
-// sum(exp(z)) of a run as sum * exp(max); max is float's for logits of up to 32 bits.
+// sum(exp(z)) of a run as sum * exp(max). max is a float for logits of up to 32 bits.
 struct RunSum {
   double max;
   double sum;
@@ -23,27 +23,27 @@ struct RunReport {
 };
 
 struct RowKernels {
-  // As in torch.backends.cpu.get_cpu_capability().
+  // The name, as in torch.backends.cpu.get_cpu_capability().
   const char* capability;
 
-  // The transformed logit at x, to the bit as the passes below see it.
+  // The transformed logit at x, with the same bits as in the passes below.
   double (*z)(DType dtype, LogitTransform transform, const void* x);
 
-  // Of the transformed logits z of x[0, n): max is the largest of them and of hint, and sum that of
-  // exp(z - max). hint is the z of any logit of the row: the closer to the largest, the faster.
-  // All of them -inf, and hint too: max -inf, sum 0. NaN or +inf among them: sum NaN.
-  // Reads x once, but for blocks of 8192 whose z are far above all before them: those twice.
+  // For the transformed logits z of x[0, n): max is the largest of them and of hint, and sum is
+  // sum(exp(z - max)). hint is the z of any logit of the row; the closer it is to the largest, the
+  // faster the pass. If all z and hint are -inf, max is -inf and sum is 0. If a z is NaN or +inf,
+  // sum is NaN. Reads x once, and blocks of 8192 whose z are far above all before them twice.
   RunSum (*sum_exp)(DType dtype, LogitTransform transform, const void* x, int64_t n, double hint);
 
-  // sum_exp to the bit, and the RowReport beside it.
+  // sum_exp with the same bits, and the RowReport of the same logits.
   RunReport (*sum_exp_report)(DType dtype, LogitTransform transform, const void* x, int64_t n,
                               double hint);
 
-  // Of the transformed logits of x[0, n).
+  // The sum of the transformed logits of x[0, n).
   double (*sum_z)(DType dtype, LogitTransform transform, const void* x, int64_t n);
 
-  // dx[i] = factor * exp(z_i - max) * dz_i/dx_i without the slope that all logits share, for x[0,
-  // n) and a max that no z exceeds. dx may be x. Streaming writes past the caches.
+  // dx[i] = factor * exp(z_i - max) * own_slope(z_i) for x[0, n), where no z exceeds max. dx may be
+  // x. Streaming stores bypass the caches.
   void (*scaled_exp)(DType dtype, LogitTransform transform, const void* x, int64_t n, double max,
                      double factor, void* dx, bool streaming);
 };

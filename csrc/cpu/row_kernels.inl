@@ -1,9 +1,9 @@
-// The passes over a row, on the vectors of one instruction set. Each translation unit of
-// row_kernels_*.cpp defines SIMPO_ISA, includes one simd_*.h and then this.
+// The passes over a row, with the vectors of one instruction set. Each row_kernels_*.cpp defines
+// SIMPO_ISA, includes one simd_*.h and then this file.
 //
-// Memory contract: a forward pass reads each logit once and keeps nothing but sums in registers; a
-// backward pass reads each once and writes its gradient. What becomes of an element depends on
-// neither alignment nor its place in a vector.
+// Memory contract: a forward pass reads each logit once and keeps only sums, in registers. A
+// backward pass reads each logit once and writes its gradient. The result for an element depends
+// neither on its alignment nor on its place in a vector.
 
 #include <algorithm>
 #include <cmath>
@@ -22,15 +22,16 @@ namespace simpo_ext::cpu {
 inline namespace SIMPO_ISA {
 namespace {
 
-// Logits between two looks at whether the reference that is subtracted from them is still good. A
-// block stays in the second-level cache, should it have to be summed again.
+// After each block of this many logits, the pass checks whether the reference that it subtracts is
+// still close enough. A block fits into the second-level cache, in case it is summed again.
 constexpr int64_t kBlock = 8192;
-// Logits whose maximum is the first reference.
+// The first reference is the maximum of this many logits.
 constexpr int64_t kFirstLook = 256;
-// How far a logit may lie above the reference: exp of the difference is then as accurate as below.
+// How far a logit may lie above the reference. Up to here, exp of the difference is as accurate as
+// for negative differences.
 constexpr double kSlack = 8.0;
-// Terms a lane adds up in its own precision before double takes over. Where one term outweighs all
-// others, those that share its lane lose their last digits, but only these.
+// The number of terms that a lane adds up in its own precision before the sum moves to double. If
+// one term outweighs all others, only terms in the same lane lose their last digits.
 constexpr int64_t kTermsPerLane = 32;
 constexpr int64_t kPrefetchBytes = 8192;
 
@@ -44,7 +45,8 @@ void prefetch_step(const T* x) {
   }
 }
 
-// Sums of lanes. Those of float are emptied into double, and those of double are compensated.
+// Sums of lanes. Sums of floats are moved to double from time to time. Sums of doubles are
+// compensated.
 template <typename Scalar>
 class LaneSums;
 
@@ -53,12 +55,12 @@ class LaneSums<float> {
  public:
   void add(Vec<float> x) { sum_ = sum_ + x; }
   void add_product(Vec<float> x, Vec<float> y) { sum_ = fma(x, y, sum_); }
-  // Once every kTermsPerLane terms.
+  // Moves the sums to double. Call after every kTermsPerLane terms.
   void empty() {
     add_widened(sum_, low_, high_);
     sum_ = Vec<float>(0.0f);
   }
-  // Of emptied sums.
+  // Call empty() on all sums before.
   template <int kVectors>
   static double total(const LaneSums (&sums)[kVectors]) {
     Vec<double> total = sums[0].low_ + sums[0].high_;
@@ -98,7 +100,7 @@ class LaneSums<double> {
   Vec<double> sum_{0.0}, lost_{0.0};
 };
 
-// As LaneSums<double>, for terms that may be -inf: compensation would make NaN of their sum.
+// LaneSums<double> for terms that may be -inf. With compensation, their sum would be NaN.
 class DoubleLaneSums {
  public:
   void add(Vec<double> x) { sum_ = sum_ + x; }
@@ -120,16 +122,16 @@ using PlainLaneSums =
 template <typename Scalar>
 struct BlockSum {
   double sum;      // of exp(z - reference)
-  Scalar largest;  // z; NaN is left out
+  Scalar largest;  // z, except NaN
 };
 
-// The sums of RowReport of a block, of which a vector has the distances z - reference.
+// The sums of a block's RowReport, from distances z - reference.
 template <typename Scalar>
 class BlockReport {
  public:
   static constexpr int kVectors = 2 * kPairsPerStep;
 
-  // An exp of -inf is 0, which a finite distance leaves at that.
+  // For a distance of -inf, exp is 0, and 0 times a finite distance stays 0.
   static Vec<Scalar> finite(Vec<Scalar> distance) {
     return larger(Vec<Scalar>(std::numeric_limits<Scalar>::lowest()), distance);
   }
@@ -138,7 +140,7 @@ class BlockReport {
     SIMPO_EACH distances_[k].add(distances[k]);
     SIMPO_EACH products_[k].add_product(exps[k], finite(distances[k]));
   }
-  // Lanes that are not there are 0.
+  // Unused lanes are 0.
   void add(Vec<Scalar> exps, Vec<Scalar> distances) {
     distances_[0].add(distances);
     products_[0].add_product(exps, finite(distances));
@@ -147,7 +149,7 @@ class BlockReport {
     SIMPO_EACH distances_[k].empty();
     SIMPO_EACH products_[k].empty();
   }
-  // Of emptied sums of n logits.
+  // The report of n logits. Call empty() before.
   RowReport report(int64_t n, Scalar reference) const {
     const double references = static_cast<double>(n) * static_cast<double>(reference);
     return {references + PlainLaneSums<Scalar>::total(distances_),
@@ -159,7 +161,7 @@ class BlockReport {
   LaneSums<Scalar> products_[kVectors];
 };
 
-// With kReports, report is written; otherwise it is null.
+// report is written with kReports, and null without.
 template <bool kReports, typename T, class Logits>
 BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Compute<T> reference,
                                RowReport* report) {
@@ -219,7 +221,7 @@ BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Comp
   return {LaneSums<Compute<T>>::total(sums), largest_lane(all)};
 }
 
-// Leaves NaN out.
+// The largest element that is not NaN.
 template <typename T>
 Compute<T> largest_of(const T* x, int64_t n) {
   using V = Vec<Compute<T>>;
@@ -237,20 +239,20 @@ Compute<T> largest_of(const T* x, int64_t n) {
   return largest;
 }
 
-// One logit, through a vector, so that rounding is that of the passes.
+// The z of one logit, computed in a vector, so that it is rounded as in the passes.
 template <class Logits>
 typename Logits::ScalarType first_z(const Logits& logits, typename Logits::ScalarType x) {
   using V = Vec<typename Logits::ScalarType>;
   return largest_lane(logits.z(V(x)));
 }
 
-// With kReports, report is added to; otherwise it is null.
+// report is added to with kReports, and null without.
 template <bool kReports, typename T, class Logits>
 RunSum sum_exp(const T* x, int64_t n, const Logits& logits, Compute<T> hint, RowReport* report) {
   using Scalar = Compute<T>;
   using Limits = std::numeric_limits<Scalar>;
-  // Not -inf, from which nothing could be subtracted. Whatever is finite and far above it, which is
-  // to say anything else, is found to be so block by block.
+  // The first reference is not -inf, because z - -inf is not finite. If a block has z far above the
+  // reference, the loop below raises it.
   LogSumExp<Scalar> total{Limits::lowest(), 0.0};
   total.raise_max(hint);
   total.raise_max(first_z(logits, largest_of(x, std::min(n, kFirstLook))));
@@ -285,7 +287,7 @@ double sum_z(const T* x, int64_t n, const Logits& logits) {
   using Scalar = Compute<T>;
   using V = Vec<Scalar>;
   constexpr int kVectors = 2 * kPairsPerStep;
-  // Some z is subtracted from all, so that an offset in common costs no digits.
+  // The first z is subtracted from all, so that a common offset of the logits costs no digits.
   const Scalar first = n == 0 ? Scalar(0) : first_z(logits, widen(x[0]));
   const Scalar reference = std::isfinite(first) ? first : Scalar(0);
   const V shift(reference);
@@ -321,7 +323,8 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
   using V = Vec<Compute<T>>;
   constexpr int kVectors = 2 * kPairsPerStep;
   const ScaledExp<Compute<T>> exp(factor);
-  // NaN times 2^-inf would be 0: of a factor that is NaN, no element may get as far as that.
+  // exp(-inf) gives 0 even if the factor is NaN. With a NaN factor, all elements must become NaN,
+  // so NaN is subtracted from them.
   const V shift(factor == factor ? max : factor);
   const auto to_gradient = [&](V(&lanes)[kVectors]) {
     V slope[kVectors];
@@ -331,8 +334,8 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
     exp.apply(lanes);
     SIMPO_EACH lanes[k] = lanes[k] * slope[k];
   };
-  // By way of a buffer, so that nothing outside is touched.
-  const auto some = [&](int64_t begin, int64_t end) {
+  // Fewer elements than a step, through a buffer, so that no memory outside of them is accessed.
+  const auto write_range = [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t count = std::min(kStep<T>, end - begin);
       T buffer[kStep<T>] = {};
@@ -352,7 +355,7 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
     const int64_t misaligned = reinterpret_cast<intptr_t>(dx) % kVectorBytes;
     const int64_t head = misaligned == 0 ? 0 : (kVectorBytes - misaligned) / int64_t{sizeof(T)};
     i = std::min(head, n);
-    some(0, i);
+    write_range(0, i);
   }
   for (; i + kStep<T> <= n; i += kStep<T>) {
     prefetch_step(x + i);
@@ -363,11 +366,11 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
       store_pair<kStreaming>(dx + i + k * V::kSize, lanes[k], lanes[k + 1]);
     }
   }
-  some(i, n);
+  write_range(i, n);
   if constexpr (kStreaming) finish_streaming();
 }
 
-// Calls function(x as T*, logits) for what is known at run time of both.
+// Calls function(x as T*, logits) with the types for this dtype and transform.
 template <typename Function>
 void dispatch(DType dtype, LogitTransform transform, const void* x, const Function& function) {
   dispatch_dtype(dtype, [&](auto element) {

@@ -1,7 +1,7 @@
 #define SIMPO_ISA avx2
 
 #include "cpu/simd_avx2.h"
-// After the vectors it is written in.
+// Uses the vectors of the header above.
 #include "cpu/row_kernels.inl"
 
 namespace simpo_ext::cpu {

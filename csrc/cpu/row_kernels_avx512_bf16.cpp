@@ -1,7 +1,7 @@
 #define SIMPO_ISA avx512_bf16
 
 #include "cpu/simd_avx512.h"
-// After the vectors it is written in.
+// Uses the vectors of the header above.
 #include "cpu/row_kernels.inl"
 
 namespace simpo_ext::cpu {

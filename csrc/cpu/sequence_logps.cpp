@@ -1,5 +1,7 @@
-// Sequence log-probabilities on the CPU. Reads each valid token once, writes 8 + 4 (or 8) bytes a
-// sequence; the backward writes [B, T]. Accumulates compensated in double.
+// Sequence log-probabilities on the CPU.
+//
+// Memory contract: the forward reads each valid token once and writes 12 bytes a sequence, or 16
+// for float64. The backward writes [B, T]. Sums are compensated, in double.
 
 #include "cpu/sequence_logps.h"
 

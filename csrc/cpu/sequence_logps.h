@@ -1,5 +1,4 @@
-// Masked sums over a sequence's tokens: the step between token log-probs and everything per
-// sequence.
+// Sums over the valid tokens of a sequence, and the gradient on its way back to the tokens.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +11,7 @@
 
 namespace simpo_ext::cpu {
 
-// Of the valid tokens of a sequence. Masked positions are not read.
+// The sum over the valid tokens of a sequence. Masked positions are not read.
 template <typename Scalar>
 SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStrides strides,
                              const Targets& targets, TokenRange range) {
@@ -26,7 +25,7 @@ SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStrides strides,
   return {sum.value(), count};
 }
 
-// grad_token_logps = gradient at valid positions and 0 at masked ones, whatever gradient is.
+// grad_token_logps = gradient at valid positions, and 0 at masked ones even if gradient is NaN.
 template <typename Scalar>
 void spread_to_valid_tokens(double gradient, const Targets& targets, TokenRange range,
                             Scalar* grad_token_logps) {
@@ -36,7 +35,8 @@ void spread_to_valid_tokens(double gradient, const Targets& targets, TokenRange 
   }
 }
 
-// Sequences a thread takes at once: below this many tokens a second one costs more than it saves.
+// The number of sequences that a thread takes at once. With fewer tokens than this, a second thread
+// costs more than it saves.
 inline int64_t sequences_per_task(const Sequences& sequences, const Targets& targets) {
   const int64_t tokens = targets.B * targets.T / std::max<int64_t>(sequences.S, 1);
   return std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(tokens, 1));

@@ -1,5 +1,5 @@
-// The targets of the flat layout on the CPU. Reads the labels of the sequences' positions once,
-// writes [1, N].
+// The targets of the flat layout on the CPU: reads the labels of all sequences once and writes
+// [1, N].
 
 #include <algorithm>
 

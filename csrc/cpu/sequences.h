@@ -1,4 +1,4 @@
-// What the CPU kernels ask of a layout: what is wrong with it, and where a sequence lies.
+// The checks of a layout for the CPU kernels, and where its sequences and pairs are.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace simpo_ext::cpu {
 
-// Whether [1, N] can be cut at cu_seqlens.
+// The first error of cu_seqlens for a row of N positions.
 inline LayoutError find_sequence_error(const Sequences& sequences, int64_t N) {
   using Kind = LayoutError::Kind;
   const int64_t* cu_seqlens = sequences.cu_seqlens;

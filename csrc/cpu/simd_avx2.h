@@ -1,5 +1,4 @@
-// Vectors of AVX2 with FMA and F16C. The functions, and what they promise, are those of
-// simd_generic.h.
+// Vectors of AVX2 with FMA and F16C. simd_generic.h describes the functions.
 #pragma once
 
 #include <immintrin.h>
@@ -187,14 +186,14 @@ inline void store_pair(double* p, Vec<double> a, Vec<double> b) {
   store_bits<kStreaming>(p + 4, _mm256_castpd_si256(b.v));
 }
 
-// In the lower half of each lane.
+// The results are in the lower half of each lane.
 inline __m256i bfloat16_bits(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i high = _mm256_srli_epi32(bits, 16);
   const __m256i is_odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_srli_epi32(
       _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff))), 16);
-  // Rounding could carry a NaN's mantissa into infinity.
+  // Rounding could carry from a NaN's mantissa and make it an infinity.
   const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x0040)), is_nan);
 }
@@ -215,7 +214,7 @@ inline void store_pair(Float16* p, Vec<float> a, Vec<float> b) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Orders streaming stores before whatever tells another thread that they are done.
+// Other threads see the streaming stores before any later store of this thread.
 inline void finish_streaming() { _mm_sfence(); }
 
 }  // namespace

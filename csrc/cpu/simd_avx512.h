@@ -1,5 +1,5 @@
-// Vectors of AVX-512 (F, BW, DQ, VL), and its bfloat16 conversion where the compiler may use it.
-// The functions, and what they promise, are those of simd_generic.h.
+// Vectors of AVX-512 (F, BW, DQ, VL), with its bfloat16 conversion if the compiler may use it.
+// simd_generic.h describes the functions.
 #pragma once
 
 #include <immintrin.h>
@@ -53,7 +53,7 @@ inline Vec<float> round(Vec<float> x) {
 inline Vec<float> times_two_to(Vec<float> x, Vec<float> n) { return _mm512_scalef_ps(x.v, n.v); }
 inline Power split_exponent(Vec<float> t, Vec<float>& fraction) {
   fraction = _mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return {t};  // of which scalef takes the floor
+  return {t};  // scalef takes its floor
 }
 inline Vec<float> times(Vec<float> x, Power power) { return _mm512_scalef_ps(x.v, power.v.v); }
 inline Vec<float> abs(Vec<float> x) { return _mm512_abs_ps(x.v); }
@@ -179,7 +179,7 @@ inline __m256i bfloat16_bits(__m512 x) {
   const __m512i is_odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(
       _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff))), 16);
-  // Rounding could carry a NaN's mantissa into infinity.
+  // Rounding could carry from a NaN's mantissa and make it an infinity.
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(
       _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x0040)));
@@ -202,7 +202,7 @@ inline void store_pair(Float16* p, Vec<float> a, Vec<float> b) {
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Orders streaming stores before whatever tells another thread that they are done.
+// Other threads see the streaming stores before any later store of this thread.
 inline void finish_streaming() { _mm_sfence(); }
 
 }  // namespace

@@ -1,25 +1,25 @@
-// Vectors of 16 bytes in the compiler's own vector extension: SSE2, NEON, or whatever the baseline
-// of the architecture has. The other simd_*.h define the same names for larger ones.
+// Vectors of 16 bytes in the compiler's own vector extension: SSE2, NEON, or the baseline of
+// another architecture. The other simd_*.h define the same names for larger vectors.
 //
-// Vec<float> and Vec<double> have kSize lanes and +, -, *, /. Double has kExpIsZero, which
-// times_two_to can still take the exponent of. Of each of the functions below:
-//   fma(a, b, c)             a * b + c; in one rounding where the instruction set has it
+// Vec<float> and Vec<double> have kSize lanes and +, -, *, /. Vec<double> has kExpIsZero, the least
+// x whose exponent times_two_to can take. The functions:
+//   fma(a, b, c)             a * b + c; rounded once if the instruction set has that
 //   minus_multiple_of_ln2    x - n * ln2, accurate to the rounding of the result
-//   larger, smaller(x, y)    y where x is NaN
+//   larger, smaller(x, y)    y if x is NaN
 //   round(x)                 to the nearest integer; |x| < 2^22 (float), 2^51 (double)
-//   times_two_to(x, n)       x * 2^n for an integer n, also where that is below what the type has
-//                            as exponent: 0, or gradual underflow
+//   times_two_to(x, n)       x * 2^n for an integer n. Below the range of the type: 0, or gradual
+//                            underflow
 //   split_exponent(t, fraction), times(x, power)
 //                            times(x, split_exponent(t, f)) * 2^f = x * 2^t, with f in [0, 1]; 0
-//                            below t = -127 at the latest; float only
-//   first_lanes(x, count)    0 in all lanes but the first count
+//                            for t below a bound that is at least -127; float only
+//   first_lanes(x, count)    x in the first count lanes, 0 in the others
 //   add_widened(x, low, high)
 //                            adds the lanes of x to those of two vectors of double
-//   load_pair_in_any_order   two vectors of consecutive elements, in whatever order is cheap; that
-//                            of load() is the order in memory
-//   store_pair<streaming>    two vectors, in order; streaming stores go past the caches, and need
-//                            an address that kVectorBytes divides
-// Streaming stores are ordered before what follows by finish_streaming().
+//   load_pair_in_any_order   two vectors of consecutive elements, in the order that is cheapest;
+//                            load() keeps the order in memory
+//   store_pair<streaming>    two vectors, in order; streaming stores bypass the caches, and need an
+//                            address that is a multiple of kVectorBytes
+//   finish_streaming()       makes streaming stores visible before all later stores
 #pragma once
 
 #if defined(__ARM_NEON) && defined(__aarch64__)
@@ -38,7 +38,7 @@ inline namespace SIMPO_ISA {
 namespace {
 
 constexpr int64_t kVectorBytes = 16;
-constexpr int kPairsPerStep = 2;  // of vectors, in a step of a loop over a row
+constexpr int kPairsPerStep = 2;  // pairs of vectors in a step of a loop over a row
 
 namespace lanes {
 using Float [[gnu::vector_size(16)]] = float;
@@ -50,7 +50,7 @@ using UInt64 [[gnu::vector_size(16)]] = uint64_t;
 using UInt16 [[gnu::vector_size(8)]] = uint16_t;
 }  // namespace lanes
 
-// What differs between the two precisions.
+// The constants and types of each precision.
 template <typename Scalar>
 struct VecOf;
 
@@ -63,7 +63,7 @@ struct VecOf<float> {
   static constexpr float kBias = 127.0f;
   static constexpr int kMantissaBits = 23;
   static constexpr uint32_t kSign = 0x80000000u;
-  // A first part with so few bits that n times it is exact, and the rest.
+  // ln2 in two parts. The first has so few bits that n times it is exact.
   static constexpr float kLn2High = 0.693359375f;
   static constexpr float kLn2Low = -2.12194440e-4f;
 };
@@ -214,7 +214,7 @@ inline void load_pair_in_any_order(const T* p, Vec<Compute<T>>& a, Vec<Compute<T
   a = load(p);
   b = load(p + Vec<Compute<T>>::kSize);
 }
-// The even elements, then the odd ones, as they lie in little-endian words.
+// The even elements, then the odd ones: the halves of little-endian words.
 template <>
 inline void load_pair_in_any_order(const BFloat16* p, Vec<float>& a, Vec<float>& b) {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
@@ -261,7 +261,7 @@ inline void store_pair(T* p, Vec<Compute<T>> a, Vec<Compute<T>> b) {
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
-inline void finish_streaming() {}  // there is no streaming store above
+inline void finish_streaming() {}  // the stores above never stream
 
 }  // namespace
 }  // namespace SIMPO_ISA

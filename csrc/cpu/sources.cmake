@@ -1,5 +1,5 @@
-# The CPU kernels: sources, and what each instruction set is compiled with. For every target that
-# compiles them, in the directory that includes this.
+# The sources of the CPU kernels, and the compiler options of each instruction set. A directory that
+# compiles the kernels includes this file.
 set(SIMPO_CPU_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/capability.cpp
     ${CMAKE_CURRENT_LIST_DIR}/pages.cpp
@@ -16,17 +16,17 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   endforeach()
 endif()
 
-# What is to be fused is written as fma. 1 - r where r is a product, say, would not be 0 for an r
-# that rounds to 1.
+# No contraction: a fused 1 - a * b would not be 0 where a * b rounds to 1. Products and sums that
+# should be fused are written as fma.
 set_source_files_properties(${SIMPO_CPU_SOURCES} PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
 
-# Optimised in every configuration, as rows are what all time goes into. No kernel reads errno or the
-# floating-point exception flags.
+# Optimized in every configuration, because nearly all time is spent in these files. No kernel reads
+# errno or the floating-point exception flags.
 set(simpo_row_flags -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)
 set(simpo_avx2_flags -mavx2 -mfma -mf16c)
 set(simpo_avx512_flags ${simpo_avx2_flags} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  # Its own intrinsics start from undefined vectors, of which it then warns (GCC bug 105593).
+  # GCC warns about undefined vectors in its own intrinsics (GCC bug 105593).
   list(APPEND simpo_avx512_flags -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
 set(simpo_flags_generic ${simpo_row_flags})

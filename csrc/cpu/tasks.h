@@ -1,4 +1,4 @@
-// How the rows of a batch, and long rows in pieces, are handed to threads.
+// How rows, or pieces of long rows, are divided among threads.
 #pragma once
 
 #include <algorithm>
@@ -9,22 +9,22 @@
 
 namespace simpo_ext::cpu {
 
-// A row is worked on in pieces of this many logits, by however many threads: where they begin
-// depends on V alone, so that sums do not depend on the threads.
+// A longer row is cut into pieces of this many logits. Where the pieces begin depends only on V, so
+// that a row's sum has the same bits with any number of threads.
 constexpr int64_t kPieceLength = 1 << 16;
 
 inline int64_t pieces_of_row(int64_t V) { return (V + kPieceLength - 1) / kPieceLength; }
 
-// Logits that a thread takes at once. Below the least, a second thread costs more than it saves.
-// Towards the most, what is prefetched past the end of a run, for nothing, is less and less of it;
-// each thread takes several runs, so that none is left waiting for another's last.
+// The number of logits that a thread takes at once, a run. With runs below kLeastRun, a second
+// thread costs more than it saves. Long runs waste less prefetching past their ends. Each thread
+// takes several runs, so that no thread waits long for another to finish its last one.
 constexpr int64_t kLeastRun = 1 << 16;
 constexpr int64_t kMostRun = 1 << 19;
 constexpr int64_t kRunsPerThread = 8;
 
-// Calls function(i) for each i in [0, n), each of which costs as much as cost logits. Threads take
-// short runs of consecutive i in turn, so that one that is held up leaves the rest to the others,
-// and all of them read memory in one neighbourhood.
+// Calls function(i) for each i in [0, n), where each call costs as much as `cost` logits. Threads
+// take short runs of consecutive i in turn. If one is held up, the others take the rest, and all of
+// them read memory in the same neighbourhood.
 template <typename Function>
 void for_each_in_runs(ParallelFor parallel_for, int64_t n, int64_t cost, const Function& function) {
   const auto length_of = [&](int64_t logits) {
@@ -34,7 +34,7 @@ void for_each_in_runs(ParallelFor parallel_for, int64_t n, int64_t cost, const F
                                  length_of(kLeastRun), length_of(kMostRun));
   const int64_t runs = (n + run - 1) / run;
   std::atomic<int64_t> next{0};
-  // However the range is cut: each call takes runs until there are none.
+  // The ranges that the calls get do not matter: each call takes runs until there are none left.
   parallel_for(0, runs, 1, [&](int64_t, int64_t) {
     for (int64_t taken = next.fetch_add(1, std::memory_order_relaxed); taken < runs;
          taken = next.fetch_add(1, std::memory_order_relaxed)) {

@@ -1,17 +1,18 @@
-// Per-token log-probabilities on the CPU: which rows are worked on by whom. The passes over a row
-// are in row_kernels.inl.
+// Per-token log-probabilities on the CPU: selects rows and divides them among threads.
+// row_kernels.inl has the passes over a row.
 //
 // Memory contract, per row of V logits:
-//   forward   reads a valid row once, writes 16 bytes (24 for float64); a masked row costs its
-//             label. A report adds 16 bytes written and, of all positions, masked rows read once.
-//   backward  reads a valid row once and writes it once, also in place; a masked row, or one whose
-//             incoming gradient is 0, is written (zeros) and not read; and not even written where
-//             the gradient is known to hold zeros.
-// Scratch: 8 bytes a row, and 32 a piece of a row longer than kPieceLength. Nothing of size
-// [B, T, V] is allocated.
+//   forward   reads a valid row once and writes 16 bytes, or 24 for float64. Of a masked row it
+//             reads the label. A report writes 16 bytes more and, for all positions, reads masked
+//             rows once.
+//   backward  reads a valid row once and writes it once, also in place. Writes zeros to a masked
+//             row, or one whose incoming gradient is 0, without reading it, unless dlogits holds
+//             zeros already.
+// Scratch: 8 bytes a row, and 32 bytes for each piece of a row longer than kPieceLength. Nothing of
+// size [B, T, V] is allocated.
 //
-// A row is reduced in an order that depends on V alone, so its result has the same bits whatever
-// stands beside it and however many threads there are.
+// The order of a row's sum depends only on V, so its result has the same bits in any batch and with
+// any number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -29,7 +30,7 @@
 namespace simpo_ext::cpu {
 namespace {
 
-// Rows as b * T + t.
+// The rows for which predicate(b, t) is true, as b * T + t.
 template <typename Predicate>
 std::vector<int64_t> select_rows(const Targets& targets, const Predicate& predicate) {
   std::vector<int64_t> rows;
@@ -41,7 +42,7 @@ std::vector<int64_t> select_rows(const Targets& targets, const Predicate& predic
   return rows;
 }
 
-// Logits or their gradient, whatever their dtype.
+// Logits as bytes, for any dtype.
 template <typename Byte>
 struct Elements {
   Byte* data;
@@ -55,7 +56,7 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   const RowKernels& kernels = row_kernels();
   const Targets& targets = args.targets;
   const Elements<const char> logits{static_cast<const char*>(args.logits), size_of(args.dtype)};
-  // Of a part of the vocabulary, a row's result is its label's z.
+  // For a part of the vocabulary, the result of a row is its label's z.
   const bool is_part = args.label_z != nullptr;
   Scalar* result = static_cast<Scalar*>(is_part ? args.label_z : args.logps);
   Scalar* max = static_cast<Scalar*>(args.max);
@@ -88,7 +89,7 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   const auto z_at = [&](int64_t row, int64_t column) {
     return kernels.z(args.dtype, args.transform, logits.at(row_at(row) + column));
   };
-  // Some z of the row, whose own is the closest to the largest that can be told beforehand.
+  // A z of the row that is likely close to the largest: the label's, if this part has it.
   const auto hint = [&](int64_t row) {
     if (has_label(row)) return z_at(row, label_column(row));
     return args.continues ? static_cast<double>(max[row]) : z_at(row, 0);
@@ -107,7 +108,7 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
     }
     return run;
   };
-  // Before what the parts before came to is overwritten in max and sum_exp.
+  // Call before write_row overwrites max and sum_exp of the parts before.
   const auto write_report = [&](int64_t row, const LogSumExp<Scalar>& logsumexp, RowReport report) {
     if (is_part) {
       if (args.continues) {
@@ -168,7 +169,7 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   });
 }
 
-// About what caches hold: gradients above it are written past them.
+// About the size of the caches. Stores of a larger gradient bypass them.
 constexpr int64_t kStreamingBytes = int64_t{1} << 24;
 
 template <typename T, class Logits>
@@ -190,8 +191,8 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
     return !args.dlogits_holds_zeros || needs_softmax(b, t);
   });
   const int64_t pieces = pieces_of_row(args.V);
-  // Over itself, a row is written where it has just been read. To a buffer that does not fit the
-  // caches, writing through them would first read it.
+  // In place, a row is in the caches when it is written. An ordinary store to another buffer that
+  // does not fit into the caches would first read the memory.
   const int64_t bytes = static_cast<int64_t>(rows.size()) * args.V * int64_t{sizeof(T)};
   const bool streaming = args.dlogits != args.logits && bytes >= kStreamingBytes;
 
@@ -214,7 +215,7 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
     const LogSumExp<Scalar> logsumexp{max[row], args.sum_exp[row]};
     const double grad = static_cast<double>(grad_logps[args.grad_strides.offset(b, t)]);
     const double common_grad = grad * static_cast<double>(transformed.common_slope());
-    // Before dx overwrites it.
+    // Read before dx overwrites it.
     const double label_z = has_label ? kernels.z(args.dtype, args.transform, x + label) : 0.0;
     // softmax = exp(z - max) / sum, with the division folded into the factor.
     kernels.scaled_exp(args.dtype, args.transform, x, length, static_cast<double>(max[row]),

@@ -1,10 +1,10 @@
-// Between the tokens of a batch and the rows of the matrix products, on the CPU: which tokens get a
-// row, their hidden states, and the gradients on the way back.
+// From the tokens of a batch to the rows of the matrix products and back, on the CPU: selects the
+// tokens, gathers their hidden states, and writes their log-probs and gradients.
 //
-// Memory contract: select_tokens reads labels and writes 16 bytes a row; gather_rows and
-// hidden_gradient read and write each row of H once, the latter with its sum, its partial product
-// and its label's row of the weight; add_partial reads both and writes the sum. Nothing is
-// allocated.
+// Memory contract: select_tokens reads labels and writes 16 bytes a row. gather_rows reads and
+// writes each row of H once. hidden_gradient reads a row's partial product, its sum and its label's
+// row of the weight once, and writes the row once. add_partial reads a product and updates the sum.
+// Nothing is allocated.
 
 #include <algorithm>
 #include <cstring>
@@ -19,7 +19,7 @@
 namespace simpo_ext::cpu {
 namespace {
 
-// Elements worth a second thread.
+// With fewer elements than this, a second thread costs more than it saves.
 constexpr int64_t kGrain = 1 << 15;
 
 int64_t rows_per_task(int64_t H) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(H, 1)); }

@@ -1,5 +1,5 @@
-// exp and tanh on vectors, for every instruction set and both precisions. Included after one of the
-// simd_*.h, by translation units that define SIMPO_ISA.
+// exp and tanh on vectors, for every instruction set and both precisions. A file that defines
+// SIMPO_ISA includes one of the simd_*.h and then this file.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,12 @@ namespace simpo_ext::cpu {
 inline namespace SIMPO_ISA {
 namespace {
 
-// exp(r) = 1 + r + r^2 q(r) for |r| <= ln2 / 2: coefficients of q, the constant one first.
+// exp(r) = 1 + r + r^2 q(r) for |r| <= ln2 / 2. These are the coefficients of q, lowest power
+// first.
 template <typename Scalar>
 struct ExpCoefficients;
 
-// Minimax for relative error: 3e-9.
+// A minimax polynomial for the relative error, which is 3e-9.
 template <>
 struct ExpCoefficients<float> {
   static constexpr int kCount = 5;
@@ -21,7 +22,7 @@ struct ExpCoefficients<float> {
                                        1.381459878757596e-3f};
 };
 
-// Interpolation at Chebyshev nodes: 2e-17.
+// An interpolation at Chebyshev nodes, with a relative error of 2e-17.
 template <>
 struct ExpCoefficients<double> {
   static constexpr int kCount = 10;
@@ -34,8 +35,8 @@ struct ExpCoefficients<double> {
 template <typename Scalar>
 inline constexpr Scalar kLog2e = static_cast<Scalar>(1.4426950408889634);
 
-// Functions of a few vectors at once go through them stage by stage: a processor's schedulers are
-// too small to find that much independent work in one chain of operations after the other.
+// Functions of several vectors do each step for all of them before the next step. A processor's
+// schedulers are too small to find independent work if each vector's chain follows the other.
 #define SIMPO_EACH _Pragma("GCC unroll 8") for (int k = 0; k < kVectors; ++k)
 
 // x = n ln2 + r with |r| <= ln2 / 2 and n an integer.
@@ -50,14 +51,14 @@ struct ReducedExponents {
   }
 };
 
-// factor * exp(x) for x <= 0: the factor is in the polynomial, where it costs nothing. Exactly 0
-// for -inf, exactly factor for 0; NaN stays. An x above 0 gives its exp as long as that is finite,
-// and then anything.
+// factor * exp(x) for x <= 0. The factor is part of the polynomial, where it costs nothing. The
+// result is exactly 0 for -inf, exactly factor for 0, and NaN for NaN. For x > 0 it is right as
+// long as exp(x) is finite, and arbitrary above.
 template <typename Scalar>
 class ScaledExp;
 
-// As 2^floor(t) 2^f with t = x log2(e), of which the rounding remains: relative error below 2.1e-7
-// + 8e-8 |x|. That of terms of a sum of exp counts as much as they do.
+// Computed as 2^floor(t) 2^f with t = x log2(e). The rounding of t leaves a relative error below
+// 2.1e-7 + 8e-8 |x|. In a sum of exp, terms with a large |x| are small, and so are their errors.
 template <>
 class ScaledExp<float> {
  public:
@@ -65,7 +66,7 @@ class ScaledExp<float> {
     for (int i = 0; i < kCount; ++i) coefficients_[i] = Vec<float>(factor * kPowerOfTwo[i]);
   }
 
-  // Replaces each x.
+  // x[k] = factor * exp(x[k])
   template <int kVectors>
   void apply(Vec<float> (&x)[kVectors]) const {
     Vec<float> f[kVectors];
@@ -80,7 +81,7 @@ class ScaledExp<float> {
   }
 
  private:
-  // 2^f on [0, 1], exact at 0, minimax for relative error: 8e-8.
+  // 2^f on [0, 1], exact at 0. A minimax polynomial for the relative error, which is 8e-8.
   static constexpr int kCount = 6;
   static constexpr float kPowerOfTwo[kCount] = {1.0f,
                                                 0.6931512951850891f,
@@ -99,7 +100,7 @@ class ScaledExp<double> {
     for (int i = 0; i < kCount; ++i) q_[i] = Vec<double>(factor * ExpCoefficients<double>::kQ[i]);
   }
 
-  // Replaces each x.
+  // x[k] = factor * exp(x[k])
   template <int kVectors>
   void apply(Vec<double> (&x)[kVectors]) const {
     SIMPO_EACH x[k] = larger(Vec<double>(Vec<double>::kExpIsZero), x[k]);
@@ -119,11 +120,11 @@ class ScaledExp<double> {
   Vec<double> factor_;
 };
 
-// As e / (e + 2) with e = exp(2 |y|) - 1, which is accurate where |y| is small, too.
+// Computed as e / (e + 2) with e = exp(2 |y|) - 1, which is also accurate for small |y|.
 template <typename Scalar>
 inline Vec<Scalar> tanh(Vec<Scalar> y) {
   using V = Vec<Scalar>;
-  // From here on tanh rounds to 1.
+  // Above this, tanh rounds to 1.
   const V largest(sizeof(Scalar) == 4 ? Scalar(20) : Scalar(40));
   const V magnitude = abs(y);
   const V twice[1] = {smaller(largest, magnitude + magnitude)};

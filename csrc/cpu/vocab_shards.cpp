@@ -1,10 +1,10 @@
-// Where the vocabulary is in shards, on the CPU: what they say of a row put together, and hidden
-// states' gradients on their way through a sum over shards.
+// A vocabulary in shards, on the CPU: merges the shards of each row, and completes the gradient of
+// the hidden states before and after the sum over shards.
 //
-// Memory contract: merge_shards reads a label and, where it is not masked, 24 bytes a shard for
-// each row; add_label_shares reads a label a row and, where the shard has it, its row of the
-// weight, and reads and writes one of the sum; scatter_rows reads and writes each row that has a
-// token once. Nothing is allocated.
+// Memory contract: merge_shards reads the label of each row and, unless it is masked, 24 bytes a
+// shard. add_label_shares reads the label of each row and, if the shard has it, the label's row of
+// the weight, and updates the row of the sum. scatter_rows reads and writes each row with a token
+// once. Nothing is allocated.
 
 #include "core/dispatch.h"
 #include "core/kernels.h"

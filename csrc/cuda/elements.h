@@ -1,4 +1,4 @@
-// The elements of a 16-byte vector of logits, per dtype, and exp at the precision of each.
+// The elements of a 16-byte vector of logits, for each dtype, and exp at its precision.
 #pragma once
 
 #include <cmath>
@@ -10,19 +10,20 @@
 
 namespace simpo_ext::cuda {
 
-// exp(x) to about 2e-7 + |x| 6e-8 relative: x log2(e) is rounded before its power is taken. Results
+// exp(x) with a relative error of about 2e-7 + |x| 6e-8, because x log2(e) is rounded. Results
 // below float's normal range are 0.
 SIMPO_DEVICE float fast_exp(float x) { return exp2_approx(x * 1.44269504f); }
 SIMPO_DEVICE double fast_exp(double x) { return std::exp(x); }
 
-// Of a number and a NaN, the number.
+// The larger one; of a number and a NaN, the number.
 template <typename Scalar>
 SIMPO_DEVICE Scalar larger(Scalar a, Scalar b) {
   return std::fmax(a, b);
 }
 
-// get(v, k): element k. pack(values): the vector of narrowed values. larger(a, b): element by
-// element. largest(v): of all elements. kMinusInfinity: two, four or eight times -inf, as words.
+// get(v, k): element k. pack(values): the vector of narrowed values. larger(a, b): the larger of
+// each element. largest(v): the largest element. kMinusInfinity: two words, all of whose elements
+// are -inf.
 template <typename T>
 struct Elements;
 

@@ -1,5 +1,5 @@
-// CUDA as the kernels use it, and the only header that includes the toolkit for them. Everything
-// else that a kernel needs is CUDA's own language: __global__, __syncthreads, threadIdx ...
+// The functions of CUDA that the kernels use. Only this header includes the CUDA toolkit for them.
+// Besides, kernels use CUDA's language: __global__, __syncthreads, threadIdx ...
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,11 +18,11 @@ using Stream = void*;  // cudaStream_t
 constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridY = 65535;
 
-// Blocks that keep the memory busy: five on each of an H200's 132 multiprocessors.
+// The number of blocks that keep the memory busy: five on each of an H200's 132 multiprocessors.
 constexpr int64_t kBusyBlocks = 660;
 
-// While one of these lives, this thread may initialize the runtime and load code although a CUDA
-// graph is being captured. The first call of a process does both.
+// While an object of this class exists, this thread may initialize the runtime and load code even
+// during the capture of a CUDA graph. The first call of a process does both.
 class CaptureModeRelaxed {
  public:
   CaptureModeRelaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -34,7 +34,7 @@ class CaptureModeRelaxed {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then the thread's own mode
 };
 
-// Enqueues the kernel; 0, or the cudaError_t of a launch that did not happen.
+// Enqueues the kernel. Returns 0, or the cudaError_t of a failed launch.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
            Arguments&&... arguments) {
@@ -45,7 +45,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
   const CaptureModeRelaxed relaxed;
   const cudaError_t error =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess) cudaGetLastError();  // reported here, and not once more by the next
+  if (error != cudaSuccess) cudaGetLastError();  // otherwise the next launch returns it again
   return static_cast<int>(error);
 }
 
@@ -60,14 +60,14 @@ SIMPO_DEVICE T load(const T* pointer) {
   return *pointer;
 }
 
-// Of an address that all threads of the block read.
+// A load from an address that all threads of the block read.
 template <typename T>
 SIMPO_DEVICE T load_uniform(const T* pointer) {
   return *pointer;
 }
 
-// As load_uniform, and the load stays where it stands. An ordinary one may be moved below a branch
-// that can do without it, and the row would wait for memory once more.
+// Like load_uniform, but the load stays at its place in the code. The compiler may move an ordinary
+// load below a branch that does not need it, and the row would wait for memory again.
 template <typename T>
 SIMPO_DEVICE T load_uniform_early(const T* pointer) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
@@ -89,8 +89,8 @@ SIMPO_DEVICE void store(T* pointer, T value) {
   *pointer = value;
 }
 
-// Data read once bypasses the first-level cache. Volatile and with a memory clobber, because the
-// pointer may be one that this thread stores to later (a gradient in place).
+// For data that is read once: bypasses the first-level cache. Volatile and with a memory clobber,
+// because this thread may store to the pointer later (a gradient in place).
 SIMPO_DEVICE Vector16 load_streaming(const Vector16* pointer) {
   Vector16 v;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -100,7 +100,7 @@ SIMPO_DEVICE Vector16 load_streaming(const Vector16* pointer) {
   return v;
 }
 
-// Data of which another load of the warp takes the rest of a line.
+// For data whose cache line another load of the warp uses, too.
 SIMPO_DEVICE Vector16 load_cached(const Vector16* pointer) { return *pointer; }
 
 SIMPO_DEVICE void store_streaming(Vector16* pointer, Vector16 v) {
@@ -117,7 +117,7 @@ SIMPO_DEVICE float exp2_approx(float x) {
   return result;
 }
 
-// 1 / x within 1 ulp; 0 of an infinity.
+// 1 / x within 1 ulp; 0 for an infinity.
 SIMPO_DEVICE float reciprocal_approx(float x) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -147,7 +147,7 @@ SIMPO_DEVICE uint32_t narrow_float16x2(float low, float high) {
   return result;
 }
 
-// The larger of each half; of a number and a NaN, the number.
+// The larger of each half. Of a number and a NaN, it is the number.
 SIMPO_DEVICE uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

@@ -1,12 +1,12 @@
 // The preference loss on the GPU.
 //
-// Memory contract: the forward reads each valid token log-prob once and writes O(S + P); the
-// backward reads labels, and O(P) a block, and writes [B, T].
+// Memory contract: the forward reads each valid token log-prob once and writes O(S + P) values. The
+// backward reads labels, and O(P) values in each block, and writes [B, T].
 //
-// The forward is two kernels: a block for each sequence, which uses the whole GPU for the tokens,
-// and one block for the O(P) rest, which needs no atomics to add up the pairs in a fixed order. In
-// the backward, where pairs are given by indices, each sequence looks for its own among all of
-// them, for the same reason.
+// The forward has two kernels. The first has a block for each sequence, so that the whole GPU works
+// on the tokens. The second has one block for the O(P) rest, which adds up the pairs in a fixed
+// order without atomics. For the same reason, each sequence in the backward searches all pairs for
+// its own if pairs are given by indices.
 
 #include <cstdint>
 
@@ -19,8 +19,7 @@ namespace simpo_ext::cuda {
 namespace {
 
 constexpr int kPairThreads = 128;
-// Of the backward. Each block counts the pairs anew, so more blocks than fill a GPU are not worth
-// it.
+// For the backward. Each block counts the pairs, so more blocks than fill a GPU do not pay off.
 constexpr int64_t kMaxBackwardBlocks = 1024;
 
 template <typename Scalar>
@@ -37,7 +36,7 @@ __global__ void __launch_bounds__(kSequenceThreads, kSequenceBlocksPerSM)
   }
 }
 
-// Of pair p. A member that is not there is -1.
+// The sequences of a pair, and its weight. A sequence that does not exist is -1.
 struct PairMembers {
   int64_t chosen, rejected;
   double weight;
@@ -85,7 +84,7 @@ SIMPO_DEVICE int64_t count_of(const PreferenceLossBackwardArgs& args, int64_t s)
   return s < 0 ? sum_of_nowhere().count : load(args.counts + s);
 }
 
-// Over all pairs, in every thread.
+// The counts over all pairs, in every thread.
 SIMPO_DEVICE PairCounts count_pairs(const PreferenceLossBackwardArgs& args) {
   constexpr int kWarps = kSequenceThreads / kWarpSize;
   SIMPO_SHARED(int64_t, num_pairs, kWarps);
@@ -111,15 +110,15 @@ SIMPO_DEVICE PairCounts count_pairs(const PreferenceLossBackwardArgs& args) {
   return totals;
 }
 
-// Of each valid token of sequence s, in every thread: from its pair, or from all whose indices name
-// it.
+// The gradient of each valid token of sequence s, in every thread: from the sequence's pair, or
+// from all pairs whose indices have the sequence.
 template <typename Scalar>
 SIMPO_DEVICE double sequence_gradient(const PreferenceLossBackwardArgs& args,
                                       const PairCounts& totals, int64_t s) {
   constexpr int kWarps = kSequenceThreads / kWarpSize;
   SIMPO_SHARED(double, of_warps, kWarps);
   const int64_t P = args.pairs.P;
-  if (P == 0) return 0.0;  // indices of no pair may be null
+  if (P == 0) return 0.0;  // without pairs, indices may be null even if given
   if (args.pairs.indices == nullptr) {
     const int64_t p = s < P ? s : s - P;
     const double weight =
@@ -139,7 +138,7 @@ SIMPO_DEVICE double sequence_gradient(const PreferenceLossBackwardArgs& args,
     if (members.rejected == s) sum += gradients.rejected;
   }
   sum = reduce_warp(sum, [](double a, double b) { return a + b; });
-  __syncthreads();  // of_warps has been read for the sequence before
+  __syncthreads();  // all threads have read of_warps for the sequence before
   if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = sum;
   __syncthreads();
   sum = 0.0;

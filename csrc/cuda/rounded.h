@@ -9,8 +9,8 @@
 namespace simpo_ext::cuda {
 
 // A number whose products are rounded. The compiler would fuse a plain product with the sum that
-// follows it: z = logit_scale * x would then be one number where z - max is formed and another
-// where the label's z is kept, and a sure label would not have a log-probability of 0.
+// follows it. Then z = logit_scale * x would be unrounded in z - max but rounded where the label's
+// z is stored, and a label with all the probability would not have a log-probability of 0.
 template <typename Scalar>
 struct Rounded {
   Scalar value;
@@ -30,7 +30,8 @@ struct Rounded {
 // near 0, where 1 - 2 / (exp(2u) + 1) would cancel, a polynomial takes its place.
 SIMPO_DEVICE float fast_tanh(float u) {
   constexpr float kPolynomialBelow = 0.55f;
-  // (tanh(u) - u) / u^3 in powers of u^2: minimax for the relative error of tanh, 4e-8.
+  // (tanh(u) - u) / u^3 in powers of u^2. A minimax polynomial for the relative error of tanh,
+  // which is 4e-8.
   constexpr float kCoefficients[4] = {-0.33332947f, 0.13320725f, -0.0526718f, 0.01643756f};
   const float u2 = u * u;
   float polynomial = kCoefficients[3];

@@ -1,4 +1,4 @@
-// What a block of threads reports of its row beside the log-sum-exp, from the same loads.
+// The report of a row, which a block of threads computes from the same loads as the log-sum-exp.
 #pragma once
 
 #include <cmath>
@@ -16,27 +16,28 @@
 
 namespace simpo_ext::cuda {
 
-// RowReport of values whose sum is about to get another reference, with the kernels' exp.
+// Moves a report to a new reference, with the kernels' exp. Call before the sum gets that
+// reference.
 template <typename Scalar>
 SIMPO_DEVICE void move_report(RowReport& report, const LogSumExp<Scalar>& sum, Scalar reference) {
   const Scalar distance = sum.max - reference;
   const double scale = static_cast<double>(fast_exp(distance));
-  // Of an empty sum the distance is infinite.
+  // The distance is infinite if the sum is empty.
   report.sum_exp_z =
       scale == 0.0 ? 0.0 : scale * (report.sum_exp_z + static_cast<double>(distance) * sum.sum);
 }
 
-// The terms of a batch of values, in Scalar: those of a thread's vectors between two references.
+// The terms of a batch of values with the same reference, in Scalar.
 template <typename Scalar>
 struct ReportTerms {
   int count = 0;
   Scalar distances[2] = {0, 0}, products[2] = {0, 0};
 
-  // With term = exp(distance), distance = z - reference.
+  // distance = z - reference, term = exp(distance).
   SIMPO_DEVICE void add(int k, Scalar distance, Scalar term) {
     ++count;
     distances[k % 2] += distance;
-    // exp of -inf is 0, which a finite distance leaves at that.
+    // For a distance of -inf, term is 0, and 0 times a finite distance stays 0.
     products[k % 2] += term * larger(std::numeric_limits<Scalar>::lowest(), distance);
   }
 
@@ -47,7 +48,7 @@ struct ReportTerms {
   }
 };
 
-// The lanes' sums and reports together.
+// Merges the sums and the reports of all lanes.
 template <typename Scalar>
 SIMPO_DEVICE void reduce_warp_of_reports(LogSumExp<Scalar>& sum, RowReport& report) {
   const auto add = [](double a, double b) { return a + b; };
@@ -62,7 +63,8 @@ SIMPO_DEVICE void reduce_warp_of_reports(LogSumExp<Scalar>& sum, RowReport& repo
   sum = of_warp;
 }
 
-// The threads' reports together, in thread 0, of the threads' sums.
+// Merges the reports of all threads, in thread 0. sum is the sum that goes with the thread's
+// report.
 template <typename Scalar, int kThreads>
 SIMPO_DEVICE RowReport reduce_block_of_reports(LogSumExp<Scalar> sum, RowReport report) {
   constexpr int kWarps = kThreads / kWarpSize;
@@ -93,7 +95,7 @@ SIMPO_DEVICE RowReport reduce_block_of_reports(LogSumExp<Scalar> sum, RowReport 
   return report;
 }
 
-// Of vectors first, first + kThreads, ... of a row, as add_vectors.
+// The sum of z over vectors first, first + kThreads, ... of a row, like add_vectors.
 template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded>
 SIMPO_DEVICE double sum_z_of_vectors(const Vector16* vectors, int64_t first, int64_t num_vectors,
                                      const Logits& logits) {
@@ -115,7 +117,7 @@ SIMPO_DEVICE double sum_z_of_vectors(const Vector16* vectors, int64_t first, int
   return static_cast<double>(sums[0] + sums[1]);
 }
 
-// A thread's part of the sum of a row's z.
+// This thread's share of the sum of a row's z.
 template <typename T, class Logits, int kThreads, int kUnroll>
 SIMPO_DEVICE double sum_z_of_row(const T* x, int64_t V, const Logits& logits) {
   const RowCut<T> cut(x, V);
@@ -137,8 +139,8 @@ SIMPO_DEVICE double sum_z_of_row(const T* x, int64_t V, const Logits& logits) {
   return sum;
 }
 
-// Of a row that is not scored, for it is masked or its label is out of range: nothing, as of its
-// log-probability, but the mean of a masked one where that is asked for.
+// The report of a row that is masked or whose label is out of range: 0 or NaN, like its
+// log-probability. With all_positions, a masked row has its mean_logit.
 template <typename T, class Logits, int kThreads, int kUnroll>
 SIMPO_DEVICE void report_unscored_row(const TokenLogpsArgs& args, const Logits& logits, int64_t row,
                                       Token token, bool is_masked) {

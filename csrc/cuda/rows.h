@@ -9,16 +9,16 @@
 
 namespace simpo_ext::cuda {
 
-// One block for each of count rows, count > 0. The second grid dimension takes what the first
-// cannot hold, in equal shares, so that at most gridDim.y blocks are in excess.
-// z is the number of blocks for each row.
+// A grid with z blocks for each of count > 0 rows. If the first dimension is too small for all
+// rows, the second one divides them into equal shares, so that at most gridDim.y blocks have no
+// row.
 inline dim3 grid_of_rows(int64_t count, unsigned z = 1) {
   const int64_t y = (count + kMaxGridX - 1) / kMaxGridX;
   const int64_t x = (count + y - 1) / y;
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), z);
 }
 
-// The row of this block. Blocks in excess get a row that is not less than count.
+// The row of this block. A block without a row gets a number >= count.
 SIMPO_DEVICE int64_t row_of_block() {
   return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
 }
@@ -35,7 +35,7 @@ SIMPO_DEVICE Token token_of_row(int64_t row, int64_t T) {
   return {row / T, row % T};
 }
 
-// The label of a token, which must be the same token for all threads of the block.
+// The label of a token. All threads of the block must ask for the same token.
 SIMPO_DEVICE int64_t uniform_label_at(const Targets& targets, Token token) {
   if (!targets.has_label(token.t)) return targets.ignore_index;
   return load_uniform(targets.labels + targets.label_offset(token.b, token.t));
@@ -51,10 +51,10 @@ SIMPO_DEVICE bool is_in_part(int64_t label, int64_t first_label, int64_t V) {
          static_cast<uint64_t>(V);
 }
 
-// A row cut for 16-byte access: up to kWidth - 1 elements in front of the first aligned one, whole
-// vectors, and up to kWidth - 1 elements behind. Vector i belongs to thread i % kThreads. The
-// elements in front and behind are the edges, numbered from 0; edge i belongs to thread i. Index is
-// int where a row is short enough, which takes fewer registers.
+// A row cut for 16-byte access: up to kWidth - 1 elements before the first aligned one, then whole
+// vectors, then up to kWidth - 1 elements. Vector i belongs to thread i % kThreads. The single
+// elements at both ends are the edges, numbered from 0, and edge i belongs to thread i. For short
+// rows, Index can be int, which takes fewer registers.
 template <typename T, typename Index = int64_t>
 class RowCut {
  public:
@@ -146,7 +146,7 @@ class RowSegments {
   int count_, begin_, end_;
 };
 
-// row[0, V) = value, by the kThreads threads of a block.
+// row[0, V) = value. The kThreads threads of a block call it together.
 template <typename T, int kThreads>
 SIMPO_DEVICE void fill_row(T* row, int64_t V, Compute<T> value) {
   constexpr int kWidth = Elements<T>::kWidth;

@@ -1,5 +1,7 @@
-// Sequence log-probabilities on the GPU. Reads each valid token once, writes 8 + 4 (or 8) bytes a
-// sequence; the backward writes [B, T].
+// Sequence log-probabilities on the GPU.
+//
+// Memory contract: the forward reads each valid token once and writes 12 bytes a sequence, or 16
+// for float64. The backward writes [B, T].
 
 #include "core/dispatch.h"
 #include "core/kernels.h"

@@ -1,6 +1,6 @@
-// Masked sums over a sequence's tokens, and their gradient: the step between token log-probs and
-// everything per sequence. A block for each sequence; reads each valid token once, masked ones not
-// at all. Sums are compensated, in double, in a fixed order.
+// Sums over the valid tokens of a sequence, and the gradient on its way back to the tokens. Each
+// sequence has a block, which reads each valid token once and no masked one. Sums are compensated,
+// in double, in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,8 @@
 
 namespace simpo_ext::cuda {
 
-// Four such blocks on a multiprocessor leave 64 registers a thread, which no kernel here exceeds.
+// With four blocks on a multiprocessor, each thread has 64 registers, which is enough for all
+// kernels here.
 constexpr int kSequenceThreads = 256;
 constexpr int kSequenceBlocksPerSM = 4;
 
@@ -23,7 +24,7 @@ SIMPO_DEVICE bool is_valid_token(const Targets& targets, int64_t b, int64_t t) {
          load(targets.labels + targets.label_offset(b, t)) != targets.ignore_index;
 }
 
-// Where sequence s lies; nowhere if that is not within the batch.
+// The positions of sequence s. It is not found if they are not in the batch.
 struct FoundRange {
   TokenRange range;
   bool is_found;
@@ -43,7 +44,7 @@ struct PartialSum {
   int64_t count = 0;
 };
 
-// Of a sequence, in thread 0.
+// The sum over the valid tokens of a sequence, in thread 0.
 template <typename Scalar, int kThreads>
 SIMPO_DEVICE SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStrides strides,
                                           const Targets& targets, FoundRange found) {
@@ -78,15 +79,15 @@ SIMPO_DEVICE SequenceSum sum_valid_tokens(const Scalar* token_logps, TokenStride
   return {partial.sum.value(), partial.count};
 }
 
-// Blocks that share a sequence when its gradient is spread: some tokens for each thread.
+// The number of blocks that share a sequence in spread_to_valid_tokens.
 inline unsigned blocks_per_sequence(int64_t T) {
   constexpr int64_t kTokensPerBlock = 4 * kSequenceThreads, kMaxBlocks = 64;
   const int64_t blocks = (T + kTokensPerBlock - 1) / kTokensPerBlock;
   return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// grad_token_logps = gradient at valid positions and 0 at masked ones, whatever gradient is. This
-// block's share of it, of those along gridDim.z.
+// grad_token_logps = gradient at valid positions, and 0 at masked ones even if gradient is NaN. The
+// blocks along gridDim.z share the positions.
 template <typename Scalar>
 SIMPO_DEVICE void spread_to_valid_tokens(double gradient, const Targets& targets, TokenRange range,
                                          Scalar* grad_token_logps) {

@@ -1,6 +1,6 @@
-// The targets of the flat layout on the GPU: everything is ignore_index first, and then a block for
-// each sequence, or more for long ones, writes what is scored. Reads the labels of the sequences'
-// positions once.
+// The targets of the flat layout on the GPU. The first kernel writes ignore_index everywhere. In
+// the second, each sequence has a block, or several if it is long, that writes the targets of its
+// scored positions. Reads the labels of all sequences once.
 
 #include "core/kernels.h"
 #include "cuda/sequence_sums.cuh"

@@ -1,5 +1,5 @@
-// Per-token log-probabilities on the GPU. A block of threads works on a token row; where rows are
-// few, several blocks share one.
+// Per-token log-probabilities on the GPU. A block of threads works on a token row. If rows are few,
+// several blocks share one.
 //
 // Memory contract, per row of V logits of e bytes:
 //
@@ -12,15 +12,15 @@
 //   Writes zeros to a masked row, or one whose incoming gradient is 0, without reading its logits.
 //   Reads the label, grad_logps, max and sum_exp of every row.
 //
-// For a part of the vocabulary: the forward reads the label's logit only where the part has it, and
-// max and sum_exp of the parts before, if there are any. It writes max, sum_exp and, if the part
-// has the label or is the first, the label's z. The backward reads and writes the label's logit
-// again, and writes its gradient, only where the part has it.
+// For a part of the vocabulary, the forward reads the label's logit only if the part has the label,
+// and max and sum_exp of the parts before, if there are any. It writes max, sum_exp and, if the
+// part has the label or is the first, the label's z. The backward reads and writes the label's
+// logit again, and writes its gradient, only if the part has the label.
 //
 // A label outside the vocabulary is not used as an index: its row becomes NaN.
 //
-// Every sum has a fixed order, so equal inputs at equal alignments give equal bits, however many
-// rows there are. Rows may start at any element; 16-byte accesses begin at the first aligned one.
+// Every sum has a fixed order, so equal inputs at equal alignments give equal bits with any number
+// of rows. Rows may start at any element. 16-byte accesses begin at the first aligned one.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// token_logps_backward: which kernel a call takes. See token_logps.cuh.
+// token_logps_backward: selects the kernel for a call. See token_logps.cuh.
 
 #include "core/dispatch.h"
 #include "cuda/token_logps_backward.cuh"

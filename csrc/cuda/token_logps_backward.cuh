@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
     const double label_grad = static_cast<double>(common_grad) * one_minus_exp(label_logp);
     Scalar value = static_cast<Scalar>(label_grad) * own_slope(logits, label_z);
     if (args.label_gradients != nullptr) {
-      // row_of_block() again: to keep the row would take registers in the loop.
+      // row_of_block() is computed again, since keeping the row takes registers in the loop.
       store(static_cast<Scalar*>(args.label_gradients) + row_of_block(), value);
       value = 0;
     }

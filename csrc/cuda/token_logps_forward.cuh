@@ -79,8 +79,9 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine, int c
 
 // Adds kUnroll vectors: first, first + kThreads, ...; with kGuarded, those of them that exist. All
 // loads stand before the first use, so that they are in flight together. The terms of these vectors
-// are added up in Scalar, and the sums of all batches in double. Next to the one term of a sure
-// label, all others are small, and in Scalar each would lose the same digits.
+// are added up in Scalar, and the sums of all batches in double. If one label has nearly all the
+// probability, its term is large and all others are small. Added to it in Scalar, each small term
+// would lose its last digits.
 template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded, bool kReports>
 SIMPO_DEVICE void add_vectors(const Vector16* vectors, int first, int num_vectors,
                               const Logits& logits, LogSumExp<Compute<T>>& sum, RowReport& report) {
@@ -297,8 +298,8 @@ int launch_token_logps(const TokenLogpsArgs& args, Stream stream) {
                 grid_of_rows(N, blocks), dim3(kThreads), stream, args, Logits(args.transform));
 }
 
-// token_logps with a report, for a batch that is not empty. These kernels are many and have a
-// source file of their own.
+// token_logps with a report, for a batch that is not empty. It has many kernels, and so its own
+// source file.
 int token_logps_report(const TokenLogpsArgs& args, Stream stream);
 
 // Launches the kernel for a batch that is not empty.

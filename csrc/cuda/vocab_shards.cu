@@ -1,16 +1,17 @@
-// Where the vocabulary is in shards: what they say of a row put together, and hidden states'
-// gradients on their way through a sum over shards.
+// A vocabulary in shards: merges the shards of each row, and completes the gradient of the hidden
+// states before and after the sum over shards.
 //
-// Memory contract, with e the size of a hidden state's element and c that of compute:
+// Memory contract, with e the size of a hidden state's element and c that of a compute value:
 //
-//   merge_shards: a row's label is read and, where it is not masked, 24 bytes a shard, and 8 more
-//   of its position if there are positions; 8 + 2 c are written, c less where a row is masked and
-//   there are positions. add_label_shares: 8 bytes a row are read and, where the shard has its
-//   label, c and H (e + c); then H c are written. scatter_rows: 8 bytes a row are read and, where
-//   it has a token, H c; then H e are written.
+//   merge_shards: reads a row's label. Unless the row is masked, it reads 24 bytes a shard, and the
+//   row's position, 8 bytes, if there are positions. It writes 8 + 2 c bytes, or 8 + c for a masked
+//   row if there are positions.
+//   add_label_shares: reads 8 bytes a row. If the shard has the row's label, it reads c and H (e +
+//   c) bytes and writes H c bytes. scatter_rows: reads 8 bytes a row. If the row has a token, it
+//   reads H c bytes and writes H e bytes.
 //
-// No scratch. Every element has one writer, and a row's shards one order: equal inputs give equal
-// bits.
+// No scratch. Every element has one writer, and the shards of a row have a fixed order, so equal
+// inputs give equal bits.
 
 #include <cstdint>
 
@@ -27,7 +28,7 @@ namespace {
 // ---- a row for each thread ------------------------------------------------------------------
 
 constexpr int kMergeThreads = 128;
-constexpr int kShardsInFlight = 4;  // so that a thread waits for memory once for four of them
+constexpr int kShardsInFlight = 4;  // a thread waits for memory once for four shards
 
 template <typename Scalar>
 __global__ void __launch_bounds__(kMergeThreads) merge_shards_kernel(MergeShardsArgs args) {

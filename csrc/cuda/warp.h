@@ -12,8 +12,8 @@ namespace simpo_ext::cuda {
 constexpr int kWarpSize = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// combine(mine, another lane's) over all lanes; a commutative combine leaves the result in every
-// lane, any other in lane 0.
+// Combines the values of all lanes, by combine(mine, another lane's). If combine is commutative,
+// every lane gets the result, otherwise only lane 0.
 template <typename Value, typename Combine>
 SIMPO_DEVICE Value reduce_warp(Value value, const Combine& combine) {
   SIMPO_UNROLL
@@ -23,7 +23,7 @@ SIMPO_DEVICE Value reduce_warp(Value value, const Combine& combine) {
   return value;
 }
 
-// Sums over the lanes before mine, and over all.
+// The sum over the lanes before this one, and over all lanes.
 struct SumInWarp {
   int before, all;
 };

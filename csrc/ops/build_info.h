@@ -1,4 +1,5 @@
-// What the Python module asks the library besides what C++ programs do.
+// Functions of the library for the Python module only. C++ programs have those of
+// simpo_ext/build_info.h.
 #pragma once
 
 #include <string>
@@ -8,11 +9,11 @@
 
 namespace simpo_ext {
 
-// What the CPU kernels could run with on this machine, the least capable first.
+// The instruction sets that the CPU kernels can use on this machine, the least capable first.
 __attribute__((visibility("default"))) std::vector<std::string> cpu_capabilities();
 
-// Devices that the CUDA runtime inside this binary sees: at least 0, or minus a cudaError_t. 0 if
-// the binary has no CUDA runtime.
+// The number of devices that the CUDA runtime in this binary sees, or minus a cudaError_t. 0 if the
+// binary has no CUDA runtime.
 __attribute__((visibility("default"))) int cuda_device_count();
 
 }  // namespace simpo_ext

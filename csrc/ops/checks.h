@@ -1,5 +1,6 @@
-// What an op demands of its tensors. Python and C++ callers check first and word it for users;
-// these checks keep a direct call of torch.ops.simpo_ext from reading memory that is not there.
+// Checks of the tensors that an op gets, and the dtypes of its kernels. The front ends check first,
+// with messages for their users. These checks keep a direct call of torch.ops.simpo_ext from
+// reading or writing outside its tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,10 +9,9 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <stdexcept>
 #include <string>
 
-#include "core/kernels.h"
+#include "core/dtypes.h"
 
 namespace simpo_ext::ops {
 
@@ -41,6 +41,14 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> siz
                   shape_text(tensor));
 }
 
+// expected: the shape in letters, such as "[B, T, V]".
+inline void check_dim(const Tensor& tensor, int64_t dim, const char* name, const char* expected) {
+  STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected shape ", expected, ", got ",
+                  shape_text(tensor));
+}
+
+// ---- dtypes ---------------------------------------------------------------------------------
+
 inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ",
                   torch::headeronly::toString(dtype), ", got ",
@@ -64,51 +72,21 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::kFloat32;  // not reached
 }
 
-// The dtype of logps and losses, and its counterpart among the element types.
+// The compute dtype of a tensor's dtype: that of logps and losses.
+inline DType compute_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
 inline ScalarType compute_scalar_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The dtype of a tensor that must have a compute dtype.
 inline DType compute_dtype_of(const Tensor& tensor, const char* name) {
   const DType dtype = dtype_of(tensor, name);
   STD_TORCH_CHECK(dtype == DType::kFloat64 || dtype == DType::kFloat32, name,
                   ": expected float32 or float64, got ",
                   torch::headeronly::toString(tensor.scalar_type()));
   return dtype;
-}
-
-// std::out_of_range is an IndexError in Python.
-inline void check_labels_in_range(const LabelError& error, int64_t ignore_index, int64_t V,
-                                  bool is_flat = false) {
-  if (!error.found()) return;
-  const std::string row = is_flat ? "" : std::to_string(error.b) + ", ";
-  throw std::out_of_range("labels[" + row + std::to_string(error.position) +
-                          "] is out of range: expected ignore_index (" +
-                          std::to_string(ignore_index) + ") or a value in [0, " +
-                          std::to_string(V) + "), got " + std::to_string(error.label));
-}
-
-// Of a layout that a kernel refused; std::invalid_argument is a ValueError in Python.
-inline void check_layout(const LayoutError& error) {
-  using Kind = LayoutError::Kind;
-  const std::string at = "cu_seqlens[" + std::to_string(error.index) + "]: expected ";
-  const std::string got = ", got " + std::to_string(error.value);
-  switch (error.kind) {
-    case Kind::kNone:
-      return;
-    case Kind::kBegin:
-      throw std::invalid_argument(at + "0 or more" + got);
-    case Kind::kOrder:
-      throw std::invalid_argument(at + "at least the " + std::to_string(error.bound) +
-                                  " before it" + got);
-    case Kind::kEnd:
-      throw std::invalid_argument(at + "at most N = " + std::to_string(error.bound) + got);
-    case Kind::kPair:
-      throw std::out_of_range("pairs[" + std::to_string(error.index / 2) + ", " +
-                              std::to_string(error.index % 2) +
-                              "] is out of range: expected a sequence in [0, " +
-                              std::to_string(error.bound) + ")" + got);
-  }
 }
 
 }  // namespace simpo_ext::ops

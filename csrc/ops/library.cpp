@@ -1,8 +1,8 @@
-// Every schema of the library, and nothing else. Mutation shows as Tensor(a!) and a trailing
-// underscore.
+// The schemas of all ops. An op that overwrites a tensor has Tensor(a!) in its schema and a
+// trailing underscore in its name.
 //
-// Enums cross as int (values in core/loss_math.h) and an absent softcap as 0: the stable ABI
-// carries no strings safely.
+// Enums are ints, with the values of core/loss_math.h, because the stable ABI cannot pass strings
+// safely. A softcap of 0 means that there is none.
 
 #include "ops/registration.h"
 

@@ -1,94 +1,17 @@
 // The ops on CPU tensors.
 
-#include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "core/kernels.h"
-#include "cpu/pages.h"
 #include "ops/checks.h"
-#include "ops/linear_ops.h"
-#include "ops/ops.h"
+#include "ops/cpu_memory.h"
+#include "ops/errors.h"
+#include "ops/implementations.h"
+#include "ops/linear/plan.h"
 #include "ops/registration.h"
-#include "ops/vocab_ops.h"
 
 namespace simpo_ext::ops {
 namespace {
-
-// Of torch's stable ABI from 2.11 on, a version later than the one this is built for.
-using FromBlob = AOTITorchError (*)(void* data, int64_t dim, const int64_t* sizes,
-                                    const int64_t* strides, int64_t storage_offset, int32_t dtype,
-                                    int32_t device_type, int32_t device_index,
-                                    AtenTensorHandle* result, int32_t layout,
-                                    const uint8_t* opaque_metadata, int64_t opaque_metadata_size,
-                                    void (*deleter)(void* data, void* context), void* context);
-
-FromBlob from_blob_of_this_torch() {
-  static const FromBlob from_blob = [] {
-    void* library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
-    return reinterpret_cast<FromBlob>(
-        dlsym(library != nullptr ? library : RTLD_DEFAULT, "torch_from_blob"));
-  }();
-  return from_blob;
-}
-
-// A contiguous tensor in memory that release(data, context) takes back. Nothing, where torch cannot
-// make one.
-std::optional<Tensor> try_tensor_of(const Tensor& like, std::initializer_list<int64_t> sizes,
-                                    void* data, void (*release)(void* data, void* context),
-                                    void* context) {
-  const FromBlob from_blob = from_blob_of_this_torch();
-  const ContiguousStrides strides(sizes);
-  const int32_t dtype =
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type()));
-  constexpr int32_t kNoIndex = -1;  // as CPU tensors have
-  AtenTensorHandle handle = nullptr;
-  const AOTITorchError error =
-      from_blob(data, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), 0, dtype,
-                aoti_torch_device_type_cpu(), kNoIndex, &handle, aoti_torch_layout_strided(),
-                nullptr, 0, release, context);
-  if (error != AOTI_TORCH_SUCCESS) {
-    release(data, context);
-    return std::nullopt;
-  }
-  return Tensor(handle);
-}
-
-void* as_context(size_t bytes) { return reinterpret_cast<void*>(bytes); }
-size_t bytes_of(void* context) { return reinterpret_cast<uintptr_t>(context); }
-
-// Zeros. Nothing, where torch or the system cannot give them; as below.
-std::optional<Tensor> try_new_zeros(const Tensor& like, std::initializer_list<int64_t> sizes,
-                                    size_t bytes) {
-  if (from_blob_of_this_torch() == nullptr) return std::nullopt;
-  void* const data = cpu::map_zeros(bytes);
-  if (data == nullptr) return std::nullopt;
-  return try_tensor_of(
-      like, sizes, data, [](void* mapped, void* length) { cpu::unmap(mapped, bytes_of(length)); },
-      as_context(bytes));
-}
-
-// Memory that may have been in use before.
-std::optional<Tensor> try_new_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes,
-                                          size_t bytes) {
-  if (from_blob_of_this_torch() == nullptr) return std::nullopt;
-  const cpu::Mapping mapping = cpu::map_for_writing(bytes);
-  if (mapping.data == nullptr) return std::nullopt;
-  return try_tensor_of(
-      like, sizes, mapping.data,
-      [](void* mapped, void* length) { cpu::keep_for_writing({mapped, bytes_of(length)}); },
-      as_context(mapping.bytes));
-}
-
-size_t bytes_of(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  size_t bytes = static_cast<size_t>(like.element_size());
-  for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  return bytes;
-}
-
-Tensor new_on_huge_pages(const Tensor& like, std::initializer_list<int64_t> sizes, size_t bytes) {
-  const Tensor tensor = new_empty(like, sizes);
-  cpu::advise_huge_pages(tensor.mutable_data_ptr(), bytes);
-  return tensor;
-}
 
 // Threads come from torch's intra-op pool, so torch.set_num_threads governs them.
 constexpr ParallelFor kTorchThreads{
@@ -100,9 +23,7 @@ constexpr ParallelFor kTorchThreads{
 
 class Cpu {
  public:
-  // A chunk of logits that stays in a core's share of the last-level cache from product to kernel
-  // to product; fewer columns would cost the products.
-  static constexpr int64_t kChunkColumns = 4096;
+  static constexpr int64_t kChunkColumns = kCpuChunkColumns;
 
   Cpu(const Tensor& tensor, const char* name) { check(tensor, name); }
 
@@ -111,19 +32,13 @@ class Cpu {
   }
 
   LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t> sizes) const {
-    const size_t bytes = bytes_of(like, sizes);
-    if (bytes < cpu::kLargeBytes) return new_empty_large(like, sizes);
-    if (std::optional<Tensor> zeros = try_new_zeros(like, sizes, bytes)) return {*zeros, true};
-    return {new_on_huge_pages(like, sizes, bytes), false};
+    return new_large_cpu_tensor(like, sizes);
   }
   Tensor new_large_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes) const {
-    const size_t bytes = bytes_of(like, sizes);
-    if (bytes < cpu::kLargeBytes) return new_empty(like, sizes);
-    if (std::optional<Tensor> tensor = try_new_for_writing(like, sizes, bytes)) return *tensor;
-    return new_on_huge_pages(like, sizes, bytes);
+    return new_large_cpu_tensor_for_writing(like, sizes);
   }
 
-  // Torch's product of bfloat16 matrices on a CPU has a bfloat16 result.
+  // On a CPU, torch's product of bfloat16 matrices has a bfloat16 result.
   static constexpr bool adds_products() { return false; }
   void add_product(const Tensor&, const Tensor&, const Tensor&, bool) const {}
 
@@ -139,11 +54,7 @@ class Cpu {
   int64_t select_tokens(const SelectTokensArgs& args) const {
     const cpu::Selection selection = cpu::select_tokens(args);
     check_labels_in_range(selection.error, args.targets.ignore_index, args.num_labels);
-    if (selection.count > args.R) {
-      throw std::invalid_argument("num_valid_tokens: expected at least the " +
-                                  std::to_string(selection.count) +
-                                  " valid tokens of labels, got " + std::to_string(args.R));
-    }
+    check_num_valid_tokens(selection.count, args.R);
     return selection.count;
   }
   void gather_rows(const GatherRowsArgs& args) const { cpu::gather_rows(args, kTorchThreads); }
@@ -181,10 +92,6 @@ class Cpu {
 
 }  // namespace
 
-void register_cpu_ops(Library& m) {
-  register_ops<Cpu>(m);
-  register_linear_ops<Cpu>(m);
-  register_vocab_ops<Cpu>(m);
-}
+void register_cpu_ops(Library& m) { register_ops<Cpu>(m); }
 
 }  // namespace simpo_ext::ops

@@ -1,6 +1,6 @@
-// Registers the ops when the library is loaded, unless another copy of it in the process has. Torch
-// takes the ops of a namespace once; what STABLE_TORCH_LIBRARY makes of a second time is a crash. A
-// copy that comes too late leaves everything as it is, and says so to whoever uses it.
+// Registers the ops when the library is loaded, unless another copy in the process has done so.
+// Torch accepts the ops of a namespace once, and a second STABLE_TORCH_LIBRARY crashes the process.
+// So a second copy registers nothing, and simpo_ext_load_error() tells its callers why.
 
 #include "ops/registration.h"
 
@@ -18,7 +18,7 @@ namespace {
 
 constexpr const char* kNamespace = "simpo_ext";
 
-// Of the library that has the address.
+// The path of the library that contains the address.
 const char* path_of(const void* address) {
   Dl_info info{};
   return dladdr(address, &info) != 0 ? info.dli_fname : "libsimpo_ext.so";
@@ -34,12 +34,13 @@ std::string path_of_another_copy(const std::string& own_path) {
   for (const std::string& name : loaded) {
     void* library = dlopen(name.c_str(), RTLD_NOLOAD | RTLD_LAZY);
     if (library == nullptr) continue;
-    const void* function = dlsym(library, "simpo_ext_load_error");  // its own, or a dependency's
+    // dlsym also finds the function in a library that this one depends on.
+    const void* function = dlsym(library, "simpo_ext_load_error");
     const std::string path = function != nullptr ? path_of(function) : own_path;
     dlclose(library);
     if (path != own_path) return path;
   }
-  return "another one";
+  return "another copy";
 }
 
 bool is_first_copy(const char* path) {
@@ -53,11 +54,11 @@ class Registration {
  public:
   Registration() {
     static const char of_this_library = 0;
-    const char* path = path_of(&of_this_library);  // torch names it as the registration's place
+    const char* path = path_of(&of_this_library);  // torch names it in its own error messages
     if (!is_first_copy(path)) {
       error_ = "expected one copy of simpo_ext's library in this process, but " +
                path_of_another_copy(path) + " was loaded before " + path +
-               "; link or load one of them alone";
+               "; link or load only one of them";
       return;
     }
     schemas_.emplace(Library::Kind::DEF, &define_ops, kNamespace, nullptr, path, 0);

@@ -1,4 +1,4 @@
-// What registration.cpp puts together when the library is loaded.
+// The functions that registration.cpp calls when the library is loaded.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,3 +1,3 @@
-// An empty stand-in for libtorch.so at link time. Linking it records libtorch.so as needed without
-// linking torch, whichever torch is there at run time; it is never installed.
+// An empty library that stands in for libtorch.so at link time and is never installed. Linking it
+// records libtorch.so as needed, without tying the binary to one torch.
 int simpo_ext_torch_stub;

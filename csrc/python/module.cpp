@@ -1,10 +1,11 @@
-// simpo_ext._C: what the binary knows of itself. No tensors and no torch header: tensors reach the
-// ops through torch.ops. Importing it loads the op library, which registers them.
+// simpo_ext._C: facts about the binary. It handles no tensors and includes no torch header: tensors
+// reach the ops through torch.ops. Importing it loads the op library, which registers the ops.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "ops/build_info.h"
+#include "simpo_ext/error_tags.h"
 
 namespace py = pybind11;
 
@@ -24,4 +25,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("cpu_capabilities", &simpo_ext::cpu_capabilities);
   m.def("cuda_device_count", &simpo_ext::cuda_device_count);
+  m.attr("INDEX_ERROR_TAG") = simpo_ext::kIndexErrorTag;
+  m.attr("VALUE_ERROR_TAG") = simpo_ext::kValueErrorTag;
 }

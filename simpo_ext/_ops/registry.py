@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .library import _C  # noqa: F401  (its import registers the ops)
+from .library import _C  # its import registers the ops
 
 ops = torch.ops.simpo_ext
 
@@ -30,18 +30,28 @@ def register_autograd(
     torch.library.register_autograd(f"simpo_ext::{name}", backward, setup_context=setup_context)
 
 
+# Torch passes on the text of an op's error, but under some versions not its class. So the ops put a
+# tag in front of the text: see csrc/include/simpo_ext/error_tags.h.
+_ERRORS: dict[str, type[Exception]] = {
+    _C.INDEX_ERROR_TAG: IndexError,
+    _C.VALUE_ERROR_TAG: ValueError,
+}
+
+
 def call(op: Any, *args: Any) -> Any:
-    """Calls a forward op; errors of arguments are of one type under every version of torch."""
+    """Calls a forward op, and turns an error with a tag into one of the class that the tag names.
+
+    Compiled code calls the op itself. There the tag stays in the text.
+    """
     if torch.compiler.is_compiling():
         return op(*args)
     try:
         return op(*args)
-    except RuntimeError as error:
-        message = str(error)
-        if message.startswith(("labels[", "pairs[")) and "is out of range" in message:
-            raise IndexError(message) from None
-        if message.startswith(("num_valid_tokens: ", "cu_seqlens[")):
-            raise ValueError(message) from None
+    except (RuntimeError, IndexError, ValueError) as error:
+        for tag, kind in _ERRORS.items():
+            _, has_tag, message = str(error).partition(tag)
+            if has_tag:
+                raise kind(message) from None
         raise
 
 

@@ -1,5 +1,5 @@
-// Memory that must not be touched, where AddressSanitizer watches; elsewhere nothing happens.
-// Clang's spelling of which sanitizer it is becomes GCC's.
+// Poisons memory under AddressSanitizer, and does nothing otherwise. Defines GCC's macro for the
+// sanitizer with Clang, too.
 #pragma once
 
 #if defined(__has_feature)

@@ -20,7 +20,7 @@ from support.batches import DTYPES, make_batch
 from support.builds import build, run
 from support.paths import ROOT
 
-# What is chosen and where its memory comes from; the results themselves are tested elsewhere.
+# Only the choice of an instruction set and memory are tested here. Other tests check the results.
 pytestmark = pytest.mark.cpu_only
 
 VARIABLE = "SIMPO_CPU_CAPABILITY"
@@ -45,7 +45,7 @@ def capability_with(level: str | None) -> str:
     return done.stdout.strip()
 
 
-# The least and the most capable level are told apart from each other and from no override.
+# No override, an empty one, and the least capable level.
 @pytest.mark.parametrize(
     ("override", "expected"),
     [(None, LEVELS[-1]), ("", LEVELS[-1]), ("DeFault", "DEFAULT")],
@@ -57,7 +57,7 @@ def test_the_most_capable_level_is_chosen_unless_a_name_in_any_case_says_otherwi
     assert capability_with(override) == expected
 
 
-# neon: of another architecture. A name with a blank is none, either.
+# neon belongs to another architecture. A name with a blank is not valid, either.
 @pytest.mark.parametrize("override", ["neon512", "avx2 "])
 def test_an_unknown_level_is_refused_with_the_choices(override: str) -> None:
     done = python("import simpo_ext", level=override)
@@ -102,8 +102,8 @@ def test_the_levels_agree_to_rounding(tmp_path: Path) -> None:
         for (name, is_capped), (loss, logps, gradient) in results[level].items():
             ours, theirs = (loss, logps, gradient), results[LEVELS[0]][name, is_capped]
             is_double = logps.dtype == torch.float64
-            # Log-probs of up to 16: an ulp, and a few of the sum's. Two results that are rounded to
-            # 2 bytes may end on either side.
+            # Log-probs of up to 16: an ulp of them, and a few of the sum. Results that are rounded
+            # to 2 bytes may be rounded in different directions.
             for a, b in zip(ours[:2], theirs[:2], strict=True):
                 tolerance = 1e-14 if is_double else 3e-6
                 torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
@@ -117,9 +117,9 @@ def test_the_levels_agree_to_rounding(tmp_path: Path) -> None:
 def test_no_object_leaves_code_for_others_that_do_not_have_its_instructions(
     tmp_path: Path,
 ) -> None:
-    # Of an inline function that several objects define, the linker keeps one copy for all of them:
-    # were it that of AVX-512, the other levels would run it too. In a namespace of their own
-    # there is nothing to be mixed up.
+    # If several objects define an inline function, the linker keeps one copy for all of them. If
+    # that were the one for AVX-512, the other levels would run it, too. Each level has its own
+    # namespace, so that the linker cannot mix them up.
     plain = ("-DCMAKE_BUILD_TYPE=Release", "-DSANITIZER=")
     build(KERNELS, tmp_path, *plain, target="row_kernels")
     objects = list(tmp_path.rglob("row_kernels_*.o"))
@@ -138,10 +138,10 @@ def test_no_object_leaves_code_for_others_that_do_not_have_its_instructions(
     assert len(tables) == len(objects)
 
 
-# ---- gradients too large for an allocator to have them lying about ------------------------------
+# ---- memory of large gradients ------------------------------------------------------------------
 
 MIB = 2**20
-# As kLargeBytes in csrc/cpu/pages.h.
+# kLargeBytes in csrc/cpu/pages.h.
 LARGE = 32 * MIB
 
 
@@ -157,7 +157,7 @@ needs_proc = pytest.mark.skipif(
 
 
 def large_batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Logits of a few MiB more than LARGE, in sequences of less; a prompt and padding masked."""
+    """Logits a few MiB larger than LARGE, in smaller sequences, with masked prompts and padding."""
     vocabulary = 60001 if dtype == torch.float32 else 120001
     generator = torch.Generator().manual_seed(4)
     logits = (torch.randn(4, 40, vocabulary, generator=generator) * 3).to(dtype)
@@ -203,17 +203,18 @@ def test_a_large_gradient_of_logits_with_gaps_is_contiguous() -> None:
 
 @needs_proc
 def test_masked_positions_of_a_large_gradient_take_no_memory_and_none_is_kept() -> None:
-    # 64 MiB of which 8 rows of 1 MiB, consecutive ones, are valid.
+    # 64 MiB, of which 8 consecutive rows of 1 MiB are valid.
     logits = torch.randn(1, 64, MIB // 4, generator=torch.Generator().manual_seed(5))
     labels = torch.full((1, 64), -100)
     labels[0, 21:29] = 7
-    gradient_of(logits, labels)  # whatever is set up once
+    gradient_of(logits, labels)  # the first call also sets things up
     before = resident()
     gradient = gradient_of(logits, labels)
     taken = resident() - before
-    # Huge pages round the valid region to 2 MiB at either end; 2 MiB for the rest of the process.
+    # Huge pages round the valid region to 2 MiB at both ends, and 2 MiB are for the rest of the
+    # process.
     assert 8 * MIB - 2 * MIB <= taken <= (8 + 4 + 2) * MIB
-    # Reading maps the one page of zeros that all share, or huge ones where the system has them.
+    # Reading maps the shared page of zeros, or huge ones if the system has them.
     assert gradient[0, 40].count_nonzero() == 0
     del gradient
     assert resident() - before <= 2 * MIB
@@ -237,11 +238,11 @@ def test_a_large_gradient_is_a_tensor_like_any_other() -> None:
     array = gradient.numpy()
     assert array.flags.c_contiguous and array.flags.writeable
     view = gradient[1:, 5:]
-    del gradient  # a view keeps the memory, and so does the array
+    del gradient  # the view and the array still keep the memory
     assert torch.equal(view, expected[1:, 5:])
     view += view
     assert torch.equal(torch.from_numpy(array)[1:, 5:], expected[1:, 5:] * 2)
-    view.zero_()  # the rows that no kernel wrote, too
+    view.zero_()  # including the rows that no kernel wrote
     view[2] = 1.0
     assert array[3, 5:].min() == 1.0 and array[1:3, 5:].max() == 0.0
 

@@ -1,4 +1,4 @@
-"""csrc/examples against an installed wheel and a plain CMake install: Python's numbers."""
+"""csrc/examples with an installed wheel and a plain CMake install, compared with Python."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = needs_libtorch
 
 @pytest.fixture(scope="module")
 def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prefix of a build without Python, moved to another place after it was installed."""
+    """The prefix of an install without Python, moved to another folder after the install."""
     folder = tmp_path_factory.mktemp("plain")
     build(
         ROOT,
@@ -50,7 +50,7 @@ def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def program_of(plain_install: Path, tmp_path_factory: pytest.TempPathFactory) -> Programs:
-    """The example, built against one of the two installs when first asked for."""
+    """The example, built with one of the two installs at its first use."""
     prefixes = {"wheel": simpo_ext.cmake_prefix_path(), "plain install": plain_install}
 
     @cache
@@ -65,13 +65,13 @@ def program_of(plain_install: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(params=["wheel", "plain install"])
 def program(request: pytest.FixtureRequest, program_of: Programs) -> Path:
-    """The example, with each of the two."""
+    """The example, built with each of the two installs."""
     return program_of(request.param)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of other shapes than the example makes for itself."""
+    """Pairs whose shapes differ from the example's own data."""
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(6, 20, 24, generator=generator)
     labels = torch.randint(90, (6, 20), generator=generator)
@@ -111,7 +111,7 @@ def line(step: int, loss: float, accuracy: float, margin: float) -> str:
     return f"step {step}  loss {loss:.9g}  accuracy {accuracy:.3f}  margin {margin:.9g}"
 
 
-# Of SGD, Python and C++ do the same operations, and every bit of a float32 is in its nine digits.
+# With SGD, Python and C++ do the same operations. Nine digits determine every bit of a float32.
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("flags", [["--sgd"], ["--sgd", "--logits"]])
 def test_training_with_sgd_prints_python_s_very_numbers(
@@ -123,8 +123,8 @@ def test_training_with_sgd_prints_python_s_very_numbers(
     assert expected[-1][0] < 0.5 * expected[0][0]
 
 
-# Of AdamW, Python's averages are made in one operation (lerp) and those of C++ in two: a rounding
-# or so of each parameter at each step.
+# With AdamW, Python updates its averages in one operation (lerp) and C++ in two. The results differ
+# by about one rounding of each parameter in each step.
 @pytest.mark.cpu_only
 def test_training_with_adamw_prints_python_s_numbers_but_for_roundings(
     program: Path, data: Path
@@ -209,7 +209,7 @@ print(simpo_ext.token_logps(torch.zeros(1, 1, 4), torch.zeros(1, 1).long(), shif
     assert of_first == "none"
     assert of_second == (
         f"expected one copy of simpo_ext's library in this process, but {first} was loaded before "
-        f"{second}; link or load one of them alone"
+        f"{second}; link or load only one of them"
     )
     assert float(logp) == pytest.approx(-1.3862944)
 
@@ -218,7 +218,7 @@ def test_a_program_that_links_a_copy_beside_another_one_works_with_the_first(
     program_of: Programs, plain_install: Path
 ) -> None:
     program = program_of("wheel")
-    # What was loaded first also answers for the second.
+    # The ops of the first copy still work.
     environment = os.environ | {"LD_PRELOAD": str(library_in(plain_install))}
     assert run(program, env=environment) == run(program)
 
@@ -276,6 +276,6 @@ def test_readme_shows_what_the_example_prints(program_of: Programs) -> None:
     printed = run(program_of("wheel"), *command.split())
     number = re.compile(r"[\d.]+")
     assert number.sub("#", printed) == number.sub("#", shown)
-    # Of other processors, other roundings.
+    # Other processors round differently.
     numbers = [[float(each) for each in number.findall(text)] for text in (printed, shown)]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-3)

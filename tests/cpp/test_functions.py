@@ -1,4 +1,4 @@
-"""The C++ side: a program's numbers and errors, the kernels under sanitizers, wrong builds."""
+"""The C++ API: results and errors of a program, CPU kernels under sanitizers, failing builds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPP = ROOT / "tests" / "cpp"
 ROOT = CPP.parent.parent
 
 
-# As in consumer/main.cpp.
+# The same as in consumer/main.cpp.
 OPTION_TABLE: list[dict[str, Any]] = [
     {},
     {"beta": 2.5, "gamma": 1.5, "label_smoothing": 0.1, "sft_weight": 0.25, "softcap": 20.0},
@@ -59,7 +59,7 @@ def flat_results(
     logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
     layout: dict[str, torch.Tensor],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """What consumer/main.cpp's function of the same name comes to."""
+    """The results of the function with this name in consumer/main.cpp."""
     results: list[torch.Tensor] = []
 
     def append(out: simpo_ext.SimPOOutput, leaf: torch.Tensor) -> None:
@@ -84,7 +84,7 @@ def sequence_results(
     logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
     layout: dict[str, torch.Tensor],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """What consumer/main.cpp's function of the same name comes to."""
+    """The results of the function with this name in consumer/main.cpp."""
     leaf = simpo_ext.sequence_logps(logits, labels).detach().requires_grad_()
     chosen, rejected = leaf.chunk(2)
     losses = simpo_ext.simpo_loss_from_logps(
@@ -116,8 +116,8 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
     prefixes = f"{torch.utils.cmake_prefix_path};{simpo_ext.cmake_prefix_path()}"
     prefix_path = f"-DCMAKE_PREFIX_PATH={prefixes}"
     build(CPP / "consumer", tmp_path / "build", *WITHOUT_DEBUG_INFO, prefix_path)
-    # Labels without -100, so that each ignore_index of the table works; the first sequence is all
-    # of 3s: empty under the last option.
+    # Labels without -100, so that each ignore_index of the table works. All labels of the first
+    # sequence are 3, so the last option makes it empty.
     batch = make_batch(pairs=3, vocabulary=60)
     batch.labels[batch.labels == -100] = 3
     batch.labels[0] = 3
@@ -128,7 +128,7 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
         torch.randn(vocabulary),
     ]
     rows, time = batch.labels.shape
-    layout = {  # the first position is of no sequence, the second sequence is empty
+    layout = {  # the first position is in no sequence, and the second sequence is empty
         "cu_seqlens": torch.tensor([1, 7, 7, time, 3 * time, rows * time - 2], dtype=torch.int32),
         "pairs": torch.tensor([[0, 3], [4, 3], [2, 0], [1, 2]]),
         "pair_weight": torch.tensor([1.0, 0.5, 2.0, 3.0]),
@@ -158,7 +158,7 @@ def test_a_program_gets_python_s_numbers_through_find_package(tmp_path: Path) ->
     flat = (batch.logits.flatten(0, 1), linear[0].flatten(0, 1), linear[1], batch.labels.flatten())
     expected += flat_results(*flat, layout)
     expected += sequence_results(batch.logits, linear[0], linear[1], batch.labels, layout)
-    # weights_only refuses the lists that C++ writes; the file is our own.
+    # weights_only refuses the lists that C++ writes. This file is our own.
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0, equal_nan=True)
@@ -173,7 +173,7 @@ def test_the_header_has_python_s_default_budget() -> None:
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The kernels' test program under a sanitizer, built when first asked for."""
+    """The kernels' test program under a sanitizer, built at its first use."""
 
     @cache
     def build_under(sanitizer: str) -> Path:

@@ -1,4 +1,4 @@
-"""The C++ functions of a vocabulary in shards: the bits of the Python ones."""
+"""The C++ functions for a vocabulary in shards: the same bits as in Python."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from support.builds import WITHOUT_DEBUG_INFO, build, needs_libtorch, run
 from support.paths import ROOT
 
 PROGRAM = ROOT / "tests" / "cpp" / "vocab_shards"
-# As in its main.cpp.
+# The same as in vocab_shards/main.cpp.
 CUTS = (0, 20, 20, 60)
 OPTION_TABLE: list[dict[str, Any]] = [{}, {"shift": False, "logit_scale": 0.5, "softcap": 20.0}]
 
 
 class Ranks:
-    """Threads of this process, which exchange tensors by hand."""
+    """Threads of this process that exchange tensors."""
 
     def __init__(self, count: int) -> None:
         self._places: list[Tensor] = [torch.empty(0)] * count
@@ -61,7 +61,7 @@ def results_of(batch: list[Tensor], shard: VocabShard, end: int, **options: Any)
 
 
 def on_threads(batch: list[Tensor], **options: Any) -> list[list[Tensor]]:
-    """results_of on every rank, at once."""
+    """results_of on all ranks at the same time."""
     count = len(CUTS) - 1
     ranks, results = Ranks(count), [[torch.empty(0)]] * count
 
@@ -88,7 +88,7 @@ def test_a_program_with_collectives_by_hand_gets_python_s_numbers(tmp_path: Path
     program = tmp_path / "build" / "vocab_shards"
     assert run(program, tmp_path / "batch.pt", tmp_path / "results.pt").strip() == "ok"
 
-    # weights_only refuses the lists that C++ writes; the file is our own.
+    # weights_only refuses the lists that C++ writes. This file is our own.
     results = torch.load(tmp_path / "results.pt", weights_only=False)
     expected: list[Tensor] = []
     for options in OPTION_TABLE:

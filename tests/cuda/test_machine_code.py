@@ -50,8 +50,9 @@ def streaming(compiled: list[Kernel]) -> list[Kernel]:
 
 
 def around_hidden_states(compiled: list[Kernel], *names: str) -> list[Kernel]:
-    """Those of token_rows.cu, or of the names given."""
-    found = [k for k in compiled if "token_rows_cu" in k.name]
+    """Those around the logits of hidden states, or of the names given."""
+    files = ("select_tokens_cu", "gather_rows_cu", "label_values_cu", "hidden_gradient_cu")
+    found = [k for k in compiled if any(file in k.name for file in files)]
     # add_partial and hidden_gradient twice for each dtype, both ways to gather rows and
     # put_label_gradients once, and two kernels for each dtype of arithmetic alone.
     assert len(found) == (4 * 7 + 2 * 2) * len({k.architecture for k in compiled})

@@ -328,9 +328,9 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
 
 def test_ops_refuse_what_they_could_not_read() -> None:
     logits, labels = make_batch()
-    with pytest.raises(RuntimeError, match="50 labels from first_label on within"):
+    with pytest.raises(RuntimeError, match="50 labels that start at first_label"):
         OPS.token_logps_shard(logits, labels, 1, 50, *OPTIONS)
-    with pytest.raises(RuntimeError, match="50 labels from first_label on within"):
+    with pytest.raises(RuntimeError, match="50 labels that start at first_label"):
         OPS.token_logps_shard(logits, labels, -1, 50, *OPTIONS)
     stats = OPS.token_logps_shard(logits, labels, 0, 50, *OPTIONS)
     with pytest.raises(

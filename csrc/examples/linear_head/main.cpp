@@ -2,10 +2,10 @@
 //
 //   linear_head [--steps N] [--logits] [--sgd] [--data FILE]
 //
-// --logits forms the logits and takes their loss, instead of that of hidden states and weight,
-// which never has all of them in memory. --sgd takes SGD with momentum instead of AdamW. --data
-// reads what Python's torch.save([hidden, labels, weight], FILE) wrote: [2P, T, H] float32, [2P, T]
-// int64 and [V, H] float32, the head's first weight; without it, all three are random.
+// --logits computes the logits and their loss. Without it, the loss comes from hidden states and
+// weight, and the logits are never all in memory. --sgd uses SGD with momentum instead of AdamW.
+// --data reads a file that Python's torch.save([hidden, labels, weight], FILE) wrote: [2P, T, H]
+// float32, [2P, T] int64 and [V, H] float32, the initial weight. Without it, all three are random.
 
 #include <simpo_ext/simpo_ext.h>
 #include <torch/torch.h>
@@ -50,8 +50,8 @@ Arguments parse(const std::vector<std::string>& given) {
 }
 
 struct Data {
-  torch::Tensor hidden;  // [2P, T, H]: of P chosen completions, then of P rejected ones
-  torch::Tensor labels;  // [2P, T]; -100 at the prompt, which is not scored
+  torch::Tensor hidden;  // [2P, T, H]: P chosen completions, then P rejected ones
+  torch::Tensor labels;  // [2P, T]; -100 at the tokens of the prompt, which are not scored
   torch::Tensor weight;  // [V, H]
 };
 

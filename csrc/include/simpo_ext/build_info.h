@@ -1,14 +1,14 @@
-// What the compiled library is. Needs no torch.
+// Facts about the compiled library. Needs no torch.
 #pragma once
 
 namespace simpo_ext {
 
-// Text is of static storage.
+// The strings have static storage.
 struct BuildInfo {
-  const char* version;         // as find_package's: "0.1.0"
+  const char* version;         // the one that find_package sees: "0.1.0"
   const char* compiler;        // "GCC 12.2.0", "Clang ..."
-  const char* cpu_capability;  // what the CPU kernels run with, as in Python's cpu_capability()
-  const char* torch_target;    // the oldest torch whose stable ABI it speaks: "2.10"
+  const char* cpu_capability;  // the instruction set of the CPU kernels, as in Python
+  const char* torch_target;    // the oldest torch that it works with: "2.10"
   const char* cuda_archs;      // comma-separated; empty: built without nvcc
   int cuda_runtime_version;    // as CUDART_VERSION; 0: built without nvcc
 };
@@ -17,10 +17,10 @@ struct BuildInfo {
 
 extern "C" {
 
-// Throws std::invalid_argument if SIMPO_CPU_CAPABILITY names none that the machine can run.
+// Throws std::invalid_argument if SIMPO_CPU_CAPABILITY is not an instruction set of this machine.
 const simpo_ext::BuildInfo* simpo_ext_build_info();
 
-// Why the library's ops cannot be used in this process; null: they can.
+// Why this process cannot use the library's ops; null if it can.
 const char* simpo_ext_load_error();
 
 }  // extern "C"

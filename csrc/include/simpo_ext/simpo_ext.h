@@ -4,35 +4,37 @@
 //   find_package(simpo_ext REQUIRED)
 //   target_link_libraries(app PRIVATE simpo_ext::simpo_ext)
 //
-// Header-only and compiled against the includer's libtorch. Tensors reach the compiled library
-// through the dispatcher alone, so it needs no libtorch of the same version. Formulas, defaults and
-// edge cases are those of the Python function of the same name.
+// Header-only and compiled against the includer's libtorch. Tensors reach the compiled library only
+// through the dispatcher, so the library does not need the same version of libtorch. Formulas,
+// defaults and edge cases are those of the Python function of the same name.
 //
-// Arguments, where a function says nothing else:
+// Arguments, unless a function describes them:
 //
-//   logits  [B, T, V] float64, float32, bfloat16 or float16, of any strides, though a vocabulary
-//           that is not contiguous is copied. Packed (see Layout): [N, V] or [1, N, V].
-//   hidden  [B, T, H] of the same dtypes: the last hidden states, as they go into lm_head.
-//           Packed: [N, H] or [1, N, H].
-//   weight  [V, H] of hidden's dtype: lm_head's. Under autocast, hidden, weight and bias take its
-//           dtype, unless they are float64.
+//   logits  [B, T, V] float64, float32, bfloat16 or float16, with any strides. Logits whose
+//           vocabulary is not contiguous are copied. Packed (see Layout): [N, V] or [1, N, V].
+//   hidden  [B, T, H] of the same dtypes: the last hidden states, the input of lm_head. Packed:
+//           [N, H] or [1, N, H].
+//   weight  [V, H] of hidden's dtype: the weight of lm_head. Under autocast, hidden, weight and
+//           bias are cast to its dtype unless they are float64.
 //   labels  [B, T] int64, int32, int16, int8 or uint8, each ignore_index or in [0, V). Packed:
 //           [N] or [1, N].
 //
-// Of pairs, B = 2P: P chosen rows, then P rejected ones, where no Layout says otherwise. Results
-// are float32, float64 for float64 arguments. Logits, hidden states and log-probabilities of masked
-// positions are never read, and their gradient is 0. A valid position whose logits hold NaN or
-// +inf, or are all -inf, has a NaN result.
+// Functions of pairs take B = 2P rows, P chosen ones followed by P rejected ones, unless a Layout
+// is given. Results are float32, or float64 for float64 arguments. Logits, hidden states and
+// log-probabilities of masked positions are never read, and their gradient is 0. The result of a
+// valid position is NaN if its logits contain NaN or +inf, or are all -inf.
 //
-// Errors name argument, expectation and value, and come before anything is written:
+// Errors have the name of the argument, the expectation and the value. They are thrown before
+// anything is written:
 //
-//   c10::TypeError   a tensor is undefined, not dense, or of the wrong dtype
-//   c10::ValueError  a shape, a device, a number or a combination does not fit; of CPU tensors,
+//   c10::TypeError   a tensor is undefined, not dense, or has the wrong dtype
+//   c10::ValueError  a shape, a device, a number or a combination does not fit; on CPUs also
 //                    cu_seqlens that decrease or leave [0, N]
-//   c10::IndexError  of CPU tensors, a label out of range, or a pair of sequences that are not
-//                    there. On a GPU, which is not waited for, what it belongs to becomes NaN
-//   c10::Error       the base of these; by itself: there are no kernels for the device, another
-//                    copy of the library was loaded first, or a gradient was differentiated again
+//   c10::IndexError  on CPUs, a label that is out of range, or a pair with a sequence that does not
+//                    exist. On a GPU, the host does not wait for an error: the log-probability or
+//                    the loss becomes NaN
+//   c10::Error       the base class of these; itself if there are no kernels for the device, if
+//                    another copy of the library was loaded first, or for a second derivative
 #pragma once
 
 #include <ATen/ATen.h>
@@ -41,6 +43,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include "simpo_ext/detail/autograd.h"
@@ -52,14 +55,14 @@
 namespace simpo_ext {
 namespace detail {
 
-// As torch casts the arguments of linear.
+// Casts a tensor as torch casts the arguments of linear.
 inline at::Tensor autocast(const at::Tensor& tensor) {
   const at::DeviceType device = tensor.device().type();
   if (!at::autocast::is_autocast_enabled(device)) return tensor;
   return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
 }
 
-// What goes into the products, and how they are worked on.
+// The factors of the matrix products, and the memory for them.
 struct LinearInputs {
   at::Tensor hidden, weight;
   std::optional<at::Tensor> bias;
@@ -67,7 +70,7 @@ struct LinearInputs {
   int64_t rows;  // an upper bound of the number of valid tokens
 };
 
-// Of arguments whose shapes have been checked; labels are int64.
+// The shapes must have been checked. labels are int64.
 inline LinearInputs linear_inputs(const at::Tensor& hidden, const at::Tensor& weight,
                                   const at::Tensor& labels, const TokenLogpsOptions& options,
                                   const LinearOptions& linear) {
@@ -83,7 +86,7 @@ inline LinearInputs linear_inputs(const at::Tensor& hidden, const at::Tensor& we
   const int64_t rows = linear.num_valid_tokens.has_value()
                            ? std::min(*linear.num_valid_tokens, scored.numel())
                            : scored.ne(options.ignore_index).sum().item<int64_t>();
-  int64_t budget = 0;  // nothing is kept where no backward follows
+  int64_t budget = 0;  // without a backward, no logits are kept
   if (needs_gradient) {
     budget = linear.logits_budget_bytes.has_value() ? *linear.logits_budget_bytes
                                                     : default_logits_budget_bytes(x.device());
@@ -110,7 +113,7 @@ inline SimPOOutput loss_of_token_logps(const at::Tensor& logps, const at::Tensor
                                        double gamma_beta_ratio) {
   SimPOOptions op_options = options;
   op_options.tokens.shift = batch.shift;
-  if (options.pair_normalizer.has_value()) {  // sums, to be divided here
+  if (options.pair_normalizer.has_value()) {  // the op returns sums, which are divided below
     op_options.reduction = Reduction::kSum;
     op_options.sft_weight = 0.0;
   }
@@ -135,8 +138,8 @@ inline SimPOOutput loss_of_token_logps(const at::Tensor& logps, const at::Tensor
   };
 }
 
-// Targets that are 0 where nothing is scored and 1 elsewhere, whatever the labels are, and the
-// options to score them with.
+// Targets that are 0 at masked positions and 1 at all others, and options to score them with. The
+// values of the labels do not matter.
 inline std::pair<at::Tensor, SimPOOptions> validity(const Batch& batch, SimPOOptions options) {
   const at::Tensor valid = batch.labels.to(at::kLong).ne(options.tokens.ignore_index);
   options.tokens.ignore_index = 0;
@@ -146,10 +149,11 @@ inline std::pair<at::Tensor, SimPOOptions> validity(const Batch& batch, SimPOOpt
 
 }  // namespace detail
 
-// Log-probability of each label: log_softmax(z)[label], z being the logits after logit_scale and
-// softcap. Nothing of the logits' size is allocated but their gradient.
+// Log-probability of each label: log_softmax(z)[label], where z are the logits after logit_scale
+// and softcap. The only allocation as large as the logits is their gradient.
 //
-// Returns labels' shape, at the position of the logits; 0 where masked.
+// Returns a tensor of the labels' shape, with each value at the position of its logits; 0 at masked
+// positions.
 inline at::Tensor token_logps(const at::Tensor& logits, const at::Tensor& labels,
                               const TokenLogpsOptions& options = {}, const Layout& layout = {}) {
   const auto batch = detail::as_batch("logits", logits, labels, layout, 1, false, options.shift);
@@ -158,11 +162,11 @@ inline at::Tensor token_logps(const at::Tensor& logits, const at::Tensor& labels
   return detail::TokenLogps::apply(batch.tokens, targets, aligned).view(labels.sizes());
 }
 
-// Log-probability of each sequence: the mean of its valid tokens' (average_log_prob), which is
-// SimPO's, or their sum. Of a layout, cu_seqlens alone counts.
+// Log-probability of each sequence: the mean over its valid tokens (average_log_prob), as in SimPO,
+// or the sum. Of layout, only cu_seqlens is used.
 //
-// Returns [B], packed [S]; NaN for a sequence without a valid token: not 0, which would be the
-// highest log-probability there is.
+// Returns [B], packed [S]. A sequence without a valid token is NaN, not 0, which would be the
+// highest possible log-probability.
 inline at::Tensor sequence_logps(const at::Tensor& logits, const at::Tensor& labels,
                                  bool average_log_prob = true,
                                  const TokenLogpsOptions& options = {}, const Layout& layout = {}) {
@@ -174,11 +178,12 @@ inline at::Tensor sequence_logps(const at::Tensor& logits, const at::Tensor& lab
                                       average_log_prob);
 }
 
-// token_logps of logits = hidden weight^T + bias, rounded to hidden's dtype, which are never all in
-// memory: valid positions alone are multiplied, and the vocabulary is worked on in chunks.
-// Gradients of hidden, weight and bias, those that are asked for.
+// token_logps of logits = hidden weight^T + bias, rounded to hidden's dtype. The logits are never
+// all in memory: only valid positions are multiplied, one chunk of the vocabulary after another.
+// hidden, weight and bias get a gradient if they require one.
 //
-// Returns labels' shape, at the position of the hidden state; 0 where masked.
+// Returns a tensor of the labels' shape, with each value at the position of its hidden state; 0 at
+// masked positions.
 inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor& weight,
                                      const at::Tensor& labels,
                                      const TokenLogpsOptions& options = {},
@@ -191,8 +196,8 @@ inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor&
       .view(labels.sizes());
 }
 
-// SimPO's loss from the logits of chosen and rejected completions. With l the mean (or sum)
-// log-probability of a completion's valid tokens, of each pair
+// SimPO's loss from the logits of chosen and rejected completions. With l the mean (or sum) of a
+// completion's token log-probabilities, the loss of each pair is
 //
 //   r = l, or, with an alpha, (1 - exp(l)^-alpha) / alpha
 //   z = (r_chosen - r_rejected) - gamma_beta_ratio
@@ -200,8 +205,8 @@ inline at::Tensor linear_token_logps(const at::Tensor& hidden, const at::Tensor&
 //   hinge:   relu(1 - beta z)
 //   ipo:     (z - 1 / (2 beta))^2
 //
-// and loss = reduce(losses) + sft_weight * sft_loss. Source: SimPO, arXiv 2405.14734, eq. 6. Those
-// of the variants: Python's simpo_loss.
+// and loss = reduce(losses) + sft_weight * sft_loss. Source: SimPO, arXiv 2405.14734, eq. 6. The
+// documentation of Python's simpo_loss has the sources of the variants.
 inline SimPOOutput simpo_loss(const at::Tensor& logits, const at::Tensor& labels,
                               const SimPOOptions& options = {}, const Layout& layout = {}) {
   const auto batch =
@@ -213,7 +218,7 @@ inline SimPOOutput simpo_loss(const at::Tensor& logits, const at::Tensor& labels
   return detail::loss_of_token_logps(logps, targets, batch, options, gamma_beta_ratio);
 }
 
-// simpo_loss of logits = hidden weight^T + bias, which are never all in memory: see
+// simpo_loss of logits = hidden weight^T + bias, which are never all in memory, as in
 // linear_token_logps.
 inline SimPOOutput linear_simpo_loss(const at::Tensor& hidden, const at::Tensor& weight,
                                      const at::Tensor& labels, const SimPOOptions& options = {},
@@ -229,9 +234,9 @@ inline SimPOOutput linear_simpo_loss(const at::Tensor& hidden, const at::Tensor&
   return detail::loss_of_token_logps(logps, targets, batch, options, gamma_beta_ratio);
 }
 
-// simpo_loss from what token_logps returns, wherever it comes from: token_logps [2P, T] float32 or
-// float64, packed [N] or [1, N]. Of labels, of the same shape, it only counts where they are
-// ignore_index; of options.tokens, ignore_index and shift.
+// simpo_loss from token log-probabilities [2P, T] float32 or float64, packed [N] or [1, N], as
+// token_logps returns them. labels have the same shape, and only show which positions are masked.
+// Of options.tokens, only ignore_index and shift are used.
 inline SimPOOutput simpo_loss_from_token_logps(const at::Tensor& token_logps,
                                                const at::Tensor& labels,
                                                const SimPOOptions& options = {},
@@ -247,10 +252,10 @@ inline SimPOOutput simpo_loss_from_token_logps(const at::Tensor& token_logps,
   return detail::loss_of_token_logps(batch.tokens, targets, batch, of_validity, gamma_beta_ratio);
 }
 
-// simpo_loss from sequence log-probabilities, chosen_logps and rejected_logps [P] of any of logits'
-// dtypes, usually means over tokens, and pair_weight [P] as in Layout. Each counts as a sequence of
-// one token, in the metrics and in a token-wise SFT term too; average_log_prob, empty and tokens
-// are without effect. float64 if either is.
+// simpo_loss from sequence log-probabilities, usually means over tokens: chosen_logps and
+// rejected_logps [P] of any of logits' dtypes, and pair_weight [P] as in Layout. Each counts as a
+// sequence of one token, also in the metrics and in a token-wise SFT term. average_log_prob, empty
+// and tokens have no effect. The results are float64 if either argument is.
 inline SimPOOutput simpo_loss_from_logps(const at::Tensor& chosen_logps,
                                          const at::Tensor& rejected_logps,
                                          const SimPOOptions& options = {},
@@ -261,7 +266,7 @@ inline SimPOOutput simpo_loss_from_logps(const at::Tensor& chosen_logps,
                     chosen_logps.sizes());
   TORCH_CHECK_VALUE(rejected_logps.sizes() == chosen_logps.sizes(),
                     "rejected_logps: expected shape ", chosen_logps.sizes(),
-                    " as of chosen_logps, got ", rejected_logps.sizes());
+                    " to match chosen_logps, got ", rejected_logps.sizes());
   detail::check_same_device("rejected_logps", rejected_logps, "chosen_logps", chosen_logps);
   const double gamma_beta_ratio = detail::check_simpo_options(options);
   const bool is_double =
@@ -277,19 +282,20 @@ inline SimPOOutput simpo_loss_from_logps(const at::Tensor& chosen_logps,
   return detail::loss_of_token_logps(logps, labels, batch, of_sequences, gamma_beta_ratio);
 }
 
-// What the mean of simpo_loss divides by, given the same labels, options and layout, of which
-// ignore_index, shift, empty, cu_seqlens and pairs matter. The labels' values are not checked.
+// The denominators of simpo_loss's mean for the same labels, options and layout. Only ignore_index,
+// shift, empty, cu_seqlens and pairs matter. The values of the labels are not checked.
 //
-// The counts of the micro-batches and ranks of an optimizer step, added up and clamped to 1 at
-// least, are the pair_normalizer and the token_normalizer with which their gradients add up to that
-// of the mean over the whole batch.
+// For one optimizer step over several micro-batches or ranks, add their counts up and clamp them to
+// 1 or more. With these sums as pair_normalizer and token_normalizer, the gradients of the
+// micro-batches and ranks add up to the gradient of the mean over the whole batch.
 inline PairCounts count_pairs(const at::Tensor& labels, const SimPOOptions& options = {},
                               const Layout& layout = {}) {
   const Layout of_sequences{.cu_seqlens = layout.cu_seqlens, .pairs = layout.pairs};
   const auto batch =
       detail::as_batch("labels", labels, labels, of_sequences, 0, true, options.tokens.shift);
   detail::check_labels(batch.labels, "labels", batch.labels);
-  // The SFT term of log-probabilities that are all -1: each chosen token of a counted pair adds 1.
+  // The loss op counts. With log-probabilities of -1, each chosen token of a counted pair adds 1 to
+  // a token-wise SFT term.
   const auto [targets, counting] = detail::validity(
       batch,
       {.sft_reduction = SftReduction::kToken,
@@ -299,8 +305,9 @@ inline PairCounts count_pairs(const at::Tensor& labels, const SimPOOptions& opti
   const at::Tensor logps =
       at::full({}, -1.0, labels.options().dtype(at::kDouble)).expand(batch.labels.sizes());
   const SimPOOutput out = detail::loss_of_token_logps(logps, targets, batch, counting, 0.0);
-  const int64_t num_pairs = 6;  // of kMetricNames
-  return {out.metrics.select(0, num_pairs), out.sft_loss};
+  constexpr std::string_view kNumPairs = "num_pairs";
+  const auto index = std::find(kMetricNames.begin(), kMetricNames.end(), kNumPairs);
+  return {out.metrics.select(0, index - kMetricNames.begin()), out.sft_loss};
 }
 
 }  // namespace simpo_ext

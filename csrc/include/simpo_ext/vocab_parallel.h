@@ -1,11 +1,12 @@
-// Log-probabilities of a vocabulary that is divided over ranks, for C++ programs that use libtorch.
-// What ranks exchange, and when, is that of the Python functions of the same name, and so are
-// formulas, defaults and edge cases; how they exchange it is up to the program.
+// Log-probabilities for a vocabulary that is divided over ranks, for C++ programs that use
+// libtorch. The ranks exchange the same values at the same times as in the Python functions of the
+// same name. Formulas, defaults and edge cases are the same, too. The program provides the
+// collectives.
 //
 //   simpo_ext::VocabShard shard{first_label, vocab_size, all_gather, all_reduce};
 //   at::Tensor logps = simpo_ext::vocab_parallel_token_logps(logits, labels, shard);
 //
-// Errors are those of simpo_ext.h.
+// The errors are those of simpo_ext.h.
 #pragma once
 
 #include <simpo_ext/simpo_ext.h>
@@ -15,21 +16,22 @@
 
 namespace simpo_ext {
 
-// The labels whose logits this rank has, and the collectives of the ranks that have the others.
-// Labels, options and shapes other than V_k are the same on every rank, each of which calls the
+// The labels whose logits this rank has, and the collectives over all ranks of the vocabulary.
+// Labels, options and shapes other than V_k must be the same on every rank. Every rank calls the
 // collectives in the same order.
 struct VocabShard {
-  int64_t first_label;  // of this rank's logits
-  int64_t vocab_size;   // of all ranks together
-  // [...] -> [K, ...]: the tensors of all K ranks, ordered alike on every rank.
+  int64_t first_label;  // the label of this rank's first column
+  int64_t vocab_size;   // the number of labels of all ranks together
+  // [...] -> [K, ...]: the tensors of all K ranks, in the same order on every rank.
   std::function<at::Tensor(const at::Tensor&)> all_gather;
-  // The sum of the tensors of all ranks, the same bits on every rank; may overwrite its argument.
+  // The sum of the tensors of all ranks, with the same bits on every rank. May overwrite its
+  // argument.
   std::function<at::Tensor(const at::Tensor&)> all_reduce;
 };
 
 namespace detail {
 
-// A shard that a node of the graph keeps until its backward.
+// Lets a node of the autograd graph keep a shard until its backward.
 struct KeptVocabShard : torch::CustomClassHolder {
   explicit KeptVocabShard(VocabShard kept) : shard(std::move(kept)) {}
   VocabShard shard;
@@ -45,7 +47,7 @@ inline void keep_part(AutogradContext* ctx, const VocabShard& shard,
   ctx->saved_data["softcap"] = softcap_or_zero(options);
 }
 
-// Calls an op below autograd, where no collective of the program's is.
+// Calls an op below autograd. The program's collectives are not called there.
 template <typename Call>
 auto below_autograd(const Call& call) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -203,14 +205,15 @@ inline void check_shard(const VocabShard& shard, int64_t columns) {
   TORCH_CHECK_TYPE(shard.all_gather && shard.all_reduce,
                    "shard: expected functions for all_gather and all_reduce, got an empty one");
   TORCH_CHECK_VALUE(shard.first_label >= 0 && columns <= shard.vocab_size - shard.first_label,
-                    "shard: expected labels within [0, ", shard.vocab_size, "), got ", columns,
-                    " from ", shard.first_label, " on");
+                    "shard: expected labels in [0, ", shard.vocab_size, "), got ", columns,
+                    " labels that start at ", shard.first_label);
 }
 
 }  // namespace detail
 
-// logits [B, T, V_k], those of this rank's labels; labels [B, T] -> [B, T], the same bits on every
-// rank; 0 at masked positions. One all_gather forward, of [3, B, T] float64; nothing backward.
+// logits [B, T, V_k] of this rank's labels, labels [B, T] -> [B, T] with the same bits on every
+// rank; 0 at masked positions. The forward calls all_gather once, with [3, B, T] float64. The
+// backward calls no collective.
 inline at::Tensor vocab_parallel_token_logps(const at::Tensor& logits, const at::Tensor& labels,
                                              const VocabShard& shard,
                                              const TokenLogpsOptions& options = {}) {
@@ -219,9 +222,10 @@ inline at::Tensor vocab_parallel_token_logps(const at::Tensor& logits, const at:
   return detail::TokenLogpsOfShards::apply(logits, labels.to(at::kLong), shard, options);
 }
 
-// hidden [B, T, H]; weight [V_k, H], this rank's rows of lm_head; labels [B, T] -> [B, T]. One
-// all_gather forward, of [3, R] float64 for R valid tokens; one all_reduce backward, of [R, H] in
-// float32 (float64 for float64), if hidden needs a gradient, which is then that of all ranks.
+// hidden [B, T, H], weight [V_k, H] with this rank's rows of lm_head, labels [B, T] -> [B, T]. The
+// forward calls all_gather once, with [3, R] float64 for R valid tokens. If hidden requires a
+// gradient, the backward calls all_reduce once, with [R, H] float32, or float64 for float64. That
+// gradient is the one over the whole vocabulary.
 inline at::Tensor vocab_parallel_linear_token_logps(const at::Tensor& hidden,
                                                     const at::Tensor& weight,
                                                     const at::Tensor& labels,

@@ -10,7 +10,7 @@
 
 namespace {
 
-// What libtorch would ask about the memory of GPUs, of which this program has none.
+// Tells libtorch the memory of a GPU that this machine does not have.
 struct PretendedGpus final : c10::DeviceAllocator {
   static constexpr size_t kMemory = 150'121'545'727;  // not a multiple of 16
   int asked = 0;

@@ -1,4 +1,4 @@
 #pragma once
 
-// The default budget of logits, by device, without a GPU.
+// Checks the default budget of logits on each device, without a GPU.
 void check_default_budget();

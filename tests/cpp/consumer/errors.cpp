@@ -1,4 +1,4 @@
-// What the functions of simpo_ext.h refuse. Includes it as a second file of the same program.
+// Errors of the functions of simpo_ext.h. This is a second file of the program that includes it.
 
 #include "errors.h"
 
@@ -15,7 +15,7 @@ namespace {
 
 using Call = std::function<void()>;
 
-// A tensor that says it is there, of a device that this program may know nothing of.
+// A tensor without memory on any device, even one that this build of torch does not support.
 at::Tensor tensor_on(c10::DeviceType device, c10::DispatchKey key, at::IntArrayRef sizes,
                      at::ScalarType dtype) {
   at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(
@@ -52,7 +52,7 @@ void check_devices() {
   if (simpo_ext::build_info().cuda_runtime_version == 0) {
     refused(at::kCUDA, c10::DispatchKey::CUDA, "CPU tensors only, got a tensor on cuda:0");
   }
-  // Whatever torch and the library here are built for.
+  // These do not depend on the torch and the library of this program.
   const c10::Device cuda(at::kCUDA, 1);
   const auto of_builds = [&](bool torch_is_for_rocm, bool library_has_cuda) {
     return [&cuda, torch_is_for_rocm, library_has_cuda] {
@@ -116,7 +116,7 @@ void check_normalizers(const at::Tensor& logits, const at::Tensor& labels) {
   };
   require_error<c10::ValueError>("pair_normalizer: expected a finite number > 0", with(0.0));
   require_error<c10::ValueError>("without Reduction::kMean", with(2.0, Reduction::kSum));
-  require_error<c10::ValueError>("expected a tensor of no dimension", with(at::ones({1})));
+  require_error<c10::ValueError>("expected a tensor without dimensions", with(at::ones({1})));
   require_error<c10::TypeError>("a dtype that holds counts", with(at::ones({}, at::kBFloat16)));
 }
 
@@ -124,8 +124,9 @@ void check_sequence_logps(const at::Tensor& logps) {
   using simpo_ext::simpo_loss_from_logps;
   require_error<c10::ValueError>("chosen_logps: expected shape [P], got [1, 3]",
                                  [&] { simpo_loss_from_logps(logps.unsqueeze(0), logps); });
-  require_error<c10::ValueError>("rejected_logps: expected shape [3] as of chosen_logps, got [2]",
-                                 [&] { simpo_loss_from_logps(logps, logps.slice(0, 1)); });
+  require_error<c10::ValueError>(
+      "rejected_logps: expected shape [3] to match chosen_logps, got [2]",
+      [&] { simpo_loss_from_logps(logps, logps.slice(0, 1)); });
   require_error<c10::TypeError>("chosen_logps: expected dtype",
                                 [&] { simpo_loss_from_logps(logps.to(at::kLong), logps); });
   require_error<c10::ValueError>("beta: expected a finite number > 0, got -1",

@@ -1,9 +1,9 @@
-// Of errors.cpp.
+// The checks of errors.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <vector>
 
-// Of the batch that main.cpp reads.
+// batch: the tensors that main.cpp reads.
 void check_errors(const std::vector<at::Tensor>& batch);

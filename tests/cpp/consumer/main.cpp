@@ -1,7 +1,7 @@
-// A program that uses simpo_ext as C++ users do, through find_package(simpo_ext). It reads a batch
-// from the file named first, and writes the loss, its parts and the gradients to the file named
-// second, for the test to compare with Python's; what it prints is what the library says it is.
-// Errors it checks itself, in errors.cpp. Exits non-zero on the first thing that is wrong.
+// A program that uses simpo_ext through find_package(simpo_ext), as C++ users do. It reads a batch
+// from its first argument, and writes the loss, its parts and the gradients to its second, for the
+// test to compare with Python's. It prints the library's build information, and checks errors in
+// errors.cpp. Exits with 1 at the first failed check.
 
 #include <simpo_ext/simpo_ext.h>
 #include <torch/csrc/jit/serialization/pickle.h>
@@ -36,7 +36,7 @@ void save(const char* path, const std::vector<at::Tensor>& tensors) {
       .write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
 }
 
-// The options of the test's table, in its order.
+// The same options as in the test's table, in the same order.
 std::vector<simpo_ext::SimPOOptions> option_table() {
   using namespace simpo_ext;
   return {
@@ -58,7 +58,7 @@ std::vector<simpo_ext::SimPOOptions> option_table() {
   };
 }
 
-// As FLAT_TABLE of the test.
+// The same as FLAT_TABLE of the test.
 std::vector<simpo_ext::SimPOOptions> flat_option_table() {
   using namespace simpo_ext;
   return {
@@ -100,7 +100,7 @@ std::vector<at::Tensor> flat_results(const at::Tensor& logits, const at::Tensor&
   return results;
 }
 
-// Losses of sequence log-probabilities, counts, and a loss that is divided by them.
+// Losses from sequence log-probabilities, counts, and a loss with these counts as normalizers.
 std::vector<at::Tensor> sequence_results(const at::Tensor& logits, const at::Tensor& hidden,
                                          const at::Tensor& weight, const at::Tensor& labels,
                                          const simpo_ext::Layout& layout) {
@@ -148,7 +148,7 @@ at::Tensor gradient_of(const at::Tensor& logits, const at::Tensor& labels,
   return leaf.grad();
 }
 
-// The loss and what it is made of, and the gradients of hidden, weight and bias.
+// The loss and its parts, and the gradients of hidden, weight and bias.
 std::vector<at::Tensor> linear_results(const at::Tensor& hidden, const at::Tensor& weight,
                                        const at::Tensor& bias, const at::Tensor& labels,
                                        const simpo_ext::SimPOOptions& options) {
@@ -173,7 +173,7 @@ std::vector<at::Tensor> linear_results(const at::Tensor& hidden, const at::Tenso
 void check_linear(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& bias,
                   const at::Tensor& labels) {
   using simpo_ext::linear_token_logps;
-  // What is frozen gets no gradient, and what is not the same as ever.
+  // A frozen tensor gets no gradient, and the others get the same as before.
   const at::Tensor x = hidden.clone().requires_grad_(), w = weight.clone().requires_grad_();
   linear_token_logps(x, w, labels).sum().backward();
   const at::Tensor only_w = weight.clone().requires_grad_();

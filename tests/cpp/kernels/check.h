@@ -1,4 +1,5 @@
-// What the tests of the CPU kernels share: a failed check ends the program, and says where it was.
+// Shared by the tests of the CPU kernels. A failed check prints the current case and ends the
+// program.
 #pragma once
 
 #include <cmath>
@@ -13,14 +14,14 @@
 
 namespace simpo_ext::test {
 
-// ThreadSanitizer has nothing to see in what one thread does alone, and takes its time for it.
+// Code of a single thread has no races, and is slow under ThreadSanitizer.
 #if defined(__SANITIZE_THREAD__)
 inline constexpr bool kThreadsAlone = true;
 #else
 inline constexpr bool kThreadsAlone = false;
 #endif
 
-// Of the case that is being checked.
+// The name of the current case.
 inline std::string context;
 
 inline void require(bool condition, const char* what, double got = 0.0, double expected = 0.0) {
@@ -53,7 +54,7 @@ struct Named<Float16> {
   static constexpr const char* name = "float16";
 };
 
-// One with its type as the argument, for all of them.
+// Calls function with a value of each element type.
 template <typename Function>
 void for_each_dtype(const Function& function) {
   function(double{});
@@ -62,8 +63,8 @@ void for_each_dtype(const Function& function) {
   function(Float16{});
 }
 
-// Each form of the transform: z = x; scaled by what float does not hold exactly; capped, with a
-// scale within.
+// Each form of the transform: z = x; with a scale that float does not hold exactly; with a cap and
+// a scale.
 struct NamedTransform {
   const char* name;
   LogitTransform transform;
@@ -71,7 +72,7 @@ struct NamedTransform {
 constexpr NamedTransform kTransforms[] = {
     {"plain", {1.0, 0.0}}, {"logit_scale 0.7", {0.7, 0.0}}, {"softcap 5", {1.5, 5.0}}};
 
-// Each in the file of its name.
+// Each is defined in the file with its name.
 void check_pages();
 void check_pairs();
 void check_row_gradients();

@@ -1,6 +1,6 @@
-// A run of elements between memory that must not be touched. What lies around it is poisoned, and
-// has to hold what it held before; a page that faults stands in front of the room and behind it,
-// since AddressSanitizer does not watch masked loads, nor stores past the caches.
+// A run of elements inside memory that must not be accessed. The memory around it is poisoned, and
+// its contents are checked. The pages before and after fault on access, because AddressSanitizer
+// does not check masked loads and streaming stores.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,7 +19,7 @@ namespace simpo_ext::test {
 template <typename T>
 class Fence {
  public:
-  // Room for runs of up to capacity elements, starting up to 64 bytes after the first page.
+  // Has space for runs of up to capacity elements that start up to 64 bytes after the first page.
   explicit Fence(int64_t capacity)
       : page_(static_cast<size_t>(sysconf(_SC_PAGESIZE))),
         bytes_((static_cast<size_t>(capacity) * sizeof(T) + 64 + page_ - 1) / page_ * page_) {
@@ -35,16 +35,16 @@ class Fence {
     munmap(room_ - page_, bytes_ + 2 * page_);
   }
 
-  // n elements, the first of them start elements behind the page in front.
+  // n elements. The first is start elements after the page before the space.
   T* place(int64_t start, int64_t n) {
     return place_at(room_ + static_cast<size_t>(start) * sizeof(T), n);
   }
-  // n elements, the last of them right in front of the page behind.
+  // n elements. The last is directly before the page after the space.
   T* place_last(int64_t n) {
     return place_at(room_ + bytes_ - static_cast<size_t>(n) * sizeof(T), n);
   }
 
-  // To be called before the next run is placed.
+  // Call before the next run.
   void require_untouched() const {
     UNPOISON(room_, bytes_);
     for (const char* p = front_; p < begin_; ++p) require(*p == kCanary, "written in front");
@@ -57,14 +57,15 @@ class Fence {
   T* place_at(char* begin, int64_t n) {
     begin_ = begin;
     end_ = begin + static_cast<size_t>(n) * sizeof(T);
-    // Two vectors of the widest to either side.
+    // Two of the widest vectors on both sides.
     front_ = std::max(room_, begin_ - std::min<std::ptrdiff_t>(128, begin_ - room_));
     back_ = end_ + std::min<std::ptrdiff_t>(128, room_ + bytes_ - end_);
     UNPOISON(room_, bytes_);
     std::memset(front_, kCanary, static_cast<size_t>(begin_ - front_));
     std::memset(end_, kCanary, static_cast<size_t>(back_ - end_));
     POISON(room_, bytes_);
-    // Poison is kept per 8 bytes: what shares those of the first element is left to the canary.
+    // AddressSanitizer poisons groups of 8 bytes. Bytes in the group of the first element are only
+    // checked for their contents.
     UNPOISON(begin_, static_cast<size_t>(end_ - begin_));
     return reinterpret_cast<T*>(begin_);
   }

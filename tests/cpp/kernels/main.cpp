@@ -1,7 +1,7 @@
-// The CPU kernels under a sanitizer, with no torch in sight: every buffer has exactly the size the
-// contract states and starts at an odd element, what must not be read or written is poisoned, and
-// threads are plain std::threads. Values are compared with a direct double computation. Prints
-// the instruction set of the row kernels; exits non-zero on the first failure.
+// The CPU kernels without torch, under a sanitizer. Every buffer has exactly the size that the
+// contract states and starts at an odd element. Memory that must not be read or written is
+// poisoned, and threads are std::threads. Values are compared with a direct computation in double.
+// Prints the instruction set of the row kernels, and exits with 1 at the first failed check.
 
 #include <cmath>
 #include <cstdint>
@@ -26,12 +26,12 @@ void check_narrowing(const char* what, uint32_t infinity_bits, Narrow to_bits, W
   };
   for (uint32_t bits = 0; bits < infinity_bits; ++bits) {
     const double low = to_float(bits);
-    // Where infinity stands, the next value of the grid, had the format one, is what rounding sees.
+    // For rounding, infinity stands for the next value that the format would have.
     const double high =
         bits + 1 < infinity_bits ? to_float(bits + 1) : low + (low - to_float(bits - 1));
     const double middle = (low + high) / 2;
     expect(static_cast<float>(low), bits);
-    // Between the least of bfloat16's subnormals float has no middle.
+    // float has no number halfway between the least subnormals of bfloat16.
     if (static_cast<double>(static_cast<float>(middle)) != middle) continue;
     const float half_way = static_cast<float>(middle);
     expect(half_way, bits + (bits & 1u));  // ties to even

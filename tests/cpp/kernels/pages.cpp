@@ -1,4 +1,5 @@
-// Memory for large tensors: zeros, all of it usable, none of it taken before it is written.
+// Memory for large tensors: it is zero, all of it is usable, and it takes up no memory before it is
+// written.
 
 #include "cpu/pages.h"
 
@@ -20,7 +21,8 @@ namespace {
 
 constexpr size_t kHugePage = size_t{1} << 21;
 
-// Pages of the process's address space. Without the C library's streams, which allocate.
+// The number of pages in the process's address space. Does not use the C library's streams, which
+// allocate.
 long mapped_pages() {
   char text[64] = {};
   const int file = open("/proc/self/statm", O_RDONLY);
@@ -56,7 +58,7 @@ void check_mapping(size_t bytes) {
   require(reinterpret_cast<uintptr_t>(data) % 64 == 0, "aligned to a cache line");
   require(residency.bytes(data) == 0, "nothing is taken before it is written",
           static_cast<double>(residency.bytes(data)));
-  // A byte in the middle: one page of whichever size, and zeros around it.
+  // A byte in the middle takes up one page, small or huge, with zeros around it.
   data[bytes / 2] = 1;
   require(residency.bytes(data) <= kHugePage, "one page is taken",
           static_cast<double>(residency.bytes(data)));
@@ -68,7 +70,7 @@ void check_mapping(size_t bytes) {
   require(mapped_pages() == before, "all of it", static_cast<double>(mapped_pages() - before));
 }
 
-// Mappings that were kept are used again where they fit, and no more are kept than is said.
+// Kept mappings are reused if they fit, and no more are kept than documented.
 void check_reuse() {
   context = "memory used again";
   const size_t bytes = 4 * kHugePage - 100;
@@ -88,13 +90,13 @@ void check_reuse() {
   std::memset(again.data, 0x5b, again.bytes);
   require(static_cast<char*>(again.data)[again.bytes - 1] == 0x5b, "writable to its last byte");
 
-  // Of those that fit the smallest.
+  // The smallest one that fits.
   cpu::keep_for_writing(larger);
   cpu::keep_for_writing(again);
   const cpu::Mapping best = cpu::map_for_writing(bytes);
   require(best.data == again.data, "the smallest that fits");
   for (const cpu::Mapping& each : {smaller, other, best}) cpu::keep_for_writing(each);
-  // More than are kept: the first ones are unmapped, and their room in the address space is free.
+  // Beyond the limit, the oldest mappings are unmapped, and their address space is free.
   std::vector<cpu::Mapping> many;
   for (size_t i = 0; i < 2 * cpu::kMostKept; ++i) many.push_back(cpu::map_for_writing(bytes));
   for (const cpu::Mapping& each : many) cpu::keep_for_writing(each);
@@ -102,7 +104,7 @@ void check_reuse() {
   const long room = static_cast<long>(cpu::kMostKept * (bytes + kHugePage) / page);
   require(mapped_pages() - before <= room + 64, "no more than so many are kept",
           static_cast<double>(mapped_pages() - before), static_cast<double>(room));
-  // And so many bytes: of address space, none of which is written.
+  // The limit of bytes, with address space that is never written.
   const cpu::Mapping most = cpu::map_for_writing(cpu::kMostKeptBytes + 1);
   require(most.data != nullptr, "address space");
   cpu::keep_for_writing(most);
@@ -114,7 +116,8 @@ void check_reuse() {
 
 void check_pages() {
   check_reuse();
-  // Around a page and a huge page; several with an odd rest; the least that is ever asked for.
+  // Sizes near a page and a huge page; several huge pages and an odd rest; the smallest size in
+  // use.
   for (const size_t bytes : {size_t{1}, size_t{4095}, size_t{4096}, size_t{4097}, kHugePage - 1,
                              kHugePage, kHugePage + 1, 3 * kHugePage + 12345, cpu::kLargeBytes}) {
     check_mapping(bytes);
@@ -125,7 +128,7 @@ void check_pages() {
   require(mapped_pages() == before, "nothing is left");
   context = "more than there is";
   require(cpu::map_zeros(size_t{1} << 60) == nullptr, "null");
-  // Less than a huge page, none that is whole, and several: nothing but speed may change.
+  // Less than a huge page, no whole one, and several: only the speed may change.
   for (const size_t bytes : {size_t{0}, size_t{100}, kHugePage + 5, 4 * kHugePage + 5}) {
     context = "advice for " + std::to_string(bytes) + " bytes";
     std::vector<char> memory(bytes + 1);

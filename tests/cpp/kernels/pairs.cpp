@@ -1,5 +1,5 @@
-// Sequence log-probs and the preference loss: rows, the flat layout, pairs by indices, weights; and
-// what is said of layouts that are wrong. Every buffer has exactly the size the contract states.
+// Sequence log-probs and the preference loss: rows, the flat layout, pairs by indices, weights, and
+// the errors of wrong layouts. Every buffer has exactly the size that the contract states.
 
 #include <cmath>
 #include <cstdint>
@@ -30,10 +30,10 @@ constexpr PairLoss kSigmoid{LossType::kSigmoid, 2.0, 0.5, 0.1, 0.1};
 constexpr LossReduction kMeanOfTokens{Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop,
                                       0.5};
 
-// Token log-probs of sequences, as rows or one after the other.
+// Token log-probs of sequences, as rows or in one row.
 struct Batch {
-  // Of T_ positions each. In the flat layout padding lies around them, whose log-probs are NaN and
-  // whose labels look valid.
+  // Sequences of T_ positions. In the flat layout they have padding around them, whose log-probs
+  // are NaN and whose labels look valid.
   Batch(int64_t num_sequences, int64_t T_, bool is_flat, bool shift)
       : S(num_sequences), front(is_flat ? 3 : 0) {
     const int64_t positions = S * T_;
@@ -43,7 +43,7 @@ struct Batch {
     for (int64_t i = 0; i < positions; ++i) {
       token_logps[index(front + i)] = -0.25f * static_cast<float>(i % 7);
       const bool predicts_none = shift && i % T_ == T_ - 1;
-      const int64_t from = is_flat && shift ? i + 1 : i;  // aligned, where there is no shift
+      const int64_t from = is_flat && shift ? i + 1 : i;  // without a shift, labels are aligned
       labels[index(front + i)] =
           (is_flat && predicts_none) || from % 5 == 0 ? kIgnore : 1 + from % 3;
     }
@@ -145,7 +145,7 @@ void check_preference_loss(int64_t P, int64_t T_) {
     }
   }
 
-  // The same sequences in one row, and the same pairs by indices: the same bits.
+  // The same sequences in one row, or the same pairs by indices, give the same bits.
   std::vector<int64_t> indices;
   for (int64_t p = 0; p < P; ++p) indices.insert(indices.end(), {p, P + p});
   const std::vector<double> ones(index(P), 1.0);
@@ -165,11 +165,11 @@ void check_preference_loss(int64_t P, int64_t T_) {
   }
 }
 
-// Of a sequence in several pairs, the gradient is a sum; what weights of 0 and 2 are.
+// The gradient of a sequence in several pairs is a sum. Weights of 0 and 2.
 void check_shared_sequences() {
   context = "of shared sequences";
   const Batch batch(5, 6, true, false);
-  // Sequence 4 is in no pair, sequence 2 on both sides of one.
+  // Sequence 4 is in no pair. Sequence 2 is on both sides of one.
   const std::vector<int64_t> indices{0, 1, 0, 3, 2, 2, 3, 0};
   const std::vector<double> weights{1.0, 2.0, -0.5, 0.0};
   Results together(batch, 4);
@@ -262,7 +262,7 @@ void require_error(const LayoutError& got, const LayoutError& expected, const ch
           static_cast<double>(expected.bound));
 }
 
-// By everything that takes a layout, having written nothing.
+// All functions that take a layout refuse it, before they write anything.
 void require_refused(const Batch& batch, const Pairs& pairs, const LayoutError& expected,
                      const char* what) {
   context = what;
@@ -309,7 +309,7 @@ void require_refused(const Batch& batch, const Pairs& pairs, const LayoutError& 
 
 void check_layout_errors() {
   using Kind = LayoutError::Kind;
-  const Batch good(4, 5, true, false);  // 3, 8, 13, 18, 23 of 25
+  const Batch good(4, 5, true, false);  // cu_seqlens are 3, 8, 13, 18, 23 of 25
   const std::vector<int64_t> indices{0, 1, 3, 2};
   const Pairs pairs{indices.data(), nullptr, 2};
   const struct {
@@ -342,7 +342,7 @@ void check_layout_errors() {
       }
     }
   }
-  // What is first, where several are wrong; cu_seqlens before pairs.
+  // The first of several errors is reported, and cu_seqlens before pairs.
   Batch several(4, 5, true, false);
   several.cu_seqlens = {-2, -3, 13, 12, 99};
   const std::vector<int64_t> none{7, 8, 9, 10};

@@ -1,4 +1,5 @@
-// scaled_exp of the level in use, against plain computations in double; long double for float64.
+// scaled_exp of the current instruction set, compared with plain computations in double, or in long
+// double for float64.
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +24,7 @@ struct ScaledRoom {
 
   enum Way { kApart, kStreaming, kInPlace };
 
-  // start < 0: at the end of the room.
+  // start < 0: at the end of the space.
   std::vector<T> scaled_exp(const LogitTransform& transform, const std::vector<T>& x, double max,
                             double factor, Way way, int64_t start = -1, int64_t out_start = -1) {
     const int64_t n = static_cast<int64_t>(x.size());
@@ -51,7 +52,7 @@ bool equal_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// Of float32 and float64. Those of two bytes are float32's, narrowed.
+// For float32 and float64. Results of two bytes are those of float32, narrowed.
 template <typename T>
 void check_scaled_values(const LogitTransform& transform, const std::vector<T>& x, double max,
                          double factor, const std::vector<T>& dx) {
@@ -66,11 +67,11 @@ void check_scaled_values(const LogitTransform& transform, const std::vector<T>& 
     if (transform.softcap != 0.0) {
       const Wide<T> ratio = Wide<T>(z) / Wide<T>(transform.softcap);
       slope = (1 - ratio) * (1 + ratio);
-      // z / softcap is off by an ulp, and times 1 + ratio that is up to two; each of three products
-      // rounds, too.
+      // z / softcap is off by an ulp, or up to two ulps after the product with 1 + ratio. Each of
+      // three products is rounded, too.
       slope_error = Wide<T>(kEpsilon<T>) * (Wide<T>(2) + Wide<T>(1.5) * slope);
     }
-    // Where it does not come out exact, the difference in the dtype of arithmetic is off by this.
+    // The error of the difference in the compute dtype, if it is not exact.
     const Wide<T> rounding =
         std::isinf(z) ? Wide<T>(0)
                       : std::fabs(Wide<T>(static_cast<T>(z) - static_cast<T>(max)) - distance);
@@ -103,7 +104,7 @@ void check_narrowed_values(const LogitTransform& transform, const std::vector<T>
     if (std::isnan(wide_dx[i])) {
       require(std::isnan(widen(dx[i])), "NaN stays NaN");
     } else if (std::is_same_v<T, BFloat16> && std::fabs(wide_dx[i]) < 0x1p-126f) {
-      // The conversion instruction takes subnormal numbers for 0.
+      // The conversion instruction treats subnormal numbers as 0.
       require(got == expected || (got & 0x7fffu) == 0, "narrowed or 0", got, expected);
     } else {
       require(got == expected, "float32's result, narrowed", got, expected);
@@ -128,7 +129,7 @@ void check_scaled(const NamedTransform& named, const std::vector<T>& x, double m
   };
   check_way(Room::kInPlace, 1, -1);
   check_way(Room::kStreaming, 0, 1);
-  if (x.size() > 300) return;  // a long run differs from a short one in its length alone
+  if (x.size() > 300) return;  // a long run only differs from a short one in its length
   check_way(Room::kInPlace, -1, -1);
   check_way(Room::kStreaming, -1, -1);
   check_way(Room::kApart, 1, 0);
@@ -146,14 +147,14 @@ void check_scaled_runs(std::mt19937& random) {
         double max = -kInfinity;
         for (const T x_i : x) max = std::max(max, z_of(named.transform, x_i));
         if (max == -kInfinity) continue;  // then the factor is not finite
-        // Sometimes the largest of the row lies elsewhere.
+        // Sometimes the largest logit of the row is elsewhere.
         if (n % 5 == 0 && named.transform.softcap == 0.0) max += std::fabs(max) < 1e4 ? 2.5 : 0.0;
         max = static_cast<double>(static_cast<Compute<T>>(max));
         check_scaled<T>(named, x, max, factors[n % 4], room);
       }
     }
   }
-  // Every size of exp there is.
+  // The whole range of exp.
   for (const NamedTransform& named : kTransforms) {
     describe<T>(named, "all depths", 20011);
     const double depth = std::is_same_v<T, double> ? 750.0 : 110.0;
@@ -163,8 +164,8 @@ void check_scaled_runs(std::mt19937& random) {
   }
 }
 
-// What an element becomes depends on neither the alignment, nor whether it stands in a vector of
-// the body, in front of the first aligned one, or in the tail. 64 bytes: the widest vector.
+// The result of an element depends neither on alignment nor on its place: in a vector of the body,
+// before the first aligned one, or in the tail. 64 bytes are the widest vector.
 template <typename T>
 void check_places(std::mt19937& random) {
   using Room = ScaledRoom<T>;
@@ -197,7 +198,7 @@ void check_places(std::mt19937& random) {
   }
 }
 
-// What must come out NaN, at every place of a run with a body and a tail.
+// Inputs whose results must be NaN, at every place of a run with a body and a tail.
 template <typename T>
 void check_spoilt_runs() {
   using Room = ScaledRoom<T>;
@@ -231,7 +232,8 @@ void check_spoilt_runs() {
                 "inf - inf");
       }
       if (is_capped) continue;
-      // Of a row without a finite logit the sum is 0, and the factor what a division by it gives.
+      // For a row without a finite logit, the sum is 0 and the factor is the result of a division
+      // by 0.
       for (const double factor : {kInfinity, -kInfinity}) {
         require_nan(room.scaled_exp(named.transform, nothing, -kInfinity, factor, way),
                     "all -inf, with an infinite factor");

@@ -1,5 +1,6 @@
-// sum_exp_report and sum_z of the level in use: sum_exp's own bits, and beside them the sums of a
-// report against plain computations in double; long double for float64.
+// sum_exp_report and sum_z of the current instruction set. The sum has the same bits as that of
+// sum_exp. The report's sums are compared with plain computations in double, or in long double for
+// float64.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +21,7 @@ struct Expected {
   long double value, slack;
 };
 
-// Distances from some z, and a few roundings of each; those of float64 are not compensated.
+// The distances from some z, with a few roundings each. In float64 their sum is not compensated.
 template <typename T>
 Expected expected_sum_z(const std::vector<double>& z, double largest) {
   Expected expected{0, 0};
@@ -39,7 +40,7 @@ Expected expected_sum_exp_z(const std::vector<double>& z, double max) {
     const Wide<T> distance = Wide<T>(z_i) - Wide<T>(max), term = std::exp(distance);
     if (term == 0) continue;
     expected.value += term * distance;
-    // The reference may have been another, up to 8 away.
+    // The pass may use another reference, up to 8 away.
     const Wide<T> far = 9 + std::fabs(distance);
     expected.slack += term * far * (8 + far) * Wide<T>(2 * kEpsilon<T>);
     expected.slack += 1000 * std::numeric_limits<Compute<T>>::min();
@@ -52,7 +53,7 @@ bool is_within(double got, const Expected& expected) {
          std::fabs(static_cast<long double>(got) - expected.value) <= expected.slack;
 }
 
-// Sums of a few such logits are more than the arithmetic has.
+// The sum of a few such logits exceeds the range of the compute dtype.
 template <typename T>
 bool may_overflow(const std::vector<double>& z) {
   const double limit = static_cast<double>(std::numeric_limits<Compute<T>>::max()) / 1024;
@@ -71,7 +72,7 @@ void check_row(const NamedTransform& named, const std::vector<T>& x, Fence<T>& f
 
   const auto require_sum_z = [&](double got) {
     if (may_overflow<T>(z)) return;
-    // Of -inf and finite ones, -inf.
+    // The sum of -inf and finite z is -inf.
     const Expected expected = expected_sum_z<T>(z, std::isinf(top) ? 0.0 : top);
     require(is_within(got, expected), "sum of z", got, static_cast<double>(expected.value));
   };
@@ -115,7 +116,8 @@ template <typename T>
 void check_rows(std::mt19937& random) {
   Fence<T> fence(kCapacity);
   for (const Pattern& pattern : kPatterns) {
-    // A tail alone, a step and less, blocks of float sums, and two of those that are redone.
+    // Only a tail; a step and less; sums of several lanes' batches; two blocks that are summed
+    // again.
     for (const int64_t n : {1, 2, 7, 16, 33, 64, 70, 129, 257, 2050, 8193, 16389}) {
       if (n > std::max<int64_t>(pattern.longest, 300)) continue;
       const std::vector<T> x = make_row<T>(pattern, n, random);

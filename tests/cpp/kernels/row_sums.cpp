@@ -1,5 +1,5 @@
-// z and sum_exp of the level in use, against plain computations in double; long double for
-// float64.
+// z and sum_exp of the current instruction set, compared with plain computations in double, or in
+// long double for float64.
 
 #include <algorithm>
 #include <cmath>
@@ -33,7 +33,7 @@ void check_z_at(const NamedTransform& named, T x) {
   } else {
     const Wide<T> ratio = Wide<T>(wide) * Wide<T>(transform.logit_scale / transform.softcap);
     const Wide<T> expected = Wide<T>(transform.softcap) * std::tanh(ratio);
-    // The argument's rounding and that of its factor, tanh's own and the product's: 5 half ulps.
+    // The roundings of the argument, of its factor, of tanh and of the product: 5 half ulps.
     require(std::fabs(Wide<T>(got) - expected) <= Wide<T>(2.5 * kEpsilon<T>) * std::fabs(expected),
             "capped z", got, static_cast<double>(expected));
     require(std::fabs(got) <= transform.softcap, "z is within the cap", got);
@@ -42,7 +42,8 @@ void check_z_at(const NamedTransform& named, T x) {
               got);
     }
   }
-  // Alone, in the body of a run, and in its tail: 69 is odd, and more than any level does at once.
+  // As the only logit, in the body of a run, and in its tail. 69 is odd, and longer than a step of
+  // any instruction set.
   const std::vector<T> run(69, x);
   for (const int64_t n : {1, 69}) {
     const cpu::RunSum sum =
@@ -58,7 +59,7 @@ void check_z(std::mt19937& random) {
     for (const double x : {0.0, kInfinity, -kInfinity, kNaN}) {
       check_z_at<T>(named, from_double<T>(x));
     }
-    // Where tanh is its argument, where it bends, and where it is 1.
+    // Where tanh is close to its argument, where it bends, and where it is 1.
     const double top = largest_finite<T>() < 1e30 ? 4.0 : 30.0, bottom = top == 4.0 ? -4.0 : -30.0;
     std::uniform_real_distribution<double> exponent(bottom, top), bend(-12.0, 12.0);
     for (int i = 0; i < 4000; ++i) {
@@ -73,7 +74,7 @@ void check_z(std::mt19937& random) {
 
 struct Sum {
   long double value;
-  long double slack;  // how far off a result may be
+  long double slack;  // the error that is allowed
 };
 
 template <typename T>
@@ -87,9 +88,9 @@ Sum expected_sum(const std::vector<double>& z, double max) {
     value += term;
     distances -= term * distance;
   }
-  // Of each term that of its own exp, and for each unit between it and what was subtracted from it
-  // half an ulp of the difference and half of its multiple of log2(e). A lane takes 32 or so
-  // additions, whose roundings are all one way where many terms are equal: in all 8 ulps.
+  // Each term has the error of its exp. For each unit of distance from the reference, it also has
+  // half an ulp of the difference and half an ulp of its product with log2(e). A lane adds up about
+  // 32 terms. If many of them are equal, these roundings have the same sign: 8 ulps in all.
   expected.value = value;
   expected.slack = kEpsilon<T> * (8 * value + distances) +
                    static_cast<long double>(z.size()) *
@@ -101,7 +102,7 @@ template <typename T>
 struct SumRoom {
   Fence<T> fence{kCapacity};
 
-  // Where the run begins must not show in its result. Of long ones, not every hint is tried there.
+  // The start of the run in memory must not change the result. Long runs do not try every hint.
   cpu::RunSum sum_exp(const LogitTransform& transform, const std::vector<T>& x, double hint,
                       bool is_first_hint) {
     const int64_t n = static_cast<int64_t>(x.size());
@@ -131,14 +132,14 @@ void check_sum(const NamedTransform& named, const std::vector<T>& x, SumRoom<T>&
   const double top = *std::max_element(z.begin(), z.end());
   const double ceiling = named.transform.softcap == 0.0 ? kInfinity : named.transform.softcap;
   const auto above = [&](double by) {
-    // Elsewhere in the row; nothing above the cap, nor beyond what the dtype holds.
+    // A z from elsewhere in the row. It must not exceed the cap or the range of the dtype.
     const double base = top == -kInfinity ? 0.0 : top;
     const Scalar hint = static_cast<Scalar>(std::min(base + by, ceiling));
     return std::isinf(hint) ? base : static_cast<double>(hint);
   };
   double sum_max = kNaN;
   Sum expected{};
-  // Some logit of the run, the largest, the least, none; and one of elsewhere in the row.
+  // Some logit of the run, the largest, the least, -inf, and one from elsewhere in the row.
   for (const double hint : {z[z.size() / 2], top, *std::min_element(z.begin(), z.end()), -kInfinity,
                             above(3.0), above(40.0)}) {
     const double max = std::max(top, hint);
@@ -156,7 +157,7 @@ void check_sums(std::mt19937& random) {
   SumRoom<T> room;
   for (const Pattern& pattern : kPatterns) {
     std::vector<int64_t> all = sizes();
-    // A block; two and a tail; several and an odd tail.
+    // One block; two and a tail; several and an odd tail.
     for (const int64_t n : {int64_t{8192}, int64_t{16389}, kCapacity}) {
       if (n <= pattern.longest) all.push_back(n);
     }
@@ -170,8 +171,8 @@ void check_sums(std::mt19937& random) {
   }
 }
 
-// One term alone, so that no other's error hides its own: over all that float's exp spans, or down
-// to where float64's leaves the normal numbers.
+// A single term, so that no other term hides its error: over the whole range of float's exp, or
+// down to the least normal number for float64.
 template <typename T>
 void check_single_terms(std::mt19937& random) {
   context = std::string(Named<T>::name) + ", a term alone";
@@ -187,14 +188,15 @@ void check_single_terms(std::mt19937& random) {
   }
 }
 
-// NaN and +inf, wherever they stand: in the first vector, in any step of the body, at the borders
-// of a block and in the tail; whatever the label is.
+// NaN and +inf at any place: in the first vector, in any step of the body, at the ends of a block
+// and in the tail, with any label.
 template <typename T>
 void check_spoilt_sums(std::mt19937& random) {
   SumRoom<T> room;
   for (const NamedTransform& named : kTransforms) {
     for (const double spoiler : {kNaN, kInfinity}) {
-      if (spoiler == kInfinity && named.transform.softcap != 0.0) continue;  // the cap is finite
+      if (spoiler == kInfinity && named.transform.softcap != 0.0)
+        continue;  // the cap makes it finite
       for (const Pattern& pattern : {kPatterns[0], kPatterns[6]}) {
         for (const int64_t n : {int64_t{1}, int64_t{37}, int64_t{300}, int64_t{8192 + 77}}) {
           describe<T>(named, spoiler == kInfinity ? "with +inf" : "with NaN", n);
@@ -210,7 +212,7 @@ void check_spoilt_sums(std::mt19937& random) {
             spoilt[static_cast<size_t>(position)] = from_double<T>(spoiler);
             const double other = z_of(named.transform, x[0]);
             for (const double hint : {other, -kInfinity, 1.0, spoiler}) {
-              // Not by the room, whose three runs would take their time.
+              // Without the memory guards, because three runs each would take too long.
               const cpu::RunSum sum = cpu::row_kernels().sum_exp(Named<T>::dtype, named.transform,
                                                                  spoilt.data(), n, hint);
               require(std::isnan(sum.sum), "a sum with NaN or +inf is NaN", sum.sum);

@@ -1,4 +1,4 @@
-// Rows for the row kernels, and what may be asked of an exp.
+// Rows for the row kernels, and the errors that exp may have.
 #pragma once
 
 #include <algorithm>
@@ -45,10 +45,10 @@ double z_of(const LogitTransform& transform, T x) {
   return cpu::row_kernels().z(Named<T>::dtype, transform, &x);
 }
 
-// Of exp(distance), and of a multiple of it, relative. In float: a polynomial within a rounding of
-// the truth, whose rounded coefficients the multiple is folded into, and its last operations: 4
-// half ulps. Its argument, a multiple of log2(e), is off by half an ulp and a third of one. In
-// double that is made up for.
+// The relative error of exp(distance), or of a multiple of it. In float, a polynomial is within a
+// rounding of exp. The multiple is part of its rounded coefficients. Together with its last
+// operations that makes 4 half ulps. Its argument, a product with log2(e), is off by half an ulp
+// and a third of one. In double, that is corrected.
 template <typename T>
 Wide<T> exp_error(Wide<T> distance) {
   if constexpr (std::is_same_v<T, double>) return Wide<T>(4e-16);
@@ -68,9 +68,8 @@ constexpr int64_t kCapacity = 70001;
 
 // ---- rows -----------------------------------------------------------------------------------
 
-// A vector of any level less one and more, tails of every length, unrolled steps, the blocks whose
-// float sums are spilt (32 vectors of 4 to 16 lanes, 1024, 2048), and the 8192 that are redone at
-// once: one less, exact, more.
+// Vectors of every instruction set, tails of every length, unrolled steps, batches of float sums
+// (32 vectors of 4 to 16 lanes, 1024, 2048), and blocks of 8192: each one less, exactly, and more.
 inline std::vector<int64_t> sizes() {
   std::vector<int64_t> all;
   for (int64_t n = 1; n <= 70; ++n) all.push_back(n);
@@ -83,28 +82,28 @@ inline std::vector<int64_t> sizes() {
 
 struct Pattern {
   const char* name;
-  // Of the runs that are summed: more than a block only where blocks differ.
+  // The longest run to sum: more than a block only for kinds whose blocks differ.
   int64_t longest;
-  // The logit at i of n, of which the largest finite one is given.
+  // The logit at i of n. largest is the largest finite number of the dtype.
   double (*value)(int64_t i, int64_t n, double largest, std::mt19937& random);
 };
 
 inline double normal(std::mt19937& random) { return std::normal_distribution<double>()(random); }
 
-// Up to half the run, and beyond the first of 8192 where the run is that long.
+// Half the run, but more than a block of 8192 if the run is long enough.
 inline int64_t long_prefix(int64_t n) { return n > 16384 ? 9000 : n / 2; }
 
 inline constexpr Pattern kPatterns[] = {
-    // As a trained model's: a few large, most of them small.
+    // Like a trained model's: a few large ones, most of them small.
     {"peaked", kCapacity,
      [](int64_t, int64_t, double, std::mt19937& random) {
        return 2.0 * normal(random) + (random() % 500 == 0 ? 12.0 : 0.0);
      }},
-    // Terms of equal size, where a float sum drifts most.
+    // Equal terms, for which a float sum drifts most.
     {"nearly flat", 8193,
      [](int64_t, int64_t, double, std::mt19937& random) { return 0.01 * normal(random); }},
     {"flat", 8193, [](int64_t, int64_t, double, std::mt19937&) { return -0.3; }},
-    // Offsets that drop out, but for float's grid there.
+    // A common offset, which drops out except for float's rounding at that size.
     {"offset 1e4", 8193,
      [](int64_t, int64_t, double largest, std::mt19937& random) {
        return std::min(1e4, largest) + 3.0 * normal(random);
@@ -120,7 +119,7 @@ inline constexpr Pattern kPatterns[] = {
        return choice[random() % 5];
      }},
     {"all -inf", 8193, [](int64_t, int64_t, double, std::mt19937&) { return -kInfinity; }},
-    // Masks in front, as implementations of them write them.
+    // Large negative numbers first, as some programs mask logits.
     {"-inf first", kCapacity,
      [](int64_t i, int64_t n, double, std::mt19937& random) {
        return i < long_prefix(n) ? -kInfinity : 3.0 * normal(random);
@@ -133,12 +132,12 @@ inline constexpr Pattern kPatterns[] = {
      [](int64_t i, int64_t n, double largest, std::mt19937& random) {
        return i < long_prefix(n) ? std::max(-1e30, -largest) : 3.0 * normal(random);
      }},
-    // All that was summed counts for nothing in the end.
+    // A last logit that outweighs all others.
     {"large at the end", 16389,
      [](int64_t i, int64_t n, double, std::mt19937& random) {
        return i == n - 1 ? 90.0 : normal(random);
      }},
-    // Every block above everything before it: by a little, and by more than float's exp spans.
+    // Every block above all before it, by a little or by more than the range of float's exp.
     {"ascending", kCapacity,
      [](int64_t i, int64_t, double, std::mt19937& random) {
        return 0.002 * static_cast<double>(i) + normal(random);

@@ -1,4 +1,4 @@
-// Threads that are plain std::threads.
+// A ParallelFor with std::threads.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace simpo_ext::test {
 
-// Three threads, so that a range is cut at odd places.
+// Three threads, so that ranges are cut at odd places.
 inline constexpr ParallelFor kThreads{
     [](int64_t begin, int64_t end, int64_t grain, ParallelFor::Body body, void* context) {
       const int64_t step = std::max(grain, (end - begin + 2) / 3);

@@ -1,5 +1,5 @@
-// token_logps and its backward, for whole batches: rows that must not be read or written are
-// poisoned, and rows in pieces have the bits of any number of threads.
+// token_logps and its backward for whole batches. Rows that must not be read or written are
+// poisoned, and rows in pieces have the same bits with any number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -20,12 +20,12 @@
 namespace simpo_ext::test {
 namespace {
 
-// One, which gets the whole range.
+// One thread, which gets the whole range.
 constexpr ParallelFor kOneThread{[](int64_t begin, int64_t end, int64_t, ParallelFor::Body body,
                                     void* context) { body(begin, end, context); },
                                  [] { return int64_t{1}; }};
 
-// One, which gets the smallest ranges allowed, the last of them first.
+// One thread, which gets the smallest possible ranges, from last to first.
 constexpr ParallelFor kBackwards{
     [](int64_t begin, int64_t end, int64_t grain, ParallelFor::Body body, void* context) {
       const int64_t step = std::max<int64_t>(grain, 1);
@@ -56,7 +56,7 @@ struct TokenLogpsCase {
   LogitTransform transform;
   TokenStrides strides{T_ * V, V};
   size_t row_bytes = static_cast<size_t>(V) * sizeof(T);
-  // One element in front, so that no row is aligned to more than its element.
+  // One element before the first row, so that no row is aligned to more than its element.
   std::vector<T> memory, out_memory;
   T *logits, *dlogits;
   std::vector<int64_t> labels;
@@ -84,7 +84,7 @@ struct TokenLogpsCase {
     for (int64_t i = 0; i < kRows; ++i) {
       labels[static_cast<size_t>(i)] = i % 3 == 1 ? kIgnore : static_cast<int64_t>(random() % V);
     }
-    // Of a row in pieces, the last and the first logit of one.
+    // For a row in pieces, the last logit of one piece and the first of the next.
     if (V > 2 * cpu::kPieceLength) {
       labels[0] = cpu::kPieceLength - 1;
       labels[3] = cpu::kPieceLength;
@@ -106,11 +106,11 @@ struct TokenLogpsCase {
     return is_valid(b, t) && grad[static_cast<size_t>(b * T_ + t)] != Scalar(0);
   }
 
-  // Calls function while the rows of data for which the predicate does not hold are poisoned.
+  // Calls function while all rows of data without the predicate are poisoned.
   template <typename Predicate, typename Function>
   void with_poison(T* data, const Predicate& is_used, const Function& function) {
-    // Poison is kept per 8 bytes, so a row's own bytes alone are poisoned when a neighbour shares
-    // the granule.
+    // AddressSanitizer poisons groups of 8 bytes, so bytes that share a group with another row stay
+    // accessible.
     for_each_row(data, [&](int64_t b, int64_t t, T* x, int64_t) {
       if (!is_used(b, t)) POISON(x, row_bytes);
     });
@@ -191,7 +191,7 @@ void check_values(TokenLogpsCase<T>& test) {
   });
 }
 
-// However many threads there are, and however the range is cut.
+// With any number of threads, and any ranges.
 template <typename T>
 void check_same_bits_for_any_threads(TokenLogpsCase<T>& test) {
   const auto logps = test.logps, max = test.max;
@@ -207,7 +207,8 @@ void check_same_bits_for_any_threads(TokenLogpsCase<T>& test) {
   }
 }
 
-// Into zeros, rows without a gradient are left alone: here they hold something else.
+// If dlogits holds zeros, rows without a gradient are not written. Here they hold other values, to
+// show that.
 template <typename T>
 void check_gradient_into_zeros(TokenLogpsCase<T>& test) {
   const std::vector<T> written = test.out_memory;
@@ -225,8 +226,9 @@ void check_gradient_into_zeros(TokenLogpsCase<T>& test) {
   });
 }
 
-// Which rows are read for a report, that it changes nothing else, and that any number of threads
-// and a vocabulary in two parts give the same; the sums themselves are checked in row_reports.cpp.
+// A report reads only the rows that it needs and does not change the other outputs. Any number of
+// threads gives the same report, and so does a vocabulary in two parts. row_reports.cpp checks the
+// sums.
 template <typename T>
 void check_report(TokenLogpsCase<T>& test) {
   const std::vector<Compute<T>> logps = test.logps, max = test.max;
@@ -316,8 +318,7 @@ void check_batch(int64_t V, bool shift, const LogitTransform& transform, std::mt
   }
 }
 
-// csrc/README.md, values at the edges: whichever piece of a long row they stand in, and whichever
-// the label.
+// The special values of csrc/README.md, in any piece of a long row and with any label.
 template <typename T>
 void check_edges(int64_t V, std::mt19937& random) {
   using Scalar = Compute<T>;
@@ -335,11 +336,11 @@ void check_edges(int64_t V, std::mt19937& random) {
     row(3)[V - 1] = of(infinity);
     std::fill_n(row(4), V, of(-infinity));
     constexpr int64_t kSpoilt = 5;
-    // Enough of them for whole pieces without a finite logit.
+    // Enough -inf for whole pieces without a finite logit.
     std::fill_n(row(5), V - 1, of(-infinity));
     std::fill_n(row(6) + 1, V - 1, of(-infinity));
     row(7)[label] = of(-infinity);
-    // The label's is all there is: the rest is too far below.
+    // The label has all the probability: the other logits are too far below.
     row(8)[label] = of(Scalar(30000));
     test.forward(kThreads);
     test.backward(kThreads);
@@ -356,7 +357,8 @@ void check_edges(int64_t V, std::mt19937& random) {
         require(!is_nan(dx(i, v)), "gradient row not NaN", static_cast<double>(i));
       }
     }
-    // One finite logit has all the probability; the others' entries, the label's apart, are 0.
+    // One finite logit has all the probability. The gradients of the others, except the label's,
+    // are 0.
     const int64_t only[] = {V - 1, 0};
     for (const int64_t i : {5, 6}) {
       const bool is_label = label == only[i - 5];
@@ -383,7 +385,7 @@ void check_edges(int64_t V, std::mt19937& random) {
 void check_token_logps() {
   std::mt19937 random(0);
   const LogitTransform plain = kTransforms[0].transform;
-  // What threads work on together: several rows at a time, and pieces of a row.
+  // Work for several threads: rows, and pieces of a row.
   for (const int64_t V : {3, 20000, 70000}) {
     check_batch<float>(V, true, plain, random);
     check_batch<BFloat16>(V, false, plain, random);
@@ -391,14 +393,15 @@ void check_token_logps() {
   if (kThreadsAlone) return;
   for_each_dtype([&](auto element) {
     using T = decltype(element);
-    // 1; less than a vector; a block of 1024 less one, exactly, and more.
+    // 1; less than a vector; one less than 1024, exactly 1024, and more.
     for (const int64_t V : {1, 3, 1023, 1024, 1025}) {
       for (const bool shift : {false, true}) check_batch<T>(V, shift, plain, random);
     }
     for (const NamedTransform& named : kTransforms) {
       check_batch<T>(1025, true, named.transform, random);
     }
-    // Three pieces a row, the last of them odd; of float64 enough to be written past the caches.
+    // Three pieces for each row, the last one odd. With float64, the gradient is large enough for
+    // streaming stores.
     check_batch<T>(140000, false, plain, random);
     for (const int64_t V : {2, 300, 140000}) check_edges<T>(V, random);
   });

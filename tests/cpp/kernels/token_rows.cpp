@@ -1,5 +1,5 @@
-// What the ops from hidden states call between their products: tokens to rows and back, and logits
-// of the vocabulary in parts. Every buffer has exactly the size the contract states.
+// The kernels that the ops from hidden states call between their products: tokens to rows and back,
+// and the vocabulary in parts. Every buffer has exactly the size that the contract states.
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +17,7 @@
 namespace simpo_ext::test {
 namespace {
 
-constexpr int64_t kIgnore = 2;  // a label of the vocabulary like any other
+constexpr int64_t kIgnore = 2;  // a label inside the vocabulary
 
 size_t index(int64_t i) { return static_cast<size_t>(i); }
 
@@ -40,7 +40,7 @@ double value(Half x) {
 
 void check_select_tokens(bool shift, int64_t spare_rows) {
   constexpr int64_t B = 3, T = 5, V = 9;
-  // With strides that leave a column between labels.
+  // The strides leave a column between labels.
   std::vector<int64_t> memory(2 * B * T, -1);
   const TokenStrides strides{2 * T, 2};
   std::vector<int64_t> positions, labels;
@@ -106,7 +106,7 @@ void check_gather_rows(int64_t H, std::mt19937& random) {
 
 // ---- the vocabulary in parts ----------------------------------------------------------------
 
-// R rows of logits whose parts end at bounds; as one matrix, and as a matrix a part.
+// R rows of logits whose parts end at bounds, as one matrix and as a matrix for each part.
 template <typename T>
 struct PartsCase {
   using Scalar = Compute<T>;
@@ -132,16 +132,17 @@ struct PartsCase {
         grads(R, Scalar(0.75)),
         sum_exp(R) {
     context = std::string("in parts: ") + Named<T>::name + ", V = " + std::to_string(V);
-    // The first label and the last, one to either side of a bound, a masked row, and any other.
+    // The first and the last label, labels on both sides of a bound, a masked row, and any other
+    // label.
     labels = {0, V - 1, bounds[0] - 1, bounds[0] % V, kIgnore, 3 % V, V / 2};
     for (int64_t& label : labels) label += &label != &labels[4] && label == kIgnore ? 1 : 0;
     grads[6] = Scalar(0);
-    // All before the second part -inf; and the largest by far in the last one.
+    // All logits before the second part -inf; a very large logit in the last part.
     for (int64_t v = 0; v < bounds[0]; ++v) logits[index(3 * V + v)] = narrow<T>(-Scalar(INFINITY));
     logits[index(5 * V + V - 1)] = narrow<T>(Scalar(500));
   }
 
-  // function(first label, length, the part's logits), in order
+  // calls function(first label, length, the part's logits) in order
   template <typename Function>
   void for_each_part(const Function& function) {
     int64_t begin = 0;
@@ -279,7 +280,7 @@ void check_hidden_gradient(int64_t H, std::mt19937& random) {
 void check_token_rows() {
   std::mt19937 random(0);
   const LogitTransform plain = kTransforms[0].transform;
-  // Rows enough for several threads.
+  // Enough rows for several threads.
   check_parts<float>({40000, 90000}, plain, random);
   check_gather_rows<float>(40000, random);
   check_hidden_gradient<BFloat16>(40000, random);
@@ -298,7 +299,7 @@ void check_token_rows() {
       check_parts<T>({64, 128, 131}, named.transform, random);
       check_parts<T>({4, 5}, named.transform, random);
     }
-    // A part of several pieces.
+    // A part with several pieces.
     check_parts<T>({3, 70000}, plain, random);
   });
   context.clear();

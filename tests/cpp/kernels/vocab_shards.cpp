@@ -1,6 +1,5 @@
-// A vocabulary in shards on the CPU: what shards say of a row put together, and hidden states'
-// gradients on their way through a sum over shards. Every buffer has exactly the size the contract
-// states.
+// The kernels of a vocabulary in shards on the CPU. Every buffer has exactly the size that the
+// contract states.
 
 #include <cmath>
 #include <cstdint>
@@ -40,12 +39,12 @@ void check_merge(bool has_positions) {
   context = std::string("merge: ") + Named<Scalar>::name;
   const double of_two = -1.0 - std::log(1.5 + 2.0 * std::exp(-4.0));
   const std::vector<Row> rows{
-      {{5, 1}, {1.5, 2}, {4, kNan}, of_two},                       // a label of the first
-      {{1, 5}, {2, 1.5}, {kNan, 4}, of_two},                       // of the second
+      {{5, 1}, {1.5, 2}, {4, kNan}, of_two},  // the label is on the first shard
+      {{1, 5}, {2, 1.5}, {kNan, 4}, of_two},  // on the second
       {{5, -kInfinity}, {1.5, 0}, {4, kNan}, -1 - std::log(1.5)},  // an empty shard
       {{5, 1}, {1.5, kNan}, {4, kNan}, kNan},
-      {{5, 1}, {1.5, 2}, {kNan, kNan}, kNan},  // a label of neither
-      {{5, 1}, {1.5, 2}, {4, 1}, kNan},        // and of both
+      {{5, 1}, {1.5, 2}, {kNan, kNan}, kNan},  // the label is on neither
+      {{5, 1}, {1.5, 2}, {4, 1}, kNan},        // on both
       {{5, 1}, {1.5, 2}, {4, 1}, 0},           // masked
       {{-kInfinity, -kInfinity}, {0, 0}, {-kInfinity, kNan}, kNan},
       {{5, 1}, {1.5, 2}, {-kInfinity, kNan}, -kInfinity},
@@ -91,7 +90,8 @@ void check_rows(int64_t H) {
   using Scalar = Compute<T>;
   context = std::string("rows of shards: ") + Named<T>::name + ", H = " + std::to_string(H);
   constexpr int64_t kFirst = 2, V = 3;
-  // On the shard before, ignored, of this one at either end, of the next, and without a token.
+  // Labels: on the shard before, ignored, at both ends of this shard, on the next shard, and of a
+  // row without a token.
   const std::vector<int64_t> labels{1, kIgnore, 3, 4, 5, kIgnore}, positions{4, 1, 0, 5, 2, -1};
   const int64_t R = static_cast<int64_t>(labels.size());
   std::vector<Scalar> gradients(index(R)), sum(index(R * H));
@@ -126,7 +126,7 @@ void check_vocab_shards() {
     check_merge<double>(has_positions);
   }
   for_each_dtype([](auto element) {
-    // Of the last, rows enough for several threads.
+    // The last case has enough rows for several threads.
     for (const int64_t H : {1, 3, 64, 40000}) check_rows<decltype(element)>(H);
   });
   context.clear();

@@ -1,7 +1,7 @@
-// A program whose ranks are three threads, each with a shard of the vocabulary, and whose
-// collectives are made by hand. It reads a batch from the file named first, and writes each rank's
-// log-probabilities and gradients to the file named second, for the test to compare with Python's.
-// Exits non-zero on the first thing that is wrong.
+// A program whose ranks are three threads, each with a shard of the vocabulary and its own
+// collectives. It reads a batch from its first argument, and writes each rank's log-probabilities
+// and gradients to its second, for the test to compare with Python's. Exits with 1 at the first
+// failed check.
 
 #include <simpo_ext/vocab_parallel.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -24,7 +24,7 @@ namespace {
 constexpr int kRanks = 3;
 constexpr std::array<int64_t, kRanks + 1> kCuts{0, 20, 20, 60};  // the second rank has no label
 
-// What the ranks exchange, each through a place of its own.
+// The collectives. Each rank puts its tensor into its own place.
 class Ranks {
  public:
   simpo_ext::VocabShard shard(size_t rank) {
@@ -82,7 +82,7 @@ void check_errors(const std::vector<at::Tensor>& batch) {
   const auto stacked = [](const at::Tensor& x) { return x.unsqueeze(0); };
   const at::Tensor &logits = batch.at(0), &labels = batch.at(1), &hidden = batch.at(2);
   const at::Tensor& weight = batch.at(3);
-  require_error<c10::ValueError>("expected labels within [0, 60), got 60 from 1 on", [&] {
+  require_error<c10::ValueError>("expected labels in [0, 60), got 60 labels that start at 1", [&] {
     vocab_parallel_token_logps(logits, labels, {1, 60, stacked, same});
   });
   require_error<c10::TypeError>("all_gather and all_reduce", [&] {
@@ -121,7 +121,7 @@ std::vector<at::Tensor> load(const char* path) {
 int main(int argc, char** argv) {
   require(argc == 3, "usage: vocab_shards INPUT OUTPUT");
   const std::vector<at::Tensor> batch = load(argv[1]);
-  // As in the test.
+  // The same as in the test.
   const std::vector<simpo_ext::TokenLogpsOptions> option_table{
       {}, {.shift = false, .logit_scale = 0.5, .softcap = 20.0}};
   std::vector<at::Tensor> results;

@@ -1,7 +1,7 @@
 // The emulator's scheduler. Never compiled with -fsanitize=thread: see fiber.h.
 //
-// A thread runs until it waits or exits, and then switches straight to the next one. What is
-// allocated while a thread runs stands under HiddenFromTsan; a switch allocates nothing.
+// A thread runs until it waits or exits, and then switches directly to the next one. Allocations
+// while a thread runs are under HiddenFromTsan. A switch does not allocate.
 
 #include "emulator.h"
 
@@ -30,7 +30,7 @@ dim3 gridDim;
 namespace simpo_ext::emulation {
 namespace {
 
-// splitmix64: any seed will do, 0 included.
+// splitmix64, which takes any seed, including 0.
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed) {}
@@ -63,14 +63,14 @@ struct State {
   std::vector<std::unique_ptr<Fiber>> fibers;  // the i-th runs thread i; used again and again
   unsigned num_threads = 0;                    // of a block
   std::unique_ptr<Block> block;
-  std::array<Fiber*, kMaxBlockThreads> ready;  // a stack: who becomes ready last runs first
+  std::array<Fiber*, kMaxBlockThreads> ready;  // a stack: the last to become ready runs first
   unsigned num_ready = 0;
   Fiber* current = nullptr;
-  Context host;                // of the OS thread that launched
+  Context host;                // the OS thread that launched
   Context* running = nullptr;  // current's, or host
 };
 
-// Never destroyed, so that no order of destruction at exit can be wrong.
+// Never destroyed, so that the order of destruction at exit does not matter.
 State& state = *new State;
 
 // ---- reports --------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ void wake_block() {
   }
 }
 
-// Returns when it is the caller's turn again, which may be at once.
+// Returns when it is the caller's turn again, possibly immediately.
 void run_next() {
   Context* const suspended = state.running;
   if (state.num_ready > 0) {
@@ -178,10 +178,11 @@ void exit_thread() {
 // ---- launches -------------------------------------------------------------------------------
 
 void run_block() {
-  const HiddenFromTsan hidden;  // the block's memory, not what its fibers do
+  const HiddenFromTsan hidden;  // hides the block's memory, but not the accesses of its fibers
   state.block = std::make_unique<Block>(state.num_threads);
-  // Blocks are not ordered, but to TSan whatever one fiber does is. So thread i of the next block
-  // is another fiber. One fiber more than threads makes that true of blocks of one thread as well.
+  // Blocks are not ordered, but TSan orders everything that one fiber does. So thread i of the next
+  // block is another fiber. There is one fiber more than threads, so that this also holds for
+  // blocks of one thread.
   const auto begin = state.fibers.begin();
   std::rotate(begin, begin + 1, begin + state.num_threads + 1);
   for (unsigned thread = 0; thread < state.num_threads; ++thread) {
@@ -197,7 +198,7 @@ void run_block() {
 
 void run_blocks() {
   const uint64_t num_blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-  // A step without a factor in common with their number reaches all blocks.
+  // If the step has no common factor with the number of blocks, it reaches all of them.
   uint64_t index = 0, step = 1;
   if (state.order == Order::kReverse) index = step = num_blocks - 1;
   if (state.order == Order::kShuffled) {
@@ -293,12 +294,12 @@ void check_mask(const Warp& warp, const Fiber& fiber, uint32_t mask, unsigned so
   }
 }
 
-// The collective that the calling lane takes part in: one that lanes wait in already, or a new one.
+// The collective of the calling lane: one in which lanes already wait, or a new one.
 Collective& join(Warp& warp, const Fiber& fiber, uint32_t mask) {
   Collective* joined = nullptr;
   for (unsigned i = 0; i < warp.num_waiting; ++i) {
     Collective& collective = warp.waiting[i];
-    // If only one side waits for the other, that one's turn may yet come.
+    // If only one side waits for the other, the other may still come.
     const bool awaits_caller = collective.mask >> fiber.lane() & 1;
     if (!awaits_caller || (collective.arrived & mask) == 0) continue;
     const Fiber& other = *collective.first_arrived;
@@ -328,7 +329,7 @@ uint64_t exchange_in_warp(const char* operation, uint32_t mask, uint64_t value,
   Warp& warp = state.block->warps[warp_index];
   fiber.operation = operation;
   fiber.where = where;
-  // This one may name lanes that the block does not have, as in CUDA.
+  // This mask may contain lanes that the block does not have, as in CUDA.
   constexpr uint32_t kWholeWarp = 0xffffffffu;
   if (mask == kWholeWarp) mask = warp.existing;
   check_mask(warp, fiber, mask, source_lane);
@@ -395,7 +396,7 @@ void before_load(const void* address, size_t bytes, size_t alignment, SourceLoca
 void before_uniform_load(const void* address, size_t bytes, size_t alignment,
                          SourceLocation where) {
   note_access("load_uniform", address, bytes, alignment, where);
-  // The n-th of every thread is one load, done by the first thread that comes to it.
+  // The n-th load_uniform of all threads counts as one load, by the first thread that reaches it.
   std::vector<const void*>& addresses = state.block->uniform_addresses;
   Fiber& fiber = *state.current;
   const size_t n = fiber.num_uniform_loads++;

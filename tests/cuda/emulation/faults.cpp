@@ -37,7 +37,7 @@ void require(bool condition, const char* what, double got = 0.0, double expected
   std::exit(1);
 }
 
-// Memory that a sanitizer takes for exactly this large, aligned to 16 bytes.
+// Memory aligned to 16 bytes, whose exact size a sanitizer checks.
 std::unique_ptr<float[]> make_floats(size_t size, float value = 1.0f) {
   std::unique_ptr<float[]> floats(new float[size]);
   for (size_t i = 0; i < size; ++i) floats[i] = value;
@@ -137,7 +137,7 @@ __global__ void out_of_bounds_index(float* out) {
   store(out + threadIdx.x, values[threadIdx.x]);
 }
 
-// Block 0 alone fills the array that both read.
+// Only block 0 fills the array, and both read it.
 __global__ void stale_shared_memory(float* out) {
   SIMPO_SHARED(float, values, 32);
   if (blockIdx.x == 0) values[threadIdx.x] = 1.0f;
@@ -177,7 +177,7 @@ __global__ void missing_warp_sync(float* out) {
   store(out + threadIdx.x, value);
 }
 
-// The warps' collectives order their own lanes, but not one warp with another.
+// The collectives of a warp order its own lanes, but not those of another warp.
 __global__ void warp_sync_for_barrier(float* out) {
   SIMPO_SHARED(float, values, 64);
   values[threadIdx.x] = 1.0f;  // fault: warp-sync-for-barrier
@@ -186,7 +186,8 @@ __global__ void warp_sync_for_barrier(float* out) {
   store(out + threadIdx.x, value);
 }
 
-// Threads learn nothing of what others did after a barrier, even if those wait at the next already.
+// A thread's accesses after a barrier are not ordered before those of other threads, even if it
+// already waits at the next barrier.
 __global__ void race_after_barrier(float* out) {
   SIMPO_SHARED(float, value, 1);
   __syncthreads();
@@ -211,7 +212,7 @@ __global__ void race_between_blocks(float* out) {
 // ---- kernels without a fault ----------------------------------------------------------------
 
 // Each block sums its row: x [rows, columns] -> out [rows], times scale. Rows start at multiples of
-// 16 bytes, row_stride apart. Sums are of whole numbers, so that any order gives the same.
+// 16 bytes, row_stride apart. All elements are integers, so that any order gives the same sum.
 __global__ void reduction(const float* x, int64_t columns, int64_t row_stride, const double* scale,
                           float* out) {
   SIMPO_SHARED(float, warp_sums, 32);
@@ -231,7 +232,7 @@ __global__ void reduction(const float* x, int64_t columns, int64_t row_stride, c
   for (int64_t i = columns / 4 * 4 + threadIdx.x; i < columns; i += blockDim.x) {
     sum += load(elements + i);
   }
-  // The last warp may have any power of 2 of lanes.
+  // The last warp may have any power of 2 as its number of lanes.
   const unsigned num_lanes = warp + 1 < num_warps ? 32 : blockDim.x - warp * 32;
   for (unsigned offset = num_lanes / 2; offset > 0; offset /= 2) {
     sum += __shfl_xor_sync(kAllLanes, sum, static_cast<int>(offset));
@@ -284,15 +285,15 @@ void check_reductions() {
   for (const Order order : {Order::kForward, Order::kReverse, Order::kShuffled}) {
     for (const uint64_t seed : {0, 1, 2}) {
       set_schedule(order, seed);
-      check_reduction(1, 5);       // a thread alone
-      check_reduction(8, 100);     // one warp, and not a whole one
-      check_reduction(40, 1023);   // two warps, the second not whole
+      check_reduction(1, 5);       // one thread
+      check_reduction(8, 100);     // one incomplete warp
+      check_reduction(40, 1023);   // two warps, the second one incomplete
       check_reduction(1024, 700);  // the largest block, some of its threads without work
     }
   }
 }
 
-// Two OS threads launch at once, as autograd's does beside the main thread.
+// Two OS threads launch at the same time, as the main thread and autograd's thread do.
 void check_concurrent_launches() {
   const auto launch_often = [](float value, float* out) {
     const std::unique_ptr<float[]> x = make_floats(64, value);
@@ -455,14 +456,14 @@ const Program kPrograms[] = {
     {"shuffles", check_all_shuffles},
     {"refused-launches", check_refused_launches},
     {"arithmetic", check_arithmetic},
-    {"schedules", check_schedules},  // of a kernel that races, so not for TSan
+    {"schedules", check_schedules},  // its kernel has a race, so it does not run under TSan
 };
 
 }  // namespace
 }  // namespace simpo_ext::cuda
 
 int main(int argc, char** argv) {
-  // abort() is an expected end here.
+  // abort() is expected here.
   const rlimit no_core_file{0, 0};
   setrlimit(RLIMIT_CORE, &no_core_file);
   for (const simpo_ext::cuda::Program& program : simpo_ext::cuda::kPrograms) {

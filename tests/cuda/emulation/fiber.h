@@ -1,8 +1,9 @@
-// Fibers: stacks that one OS thread switches between, and what the sanitizers must be told of it.
+// Fibers: stacks between which one OS thread switches, and what the sanitizers need to know about
+// them.
 //
-// For emulator.cpp alone, which is never compiled with -fsanitize=thread: TSan would take the
-// scheduler's own bookkeeping, which all fibers share, for races of the kernel. It is compiled with
-// -DSIMPO_EMULATION_TSAN=1 instead, and then TSan knows the fibers and what orders them.
+// Only emulator.cpp uses them. It is never compiled with -fsanitize=thread, because all fibers
+// share the scheduler's state, and TSan would report that as races of the kernel. Instead it is
+// compiled with -DSIMPO_EMULATION_TSAN=1, which tells TSan about the fibers and what orders them.
 #pragma once
 
 #include <sys/mman.h>
@@ -50,8 +51,8 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 #if SIMPO_EMULATION_UCONTEXT
 #include <ucontext.h>
 #else
-// Saves the caller's registers on its stack, and its stack pointer in *suspended; then returns
-// from the call that left resumed behind.
+// Saves the caller's registers on its stack and its stack pointer in *suspended. Then returns from
+// the call that saved resumed.
 extern "C" void simpo_emulation_switch_stack(void** suspended, void* resumed);
 // The System V ABI lets a function clobber all registers but these six.
 asm(R"(
@@ -84,7 +85,7 @@ namespace simpo_ext::emulation {
 
 // ---- happens-before, as TSan sees it --------------------------------------------------------
 
-// One event that some threads reach and others wait for. TSan knows it by its address.
+// An event that some threads reach and others wait for. TSan identifies it by its address.
 struct SyncPoint {
   char address = 0;
 
@@ -101,8 +102,8 @@ struct SyncPoint {
   }
 };
 
-// TSan sees malloc, free and memset even of code it did not instrument. What the emulator does with
-// its own memory on behalf of a thread must neither race nor order anything.
+// TSan sees malloc, free and memset even in code that it did not instrument. The emulator's use of
+// its own memory while a thread runs must neither look like a race nor order anything.
 class HiddenFromTsan {
  public:
   HiddenFromTsan() {
@@ -121,7 +122,7 @@ class HiddenFromTsan {
 
 // ---- contexts -------------------------------------------------------------------------------
 
-// Something that can be suspended: a fiber, or the OS thread that resumed the first of them.
+// A fiber, or the OS thread that resumed the first fiber. Both can be suspended.
 struct Context {
 #if SIMPO_EMULATION_UCONTEXT
   ucontext_t registers;
@@ -134,10 +135,10 @@ struct Context {
   void* tsan_fiber = nullptr;
 };
 
-// Whose stack the running context has to describe to ASan.
+// The context whose stack the running context has to describe to ASan.
 inline Context* last_suspended = nullptr;
 
-// What a context does first when it runs again; a fiber also when it runs for the first time.
+// The first action of a context that runs again, and of a fiber that runs for the first time.
 inline void arrive_in([[maybe_unused]] Context& context) {
 #if SIMPO_EMULATION_ASAN
   __sanitizer_finish_switch_fiber(context.asan_fake_stack, &last_suspended->stack_bottom,
@@ -145,7 +146,7 @@ inline void arrive_in([[maybe_unused]] Context& context) {
 #endif
 }
 
-// Suspends from, the running context, until someone switches to it.
+// Suspends the running context, from, until a switch to it.
 inline void switch_context(Context& from, Context& to) {
   last_suspended = &from;
 #if SIMPO_EMULATION_ASAN
@@ -163,7 +164,7 @@ inline void switch_context(Context& from, Context& to) {
   arrive_in(from);
 }
 
-// Makes context the running OS thread's, before it switches to a fiber.
+// Makes context stand for the running OS thread, before it switches to a fiber.
 inline void become_host(Context& context) {
   context = Context{};
 #if SIMPO_EMULATION_TSAN
@@ -171,22 +172,24 @@ inline void become_host(Context& context) {
 #endif
 }
 
-// Makes context a fiber that, when first switched to, calls entry, which must never return. Its
-// stack is never given back.
+// Makes context a fiber that calls entry at the first switch to it. entry must never return. The
+// stack is never freed.
 inline void become_fiber(Context& context, void (*entry)(), unsigned index) {
   constexpr size_t kPage = 4096;
-  // Reserved, not used: a sanitizer's report runs on this stack and needs more than a kernel does.
-  // An odd number of pages: stacks a power of two apart would share a few sets of cache and TLB.
+  // Large, because a sanitizer's report runs on this stack and needs more than a kernel. Pages that
+  // are not used take up no memory. An odd number of pages, because stacks a power of two apart
+  // would share a few sets of the cache and the TLB.
   constexpr size_t kStackBytes = 65 * kPage;
   char* memory = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  // The lowest page faults, so that an overflow does not reach another stack.
+  // An access to the lowest page faults, so that an overflow does not reach another stack.
   if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) {
     std::perror("cuda emulation: no memory for a stack");
     std::abort();
   }
   context.stack_bottom = memory + kPage;
-  // Stacks that all began at the same offset in their pages would evict each other from the cache.
+  // If all stacks began at the same offset in their pages, they would evict each other from the
+  // cache.
   constexpr size_t kCacheLine = 64;
   context.stack_bytes = kStackBytes - kPage - index % (kPage / kCacheLine) * kCacheLine;
 #if SIMPO_EMULATION_TSAN

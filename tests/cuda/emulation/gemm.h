@@ -1,5 +1,5 @@
-// cublasGemmEx on the CPU, as cuBLAS's documentation defines it: by columns, with alpha and beta of
-// the compute type, and with sums of products in that type.
+// cublasGemmEx on the CPU, as cuBLAS's documentation defines it: matrices by columns, alpha and
+// beta of the compute type, and sums of products in that type.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -8,11 +8,11 @@
 #include <cstddef>
 #include <vector>
 
-#include "ops/cublas.h"
+#include "ops/linear/cublas.h"
 
 namespace simpo_ext::emulation {
 
-// What cublasStatus_t calls CUBLAS_STATUS_INVALID_VALUE and CUBLAS_STATUS_NOT_SUPPORTED.
+// CUBLAS_STATUS_INVALID_VALUE and CUBLAS_STATUS_NOT_SUPPORTED of cublasStatus_t.
 constexpr int kInvalidValue = 7, kNotSupported = 15;
 
 template <class T, class Scalar>

@@ -1,14 +1,18 @@
-// The CUDA kernels, emulated, as the ops on CPU tensors: loaded after simpo_ext, this library takes
-// the place of the CPU kernels, so that every test of the Python API tests the CUDA kernels
-// instead. Products are torch's of CPU tensors, but for those that cuBLAS adds up: gemm.h has them.
+// The emulated CUDA kernels as the ops on CPU tensors. This library is loaded after simpo_ext and
+// replaces the CPU kernels, so that every test of the Python API tests the CUDA kernels instead.
+// Matrix products are torch's for CPU tensors, except those that cuBLAS would add to a sum: gemm.h
+// has them.
+
+#include <torch/csrc/stable/library.h>
 
 #include "core/kernels.h"
 #include "gemm.h"
 #include "ops/checks.h"
-#include "ops/cublas.h"
-#include "ops/linear_ops.h"
-#include "ops/ops.h"
-#include "ops/vocab_ops.h"
+#include "ops/cuda_kernels.h"
+#include "ops/implementations.h"
+#include "ops/linear/cublas.h"
+#include "ops/linear/plan.h"
+#include "ops/tensors.h"
 
 namespace simpo_ext::ops {
 namespace {
@@ -19,9 +23,10 @@ struct Calls {
   int64_t add_product = 0, add_partial = 0;
 } calls;
 
-class EmulatedCuda {
+class EmulatedCuda : public CudaKernels<EmulatedCuda> {
  public:
-  static constexpr int64_t kChunkColumns = 4096;  // of the CPU, whose fake kernels are in use
+  // The fake kernels take CPU tensors for the CPU's.
+  static constexpr int64_t kChunkColumns = kCpuChunkColumns;
 
   EmulatedCuda(const Tensor& tensor, const char* name) { check(tensor, name); }
 
@@ -41,64 +46,12 @@ class EmulatedCuda {
     ++calls.add_product;
     cublas::add_product(emulation::gemm_ex, nullptr, sum, a, b, is_first);
   }
-
-  int64_t shared_segments(DType dtype, int64_t N, int64_t V) const {
-    return cuda::shared_segments(dtype, N, V);
-  }
-  void token_logps(const TokenLogpsArgs& args) const {
-    check_launch(cuda::token_logps(args, nullptr));
-  }
-  void token_logps_backward(const TokenLogpsBackwardArgs& args) const {
-    check_launch(cuda::token_logps_backward(args, nullptr));
-  }
-  // Rows past the last valid token are computed, and count for nothing: the host does not know how
-  // many there are.
-  int64_t select_tokens(const SelectTokensArgs& args) const {
-    check_launch(cuda::select_tokens(args, nullptr));
-    return args.R;
-  }
-  void gather_rows(const GatherRowsArgs& args) const {
-    check_launch(cuda::gather_rows(args, nullptr));
-  }
-  void write_logps(const WriteLogpsArgs& args) const {
-    check_launch(cuda::write_logps(args, nullptr));
-  }
-  void put_label_gradients(const PutLabelGradientsArgs& args) const {
-    check_launch(cuda::put_label_gradients(args, nullptr));
-  }
   void add_partial(const AddPartialArgs& args) const {
     ++calls.add_partial;
-    check_launch(cuda::add_partial(args, nullptr));
-  }
-  void hidden_gradient(const HiddenGradientArgs& args) const {
-    check_launch(cuda::hidden_gradient(args, nullptr));
-  }
-  void merge_shards(const MergeShardsArgs& args) const {
-    check_launch(cuda::merge_shards(args, nullptr));
-  }
-  void add_label_shares(const AddLabelSharesArgs& args) const {
-    check_launch(cuda::add_label_shares(args, nullptr));
-  }
-  void scatter_rows(const ScatterRowsArgs& args) const {
-    check_launch(cuda::scatter_rows(args, nullptr));
-  }
-  void sequence_targets(const SequenceTargetsArgs& args) const {
-    check_launch(cuda::sequence_targets(args, nullptr));
-  }
-  void sequence_logps(const SequenceLogpsArgs& args) const {
-    check_launch(cuda::sequence_logps(args, nullptr));
-  }
-  void sequence_logps_backward(const SequenceLogpsBackwardArgs& args) const {
-    check_launch(cuda::sequence_logps_backward(args, nullptr));
-  }
-  void preference_loss(const PreferenceLossArgs& args) const {
-    check_launch(cuda::preference_loss(args, nullptr));
-  }
-  void preference_loss_backward(const PreferenceLossBackwardArgs& args) const {
-    check_launch(cuda::preference_loss_backward(args, nullptr));
+    CudaKernels::add_partial(args);
   }
 
- private:
+  static cuda::Stream stream() { return nullptr; }
   static void check_launch(int error) {
     STD_TORCH_CHECK(error == 0, "an emulated kernel was not launched: error ", error);
   }
@@ -107,8 +60,8 @@ class EmulatedCuda {
 }  // namespace
 }  // namespace simpo_ext::ops
 
-// For tests, by ctypes: whether there is a cublasGemmEx, as on a GPU with torch's usual builds; and
-// how often the two ways of adding up dhidden were taken since the last call.
+// For tests, by ctypes: whether there is a cublasGemmEx, as with torch's usual CUDA builds; and how
+// often each of the two ways to add up dhidden was used since the last call.
 extern "C" __attribute__((visibility("default"))) void emulated_cublas(bool is_available) {
   simpo_ext::ops::has_cublas = is_available;
 }
@@ -123,6 +76,4 @@ extern "C" __attribute__((visibility("default"))) void take_emulated_calls(int64
 
 STABLE_TORCH_LIBRARY_IMPL(simpo_ext, CPU, m) {
   simpo_ext::ops::register_ops<simpo_ext::ops::EmulatedCuda>(m);
-  simpo_ext::ops::register_linear_ops<simpo_ext::ops::EmulatedCuda>(m);
-  simpo_ext::ops::register_vocab_ops<simpo_ext::ops::EmulatedCuda>(m);
 }

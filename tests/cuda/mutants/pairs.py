@@ -54,7 +54,7 @@ PAIRS_MUTANTS = (
     Mutant(
         "no barrier before gradients of the sequence before are overwritten",
         LOSS,
-        "  __syncthreads();  // of_warps has been read for the sequence before\n",
+        "  __syncthreads();  // all threads have read of_warps for the sequence before\n",
         "",
         "preference",
         "tsan",
@@ -199,7 +199,7 @@ PAIRS_MUTANTS = (
     Mutant(
         "gradients of no pairs looked for",
         LOSS,
-        "  if (P == 0) return 0.0;  // indices of no pair may be null\n",
+        "  if (P == 0) return 0.0;  // without pairs, indices may be null even if given\n",
         "",
         "preference",
     ),
@@ -285,8 +285,8 @@ PAIRS_MUTANTS = (
     Mutant(
         "an infinite slope of the shape times one of 0",
         SHARED,
-        "    if (slope != 0.0) {  // a saturated",
-        "    {  // a saturated",
+        "    if (slope != 0.0) {  // with a slope of 0",
+        "    {  // with a slope of 0",
         "preference",
     ),
 )

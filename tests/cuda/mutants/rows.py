@@ -1,16 +1,19 @@
-"""Bugs in the CUDA kernels around hidden states: tokens to rows and back.."""
+"""Bugs in the CUDA kernels around hidden states: tokens to rows and back."""
 
 from __future__ import annotations
 
 from mutants.logps import ROWS, WARP, Mutant
 
-HIDDEN = "cuda/token_rows.cu"
+SELECT = "cuda/select_tokens.cu"
+GATHER = "cuda/gather_rows.cu"
+LABELS = "cuda/label_values.cu"
+HIDDEN = "cuda/hidden_gradient.cu"
 
 ROWS_MUTANTS = (
     # ---- every barrier, removed: races
     Mutant(
         "no barrier before the token counts of the warps are read",
-        HIDDEN,
+        SELECT,
         "    if (lane == 0) counts[warp] = of_my_warp.all;\n    __syncthreads();\n",
         "    if (lane == 0) counts[warp] = of_my_warp.all;\n",
         "token_rows",
@@ -18,7 +21,7 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "token counts written where those of the turn before may still be read",
-        HIDDEN,
+        SELECT,
         "    counts = counts == of_warps ? of_warps + kWarps : of_warps;\n",
         "",
         "token_rows",
@@ -34,21 +37,21 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "tokens of the warps before not counted",
-        HIDDEN,
+        SELECT,
         "__shfl_sync(kWholeWarp, of_block.before, warp) + of_my_warp.before;",
         "of_my_warp.before;",
         "token_rows",
     ),
     Mutant(
         "tokens of the turns before not counted",
-        HIDDEN,
+        SELECT,
         "    num_selected += of_block.all;\n",
         "    num_selected = of_block.all;\n",
         "token_rows",
     ),
     Mutant(
         "more tokens selected than there are rows",
-        HIDDEN,
+        SELECT,
         "      if (row < args.R) {\n",
         "      if (row <= args.R) {\n",
         "token_rows",
@@ -56,14 +59,14 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "rows without a token left as they were",
-        HIDDEN,
+        SELECT,
         "  for (int64_t row = num_selected + tid; row < args.R; row += kSelectThreads) {",
         "  for (int64_t row = num_selected + tid; row < num_selected; row += kSelectThreads) {",
         "token_rows",
     ),
     Mutant(
         "the next sequence's tokens taken for this one's",
-        HIDDEN,
+        SELECT,
         "      token = token.t + 1 < targets.T ? Token{token.b, token.t + 1} "
         ": Token{token.b + 1, 0};\n",
         "      token = Token{token.b, token.t + 1};\n",
@@ -71,7 +74,7 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "rows beyond the last one, gathered",
-        HIDDEN,
+        GATHER,
         "  if (row >= args.R) return;\n  const int64_t position = load_uniform",
         "  const int64_t position = load_uniform",
         "token_rows",
@@ -79,7 +82,7 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "a row without a token gathered",
-        HIDDEN,
+        GATHER,
         "  if (!has_part<T>(args, row, position, load_gradient)) {\n"
         "    fill_row<T, kRowThreads>(to, args.H, 0);\n    return;\n  }\n",
         "",
@@ -88,21 +91,21 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "a row without a gradient gathered",
-        HIDDEN,
+        GATHER,
         "  if (args.gradients == nullptr) return true;\n",
         "  return true;\n",
         "token_rows",
     ),
     Mutant(
         "rows taken for aligned alike, gathered",
-        HIDDEN,
+        GATHER,
         "  if ((reinterpret_cast<uintptr_t>(from) - reinterpret_cast<uintptr_t>(to)) % 16 != 0) {",
         "  if (false) {",
         "token_rows",
     ),
     Mutant(
         "32-bit offset of a gathered row",
-        HIDDEN,
+        GATHER,
         "static_cast<const T*>(args.source) + args.source_strides.offset(token.b, token.t);\n"
         "  const int64_t tid",
         "static_cast<const T*>(args.source) + "
@@ -119,7 +122,7 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "logps written for rows without a token",
-        HIDDEN,
+        LABELS,
         "  if (position < 0) return;\n  const LogSumExp",
         "  const LogSumExp",
         "token_rows",
@@ -127,7 +130,7 @@ ROWS_MUTANTS = (
     ),
     Mutant(
         "a gradient put where the ignored label is one of the vocabulary",
-        HIDDEN,
+        LABELS,
         "  if (label == args.ignore_index || !is_in_part",
         "  if (!is_in_part",
         "token_rows",

@@ -87,7 +87,9 @@ OTHER_FAMILIES = {
     # For compute_100, nvcc unrolls the loops over a short row 16 times, but the row has at most 8
     # elements.
     "token rows": Family(
-        ("token_rows",), _check_token_rows, not_measured="gather_short_rows_kernel"
+        ("select_tokens", "gather_rows", "label_values", "hidden_gradient"),
+        _check_token_rows,
+        not_measured="gather_short_rows_kernel",
     ),
     "shards": Family(("vocab_shards",), shards.check_shards),
     "sequences": Family(("sequence_logps", "sequence_targets"), sequences.check_sequences),

@@ -1,4 +1,4 @@
-// The ops of the library as torch::autograd functions. Arguments have been checked.
+// The ops of the library as torch::autograd functions. The callers have checked the arguments.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -9,9 +9,11 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 
 #include "simpo_ext/build_info.h"
+#include "simpo_ext/error_tags.h"
 #include "simpo_ext/options.h"
 
 namespace simpo_ext::detail {
@@ -19,7 +21,7 @@ namespace simpo_ext::detail {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The call into the library also keeps it linked: ops are reached through the dispatcher alone.
+// The call into the library keeps it linked: the ops themselves are called through the dispatcher.
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   const char* error = simpo_ext_load_error();
@@ -31,24 +33,32 @@ inline double softcap_or_zero(const TokenLogpsOptions& options) {
   return options.softcap.value_or(0.0);
 }
 
-// With create_graph the gradient would be taken for a constant, and the second one would be wrong.
+// With create_graph, autograd would treat the gradient as a constant, and the second derivative
+// would be wrong.
 inline void refuse_double_backward() {
   TORCH_CHECK(!at::GradMode::is_enabled(),
               "simpo_ext does not implement double backward: expected create_graph=false");
 }
 
-// Calls an op. What leaves the library as a standard exception, torch may have made an error of its
-// own, whose type does not tell what was wrong.
+// The message of an error whose text has the tag; nullopt without the tag. Torch may have put a
+// backtrace into the lines below the message.
+inline std::optional<std::string> message_after(std::string_view tag, std::string_view text) {
+  const size_t begin = text.find(tag);
+  if (begin == std::string_view::npos) return std::nullopt;
+  const std::string_view message = text.substr(begin + tag.size());
+  return std::string(message.substr(0, message.find('\n')));
+}
+
+// Calls an op. An error with a tag is thrown again as the class that the tag names.
 template <typename Call>
 auto with_argument_errors(const Call& call) {
   try {
     return call();
   } catch (const std::exception& error) {
-    const std::string message = error.what(), first_line = message.substr(0, message.find('\n'));
-    TORCH_CHECK_INDEX(message.find("is out of range") == std::string::npos, first_line);
-    TORCH_CHECK_VALUE(message.find("num_valid_tokens: ") == std::string::npos &&
-                          message.find("cu_seqlens[") == std::string::npos,
-                      first_line);
+    const auto index_error = message_after(kIndexErrorTag, error.what());
+    TORCH_CHECK_INDEX(!index_error.has_value(), *index_error);
+    const auto value_error = message_after(kValueErrorTag, error.what());
+    TORCH_CHECK_VALUE(!value_error.has_value(), *value_error);
     throw;
   }
 }
@@ -65,7 +75,7 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
     using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
         const at::Tensor&, const at::Tensor&, int64_t, bool, double, double);
     static const auto op = find_op<Signature>("simpo_ext::token_logps");
-    // Below autograd: Python may have registered a formula of its own for the op.
+    // Below autograd, because Python may have registered its own formula for the op.
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [logps, max, sum_exp] = with_argument_errors([&] {
       return op.call(logits, labels, options.ignore_index, options.shift, options.logit_scale,
@@ -102,7 +112,8 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
       dlogits = logits.detach();
       inplace_op.call(grads[0], dlogits, labels, max, sum_exp, ignore_index, shift, logit_scale,
                       softcap);
-      // Whoever saved the logits' values finds a newer version and fails, this node included.
+      // A later backward that needs the old logits, also this node's, sees the new version and
+      // fails.
       torch::autograd::impl::bump_version(logits);
     } else {
       dlogits = op.call(grads[0], logits, labels, max, sum_exp, ignore_index, shift, logit_scale,

@@ -1,4 +1,4 @@
-// The default of logits_budget_bytes.
+// The default of LinearOptions::logits_budget_bytes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,14 +12,14 @@ namespace simpo_ext {
 
 // On a GPU, the budget is the GPU's memory divided by this.
 constexpr int64_t kDefaultLogitsBudgetShare = 16;
-// Elsewhere, it is this many bytes.
+// On other devices, the budget is this many bytes.
 constexpr int64_t kDefaultLogitsBudgetBytes = int64_t{1} << 30;
 
 namespace detail {
 
-// Bytes of the GPU's memory.
+// The bytes of memory that the GPU has.
 inline int64_t gpu_memory(at::DeviceIndex index) {
-  // Asks the driver once for each GPU. A device index is an int8_t.
+  // The driver is asked once for each GPU. A device index is an int8_t.
   static std::array<std::atomic<int64_t>, 128> known{};
   std::atomic<int64_t>& memory = known.at(index);
   if (memory == 0) {

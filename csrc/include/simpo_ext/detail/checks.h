@@ -1,4 +1,4 @@
-// Argument checks: each error names the argument, what was expected and what came.
+// Argument checks. Each error has the name of the argument, the expectation and the value.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,13 +15,42 @@
 
 namespace simpo_ext::detail {
 
-inline void check_number(const char* name, double value, bool in_range, const char* expected) {
-  TORCH_CHECK_VALUE(std::isfinite(value) && in_range, name, ": expected ", expected, ", got ",
-                    value);
+// ---- numbers --------------------------------------------------------------------------------
+
+inline void check_finite(const char* name, double value) {
+  TORCH_CHECK_VALUE(std::isfinite(value), name, ": expected a finite number, got ", value);
 }
 
-// Whether the library has kernels for it; of a CUDA device, what torch and the library are built
-// for decides.
+inline void check_above(const char* name, double value, double bound) {
+  TORCH_CHECK_VALUE(std::isfinite(value) && value > bound, name, ": expected a finite number > ",
+                    bound, ", got ", value);
+}
+
+inline void check_at_least(const char* name, double value, double least) {
+  TORCH_CHECK_VALUE(std::isfinite(value) && value >= least, name,
+                    ": expected a finite number >= ", least, ", got ", value);
+}
+
+inline void check_between(const char* name, double value, double least, double largest) {
+  TORCH_CHECK_VALUE(value >= least && value <= largest, name, ": expected a number in [", least,
+                    ", ", largest, "], got ", value);
+}
+
+inline void check_zero_or_magnitude_between(const char* name, double value, double least,
+                                            double largest) {
+  const double magnitude = std::fabs(value);
+  TORCH_CHECK_VALUE(value == 0.0 || (magnitude >= least && magnitude <= largest), name,
+                    ": expected 0 or a magnitude in [", least, ", ", largest, "], got ", value);
+}
+
+inline void check_count(const char* name, const std::optional<int64_t>& count) {
+  TORCH_CHECK_VALUE(count.value_or(0) >= 0, name, ": expected 0 or more, got ", count.value_or(0));
+}
+
+// ---- tensors --------------------------------------------------------------------------------
+
+// Refuses a device that the library has no kernels for. For a CUDA device, that depends on what
+// torch and the library are built for.
 inline void check_device(const char* name, const at::Device& device, bool torch_is_for_rocm,
                          bool library_has_cuda) {
   TORCH_CHECK(device.is_cpu() || device.is_cuda(), name,
@@ -48,11 +77,11 @@ inline void check_tensor(const char* name, const at::Tensor& tensor) {
 
 inline void check_same_device(const char* name, const at::Tensor& tensor, const char* owner,
                               const at::Tensor& other) {
-  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, ": expected device ", other.device(),
-                    " as of ", owner, ", got ", tensor.device());
+  TORCH_CHECK_VALUE(tensor.device() == other.device(), name, ": expected a tensor on ",
+                    other.device(), " like ", owner, ", got ", tensor.device());
 }
 
-// Logits whose memory the backward may overwrite with their gradient.
+// Refuses logits that the backward must not overwrite with their gradient.
 inline void check_inplace_backward(const at::Tensor& logits) {
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) return;
   TORCH_CHECK_VALUE(
@@ -80,7 +109,7 @@ inline void check_floating(const char* name, const at::Tensor& tensor) {
       name, ": expected dtype float64, float32, bfloat16 or float16, got ", dtype);
 }
 
-// Labels for tokens [B, T, ...].
+// Labels [B, T] for tokens [B, T, ...].
 inline void check_labels(const at::Tensor& labels, const char* owner, const at::Tensor& tokens) {
   check_tensor("labels", labels);
   const at::ScalarType dtype = labels.scalar_type();
@@ -90,16 +119,15 @@ inline void check_labels(const at::Tensor& labels, const char* owner, const at::
                    dtype);
   TORCH_CHECK_VALUE(
       labels.dim() == 2 && labels.size(0) == tokens.size(0) && labels.size(1) == tokens.size(1),
-      "labels: expected shape [B, T] as of ", owner, " ", tokens.sizes(), ", got ", labels.sizes());
+      "labels: expected shape [B, T] to match ", owner, " ", tokens.sizes(), ", got ",
+      labels.sizes());
   check_same_device("labels", labels, owner, tokens);
 }
 
 inline void check_token_options(const TokenLogpsOptions& options) {
-  check_number("logit_scale", options.logit_scale, options.logit_scale >= 1e-30,
-               "a finite number >= 1e-30");
+  check_at_least("logit_scale", options.logit_scale, kLeastFactor);
   if (options.softcap.has_value()) {
-    check_number("softcap", *options.softcap, *options.softcap >= 1e-30 && *options.softcap <= 1e30,
-                 "a number in [1e-30, 1e30]");
+    check_between("softcap", *options.softcap, kLeastFactor, kLargestFactor);
   }
 }
 
@@ -112,11 +140,11 @@ inline void check_token_arguments(const at::Tensor& logits, const at::Tensor& la
   if (options.inplace_backward) check_inplace_backward(logits);
 }
 
-// As of hidden: what goes into the same product.
+// Refuses a factor of a product with hidden that has another device or dtype.
 inline void check_factor(const char* name, const at::Tensor& tensor, const at::Tensor& hidden) {
   check_same_device(name, tensor, "hidden", hidden);
   TORCH_CHECK_TYPE(tensor.scalar_type() == hidden.scalar_type(), name, ": expected dtype ",
-                   hidden.scalar_type(), " as of hidden, got ", tensor.scalar_type());
+                   hidden.scalar_type(), " like hidden, got ", tensor.scalar_type());
 }
 
 inline void check_linear_shapes(const at::Tensor& hidden, const at::Tensor& weight,
@@ -125,54 +153,46 @@ inline void check_linear_shapes(const at::Tensor& hidden, const at::Tensor& weig
   check_floating("weight", weight);
   TORCH_CHECK_VALUE(hidden.dim() == 3, "hidden: expected shape [B, T, H], got ", hidden.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(1) == hidden.size(2),
-                    "weight: expected shape [V, H], H as of hidden ", hidden.sizes(), ", got ",
+                    "weight: expected shape [V, H] to match hidden ", hidden.sizes(), ", got ",
                     weight.sizes());
   if (linear.bias.has_value()) {
     check_floating("bias", *linear.bias);
     TORCH_CHECK_VALUE(linear.bias->dim() == 1 && linear.bias->size(0) == weight.size(0),
-                      "bias: expected shape [V], V as of weight ", weight.sizes(), ", got ",
+                      "bias: expected shape [V] to match weight ", weight.sizes(), ", got ",
                       linear.bias->sizes());
   }
   check_labels(labels, "hidden", hidden);
-  TORCH_CHECK_VALUE(linear.logits_budget_bytes.value_or(0) >= 0,
-                    "logits_budget_bytes: expected 0 or more, got ",
-                    linear.logits_budget_bytes.value_or(0));
-  TORCH_CHECK_VALUE(linear.num_valid_tokens.value_or(0) >= 0,
-                    "num_valid_tokens: expected 0 or more, got ",
-                    linear.num_valid_tokens.value_or(0));
+  check_count("logits_budget_bytes", linear.logits_budget_bytes);
+  check_count("num_valid_tokens", linear.num_valid_tokens);
 }
 
 inline void check_normalizer(const char* name, const std::optional<Normalizer>& normalizer,
                              Reduction reduction) {
   if (!normalizer.has_value()) return;
   TORCH_CHECK_VALUE(reduction == Reduction::kMean, name,
-                    ": expected none without Reduction::kMean, which alone divides");
+                    ": expected none without Reduction::kMean, the only reduction that divides");
   if (const double* number = normalizer->number()) {
-    check_number(name, *number, *number > 0.0, "a finite number > 0");
+    check_above(name, *number, 0.0);
     return;
   }
   const at::Tensor& tensor = *normalizer->tensor();
   TORCH_CHECK_TYPE(tensor.defined(), name, ": expected a number or a tensor, got an undefined one");
-  TORCH_CHECK_VALUE(tensor.dim() == 0, name, ": expected a tensor of no dimension, got shape ",
+  TORCH_CHECK_VALUE(tensor.dim() == 0, name, ": expected a tensor without dimensions, got shape ",
                     tensor.sizes());
   const at::ScalarType dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(dtype != at::kBFloat16 && dtype != at::kHalf, name,
                    ": expected a dtype that holds counts, such as float32, got ", dtype);
 }
 
-// The ratio gamma / beta.
+// Returns gamma / beta.
 inline double check_simpo_options(const SimPOOptions& options) {
-  check_number("beta", options.beta, options.beta > 0.0, "a finite number > 0");
-  check_number("label_smoothing", options.label_smoothing,
-               options.label_smoothing >= 0.0 && options.label_smoothing <= 0.5,
-               "a number in [0, 0.5]");
+  check_above("beta", options.beta, 0.0);
+  check_between("label_smoothing", options.label_smoothing, 0.0, 0.5);
   TORCH_CHECK_VALUE(options.loss_type == LossType::kSigmoid || options.label_smoothing == 0.0,
                     "label_smoothing: expected 0 with the hinge loss and IPO, got ",
                     options.label_smoothing);
-  const double alpha = std::fabs(options.alpha);
-  check_number("alpha", options.alpha, alpha == 0.0 || (alpha >= 1e-30 && alpha <= 1e30),
-               "0 or a magnitude in [1e-30, 1e30]");
-  check_number("sft_weight", options.sft_weight, options.sft_weight >= 0.0, "a finite number >= 0");
+  check_zero_or_magnitude_between("alpha", options.alpha, kLeastFactor, kLargestFactor);
+  check_at_least("sft_weight", options.sft_weight, 0.0);
   TORCH_CHECK_VALUE(!(options.gamma.has_value() && options.gamma_beta_ratio.has_value()),
                     "gamma, gamma_beta_ratio: expected at most one of the two, got both");
   const bool token_wise_sft = options.sft_reduction == SftReduction::kToken;
@@ -181,15 +201,15 @@ inline double check_simpo_options(const SimPOOptions& options) {
   check_normalizer("pair_normalizer", options.pair_normalizer, options.reduction);
   check_normalizer("token_normalizer", options.token_normalizer, options.reduction);
   TORCH_CHECK_VALUE(options.pair_normalizer.has_value() || !options.token_normalizer.has_value(),
-                    "token_normalizer: expected a pair_normalizer beside it, got none");
+                    "token_normalizer: expected a pair_normalizer as well, got none");
   TORCH_CHECK_VALUE(
       !token_wise_sft ||
           options.token_normalizer.has_value() == options.pair_normalizer.has_value(),
-      "token_normalizer: expected one beside pair_normalizer with SftReduction::kToken, got none");
+      "token_normalizer: expected one with pair_normalizer and SftReduction::kToken, got none");
   const double default_ratio = options.loss_type == LossType::kIpo ? 0.0 : 0.5;
   const double ratio = options.gamma.has_value() ? *options.gamma / options.beta
                                                  : options.gamma_beta_ratio.value_or(default_ratio);
-  check_number("gamma_beta_ratio", ratio, true, "a finite number");
+  check_finite("gamma_beta_ratio", ratio);
   return ratio;
 }
 

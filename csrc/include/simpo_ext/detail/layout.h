@@ -1,5 +1,5 @@
-// From the layouts of simpo_ext.h to that of the ops: tokens [B, T, ...], and targets [B, T] that
-// are aligned where several sequences share a row.
+// Turns the layouts of simpo_ext.h into that of the ops: tokens [B, T, ...] and targets [B, T],
+// which are aligned already if several sequences share a row.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,16 +14,16 @@
 
 namespace simpo_ext::detail {
 
-// Tokens [B, T, ...] and labels [B, T], with what they are scored with: a flat layout has become a
-// batch of one row, whose labels are aligned.
+// Tokens [B, T, ...] and labels [B, T]. A flat layout is a batch of one row here, with shift false,
+// since its targets will be aligned already.
 struct Batch {
   at::Tensor tokens;
   at::Tensor labels;  // int64
-  Layout layout;      // of int64 and float64 on the device of the tokens
+  Layout layout;      // int64 and float64 tensors on the device of the tokens
   bool shift;
 };
 
-// Tokens and labels of a flat layout, with the dimension of one row.
+// Adds a first dimension of 1 to the tokens and labels of a flat layout, unless it is there.
 inline std::pair<at::Tensor, at::Tensor> as_one_row(const char* name, const at::Tensor& tokens,
                                                     const at::Tensor& labels, int64_t token_dim) {
   const bool has_row = labels.dim() == 2;
@@ -39,7 +39,7 @@ inline std::pair<at::Tensor, at::Tensor> as_one_row(const char* name, const at::
   return {tokens.unsqueeze(0), labels.unsqueeze(0)};
 }
 
-// As int64 on the device of the tokens.
+// Returns the indices as int64 on the device of the tokens.
 inline at::Tensor check_indices(const char* name, const at::Tensor& tensor, int64_t dim,
                                 const at::Tensor& tokens) {
   check_tensor(name, tensor);
@@ -49,12 +49,12 @@ inline at::Tensor check_indices(const char* name, const at::Tensor& tensor, int6
                     name, ": expected shape ", dim == 1 ? "[S + 1]" : "[P, 2]", ", got ",
                     tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == tokens.device() || tensor.device().is_cpu(), name,
-                    ": expected device ", tokens.device(), " as of the tokens, or cpu, got ",
+                    ": expected a tensor on ", tokens.device(), " like the tokens, or on cpu, got ",
                     tensor.device());
   return tensor.to(at::kLong).to(tokens.device());
 }
 
-// Of a layout whose tensors have been checked and brought to the device.
+// The label that scores each position. cu_seqlens must have passed check_indices.
 inline at::Tensor aligned_targets(const at::Tensor& labels, const OptionalTensor& cu_seqlens,
                                   int64_t num_labels, const TokenLogpsOptions& options) {
   if (!cu_seqlens.has_value()) return labels;
@@ -66,7 +66,7 @@ inline at::Tensor aligned_targets(const at::Tensor& labels, const OptionalTensor
   });
 }
 
-// Targets [B, T], and the options to score them with.
+// Targets [B, T], and options with the shift that they need.
 inline std::pair<at::Tensor, TokenLogpsOptions> align(const Batch& batch, int64_t num_labels,
                                                       TokenLogpsOptions options) {
   const at::Tensor targets =
@@ -75,7 +75,8 @@ inline std::pair<at::Tensor, TokenLogpsOptions> align(const Batch& batch, int64_
   return {targets, options};
 }
 
-// Layouts on the CPU beside tokens on a GPU: what the kernels would say of them on the CPU.
+// Checks the values of a layout on the CPU whose tokens are on a GPU, where the kernels report no
+// errors. CPU kernels check the values themselves.
 inline void check_layout_values(const at::Tensor& tokens, const Layout& layout) {
   if (tokens.device().is_cpu()) return;
   if (layout.cu_seqlens.has_value() && layout.cu_seqlens->device().is_cpu()) {
@@ -100,7 +101,7 @@ inline void check_layout_values(const at::Tensor& tokens, const Layout& layout) 
   }
 }
 
-// The layout of a batch of pairs, or of sequences; token_dim: how many dimensions a token has.
+// A checked batch of pairs or of sequences. token_dim: the number of dimensions of a token.
 inline Batch as_batch(const char* name, const at::Tensor& tokens, const at::Tensor& labels,
                       const Layout& layout, int64_t token_dim, bool of_pairs, bool shift) {
   check_tensor(name, tokens);

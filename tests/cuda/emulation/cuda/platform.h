@@ -69,8 +69,8 @@ T __shfl_xor_sync(
 #define SIMPO_DEVICE inline
 #define SIMPO_UNROLL
 
-// A static variable names the array by its address: one for each instantiation of a template,
-// however many translation units share it. As in CUDA, the elements start without a value.
+// The address of a static variable identifies the array: one for each instantiation of a template,
+// in any number of translation units. As in CUDA, the elements have no initial value.
 #define SIMPO_SHARED(T, name, n)                                                   \
   static_assert(std::is_trivially_default_constructible_v<T> && alignof(T) <= 16); \
   static char name##_identity;                                                     \
@@ -80,13 +80,13 @@ T __shfl_xor_sync(
 
 namespace simpo_ext::emulation {
 
-// max.{bf16,f16}: the other value if one is NaN, 0x7fff if both are; +0 is above -0.
+// max.{bf16,f16}: of a number and a NaN, the number; of two NaN, 0x7fff; +0 is larger than -0.
 template <typename Half>
 uint16_t max_of_halves(uint16_t a, uint16_t b) {
   const float wide_a = widen(Half{a}), wide_b = widen(Half{b});
   if (std::isnan(wide_a)) return std::isnan(wide_b) ? 0x7fffu : b;
   if (std::isnan(wide_b)) return a;
-  if (wide_a == wide_b) return a & b;  // the same bits, or zeros that differ in sign
+  if (wide_a == wide_b) return a & b;  // the same bits, or +0 and -0
   return wide_a > wide_b ? a : b;
 }
 
@@ -106,7 +106,7 @@ using Stream = void*;
 
 constexpr int64_t kMaxGridX = emulation::kMaxGridX;
 constexpr int64_t kMaxGridY = emulation::kMaxGridY;
-constexpr int64_t kBusyBlocks = 60;  // so that batches of both sides are small
+constexpr int64_t kBusyBlocks = 60;  // so that small batches have fewer rows, or more
 
 struct alignas(16) Vector16 {
   uint32_t words[4];
@@ -138,8 +138,8 @@ void store(T* address, T value,
   *address = value;
 }
 
-// Through memcpy, since the memory is declared as something else: an access through Vector16* could
-// be moved across the element's own.
+// memcpy, because the memory has another type: the compiler could move an access through Vector16*
+// across one to an element.
 inline Vector16 load_streaming(const Vector16* address, emulation::SourceLocation where =
                                                             emulation::SourceLocation::current()) {
   emulation::before_load(address, sizeof(Vector16), alignof(Vector16), where);
@@ -160,8 +160,8 @@ inline void store_streaming(
   std::memcpy(address, &value, sizeof(value));
 }
 
-// As ex2.approx.ftz.f32: 0 below the least normal number, exact at integers, and elsewhere off by
-// up to 2 ulp, as the documentation allows. How much depends on the bits of x alone.
+// Like ex2.approx.ftz.f32: 0 below the least normal number, exact at integers, and otherwise off by
+// up to 2 ulp, as the documentation allows. The error depends only on the bits of x.
 inline float exp2_approx(float x) {
   const float power = std::exp2(x);
   if (power < 0x1p-126f) return 0.0f;
@@ -170,7 +170,7 @@ inline float exp2_approx(float x) {
   return float_from_bits(float_bits(power) + static_cast<uint32_t>(ulps));
 }
 
-// As rcp.approx.ftz.f32: exact at powers of two, and elsewhere off by up to 1 ulp.
+// Like rcp.approx.ftz.f32: exact at powers of two, and otherwise off by up to 1 ulp.
 inline float reciprocal_approx(float x) {
   const float inverse = 1.0f / x;
   int exponent;

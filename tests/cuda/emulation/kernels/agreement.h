@@ -1,4 +1,4 @@
-// Results of two kernels that add up in another order, against each other.
+// Compares the results of two kernels that add up in different orders.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ constexpr ParallelFor kOneThread{[](int64_t begin, int64_t end, int64_t, Paralle
                                     void* context) { body(begin, end, context); },
                                  [] { return int64_t{1}; }};
 
-// float: one unit in the last place. double: 1e-15. Sums are compensated, so whatever their order,
-// they agree before the last rounding; what follows is the same code.
+// float: one unit in the last place. double: 1e-15. Sums are compensated, so they agree in any
+// order before the last rounding. After that, both kernels run the same code.
 inline bool agree(float got, float expected) {
   if (std::isnan(expected)) return std::isnan(got);
   return got == expected || std::nextafter(got, expected) == expected;
@@ -28,7 +28,7 @@ inline bool agree(double got, double expected) {
 }
 inline bool agree(int64_t got, int64_t expected) { return got == expected; }
 
-// The same bits, or two NaN: a NaN's sign and payload say nothing.
+// The same bits, or two NaN, whose sign and payload do not matter.
 template <typename T>
 void require_same_bits(const T* got, const T* expected, int64_t count, const char* what) {
   for (int64_t i = 0; i < count; ++i) {
@@ -38,7 +38,7 @@ void require_same_bits(const T* got, const T* expected, int64_t count, const cha
   }
 }
 
-// slack: of plain sums, relative to the largest.
+// slack: the error of sums without compensation, relative to the largest.
 template <typename T>
 void require_agreement(const Buffer<T>& got, const Buffer<T>& expected, const char* what,
                        double slack = 0.0) {

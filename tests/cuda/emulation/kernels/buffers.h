@@ -1,5 +1,6 @@
-// Memory of exactly the size that a contract states, so that AddressSanitizer sees a byte too many.
-// What may not be read is poisoned, and what may not be written keeps a pattern that is looked for.
+// Memory of exactly the size that a contract states, so that AddressSanitizer reports an access
+// beyond it. Bytes that must not be read are poisoned. Bytes that must not be written hold a
+// pattern, which is checked.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ bool is_unwritten(const T& value) {
   return std::memcmp(static_cast<const void*>(&value), pattern, sizeof(T)) == 0;
 }
 
-// count elements, of which the first lies front elements behind a 16-byte boundary.
+// count elements. The first one is front elements after a 16-byte boundary.
 template <typename T>
 class Buffer {
  public:
@@ -34,7 +35,7 @@ class Buffer {
   T& operator[](int64_t i) const { return data()[i]; }
   int64_t size() const { return count_; }
 
-  // Of all the memory, front included.
+  // For all the memory, including the front.
   unsigned char* bytes() const { return static_cast<unsigned char*>(memory_.get()); }
   size_t num_bytes() const { return static_cast<size_t>(front_ + count_) * sizeof(T); }
 
@@ -46,11 +47,11 @@ class Buffer {
   std::unique_ptr<void, Free> memory_;
 };
 
-// How the rows of a [B, T, V] tensor lie in memory, in elements.
+// Where the rows of a [B, T, V] tensor are in memory, in elements.
 struct Layout {
-  int64_t front = 0;  // before the first row, from a 16-byte boundary on
+  int64_t front = 0;  // from a 16-byte boundary to the first row
   int64_t pad_t = 0;  // between rows
-  int64_t pad_b = 0;  // between sequences, beyond pad_t
+  int64_t pad_b = 0;  // between sequences, in addition to pad_t
 };
 
 template <typename T>
@@ -69,8 +70,8 @@ class Rows {
   T* row(int64_t b, int64_t t) const { return buffer_.data() + strides_.offset(b, t); }
   const Buffer<T>& buffer() const { return buffer_; }
 
-  // Poisons everything but the rows for which may_read(b, t). Poison is kept per 8 bytes, so a row
-  // that shares some with a readable one is open there.
+  // Poisons all rows except those with may_read(b, t). AddressSanitizer poisons groups of 8 bytes,
+  // so a row that shares a group with a readable row is not poisoned there.
   template <typename Predicate>
   void forbid_reads_unless(const Predicate& may_read) const {
     POISON(buffer_.bytes(), buffer_.num_bytes());
@@ -87,7 +88,7 @@ class Rows {
     }
   }
 
-  // What lies before, between and behind rows: function(begin, bytes).
+  // Calls function(begin, bytes) for the memory before, between and after rows.
   template <typename Function>
   void for_each_gap(const Function& function) const {
     unsigned char* begin = buffer_.bytes();

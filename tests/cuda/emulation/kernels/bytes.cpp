@@ -15,7 +15,7 @@
 namespace simpo_ext::kernel_tests {
 namespace {
 
-// 16-byte accesses that a row has room for.
+// The number of 16-byte accesses that fit into a row.
 template <typename Logit>
 uint64_t vectors_in(const Logit* row, int64_t V) {
   const int64_t width = 16 / static_cast<int64_t>(sizeof(Logit));
@@ -46,7 +46,7 @@ void check_token_logps(Shape shape, Layout in, Layout out, LogitTransform transf
   const TokenBatch<Logit> batch(shape, in, transform, shift, seed);
   const Rows<Logit> dlogits(shape.B, shape.T, shape.V, out);
 
-  // With so few rows, each of its segments has a block of its own.
+  // With so few rows, each segment has its own block.
   const uint64_t blocks = std::max<uint64_t>(1, static_cast<uint64_t>(batch.num_segments));
   Counters forward{};
   forward.launches = 1;
@@ -54,7 +54,7 @@ void check_token_logps(Shape shape, Layout in, Layout out, LogitTransform transf
   batch.logits.for_each_row([&](int64_t b, int64_t t, const Logit* x) {
     if (batch.has_label(t)) forward.bytes_loaded += blocks * kLabel;
     if (batch.is_scored(b, t)) {
-      forward.bytes_loaded += row_bytes + kLogit;  // its label's logit again
+      forward.bytes_loaded += row_bytes + kLogit;  // the label's logit again
       forward.vector_loads += vectors_in_segments(x, shape.V);
     }
     forward.bytes_stored += kScalar + kScalar + kDouble;
@@ -77,14 +77,14 @@ void check_token_logps(Shape shape, Layout in, Layout out, LogitTransform transf
     batch.logits.for_each_row([&](int64_t b, int64_t t, const Logit* x) {
       Logit* dx = to.row(b, t);
       if (batch.has_label(t)) backward.bytes_loaded += blocks * kLabel;
-      // The gradient, max and sum_exp, whatever the label is.
+      // The gradient, max and sum_exp, for any label.
       backward.bytes_loaded += blocks * (kScalar + kScalar + kDouble);
       backward.bytes_stored += row_bytes;
       if (!batch.has_gradient(b, t)) {
         backward.vector_stores += vectors_in_segments(dx, shape.V);
         return;
       }
-      // The row, and its label's logit and gradient again.
+      // The row, and the label's logit and gradient again.
       backward.bytes_loaded += row_bytes + kLogit;
       backward.bytes_stored += kLogit;
       const bool is_aligned_alike =
@@ -166,9 +166,10 @@ template <typename Logit>
 void check_token_logps_of(bool reduced) {
   const int64_t width = 16 / static_cast<int64_t>(sizeof(Logit));
   uint64_t seed = 1000;
-  // No vector, one or none by alignment, ends on both sides, the small block, the large one.
+  // No vector; one or none, depending on alignment; single elements at both ends; the small block;
+  // the large block.
   for (const int64_t V : {1, 8, 9, 1025, 8193, 20001}) {
-    // Of the longer ones, float64 has rows of several segments.
+    // For the longer ones, float64 has rows of several segments.
     if (reduced && V > (sizeof(Logit) == 8 ? 10000 : 2000)) continue;
     const int64_t to_boundary = (width - V % width) % width;
     const struct {
@@ -176,9 +177,9 @@ void check_token_logps_of(bool reduced) {
     } layouts[] = {
         {{0, to_boundary, 0}, {0, to_boundary, 0}},                          // all aligned
         {{1, 0, 0}, {1, 0, 0}},                                              // odd rows
-        {{1, to_boundary, 0}, {1, to_boundary + width, 0}},                  // all alike
-        {{0, to_boundary, 0}, {1, to_boundary, 0}},                          // none alike
-        {{width - 1, to_boundary, 0}, {width - 1, to_boundary + 1, width}},  // some alike
+        {{1, to_boundary, 0}, {1, to_boundary + width, 0}},                  // all aligned alike
+        {{0, to_boundary, 0}, {1, to_boundary, 0}},                          // none aligned alike
+        {{width - 1, to_boundary, 0}, {width - 1, to_boundary + 1, width}},  // some aligned alike
     };
     for (const auto& [in, out] : layouts) {
       const LogitTransform transform =
@@ -290,7 +291,8 @@ void check_token_rows(uint64_t seed) {
         if (!batch.is_in_range(label)) {
           stores += vectors_in(dhidden, H);
         } else if (position % kWidth == 0 && label % kWidth == 0 && i % kWidth == 0) {
-          const uint64_t whole = static_cast<uint64_t>(H / kWidth);  // the rest by element
+          const uint64_t whole =
+              static_cast<uint64_t>(H / kWidth);  // the others are single elements
           loads += whole * (has_sum ? 2 + kScalar / kElement : 2);
           stores += whole;
         }

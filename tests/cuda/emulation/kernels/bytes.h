@@ -1,5 +1,5 @@
-// What a call asks of global memory, to the byte: the memory contracts at the head of the kernels'
-// files. A byte that all threads of a block load together counts once.
+// The exact number of bytes that a call loads and stores, from the memory contracts at the top of
+// the kernels' files. A byte that all threads of a block load together counts once.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ using emulation::Counters;
 inline constexpr uint64_t kLabel = sizeof(int64_t), kDouble = sizeof(double),
                           kCount = sizeof(int64_t);
 
-// Runs call() and expects it to cost what is stated.
+// Runs call() and compares its accesses with the expected ones.
 template <typename Call>
 void require_cost(const char* what, const Counters& expected, const Call& call) {
   emulation::read_counters();
@@ -37,7 +37,7 @@ void require_cost(const char* what, const Counters& expected, const Call& call) 
   }
 }
 
-// In bytes_of_pairs.cpp.
+// Defined in bytes_of_pairs.cpp.
 void check_bytes_of_pairs();
 
 }  // namespace simpo_ext::kernel_tests

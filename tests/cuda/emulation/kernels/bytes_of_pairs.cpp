@@ -13,7 +13,7 @@
 namespace simpo_ext::kernel_tests {
 namespace {
 
-// Sequences, and pairs of them, in each form that they can have.
+// Each form of sequences and pairs.
 struct PairForm {
   bool is_flat, has_indices, has_weights;
 };
@@ -30,12 +30,12 @@ void check_pairs(int64_t P, int64_t num_positions, PairForm form, uint64_t seed)
   const uint64_t sequences = static_cast<uint64_t>(S), pairs = static_cast<uint64_t>(P);
   const uint64_t labels = static_cast<uint64_t>(batch.num_labels()) * kLabel;
   const uint64_t tokens = static_cast<uint64_t>(batch.num_valid) * kScalar;
-  // Where a sequence begins and ends; what a pair is.
+  // The ends of a sequence, and the indices and weight of a pair.
   const uint64_t range = form.is_flat ? 2 * kLabel : 0;
   const uint64_t weight = form.has_weights ? kDouble : 0;
   const uint64_t members = (form.has_indices ? 2 * kLabel : 0) + weight;
   uint64_t positions = static_cast<uint64_t>(batch.B * batch.T);
-  if (form.is_flat) positions = static_cast<uint64_t>(batch.num_labels());  // not those of padding
+  if (form.is_flat) positions = static_cast<uint64_t>(batch.num_labels());  // without padding
   const PairOptions options{true,
                             {LossType::kSigmoid, 2.0, 0.5, 0.0, 0.0},
                             {Reduction::kMean, SftReduction::kSequence, EmptyPolicy::kDrop, 0.5}};
@@ -61,8 +61,8 @@ void check_pairs(int64_t P, int64_t num_positions, PairForm form, uint64_t seed)
                      sequence_backward_args(batch, true, logps, 1, counts, grad), nullptr);
                });
 
-  // The sums and counts of sequences go through memory, from one launch to the other. The O(P)
-  // outputs behind them are written by code that the CPU shares, and which does not count.
+  // The first launch writes the sums and counts of sequences, and the second reads them. Code that
+  // the CPU kernels share writes the O(P) outputs, and these accesses are not counted.
   const PairOutputs<Scalar> outputs(S, P, options);
   require_cost("preference_loss",
                {.launches = 2,
@@ -73,8 +73,8 @@ void check_pairs(int64_t P, int64_t num_positions, PairForm form, uint64_t seed)
                 .vector_stores = 0},
                [&] { return cuda::preference_loss(outputs.args(batch, list, options), nullptr); });
 
-  // Of a sequence, the counts and weight of its pair; or all indices, to look for its pairs, and
-  // the counts of those.
+  // For a sequence, the counts and weight of its pair. With indices, all indices to find its pairs,
+  // and the counts of those.
   uint64_t gradients = sequences * (2 * kCount + weight);
   if (form.has_indices) {
     gradients = sequences * pairs * members;
@@ -82,8 +82,8 @@ void check_pairs(int64_t P, int64_t num_positions, PairForm form, uint64_t seed)
       gradients += (list.chosen(p) == list.rejected(p) ? 1 : 2) * 2 * kCount;
     }
   }
-  // Each block counts the pairs anew; how many blocks there are is no part of the contract. Of a
-  // sequence there is one: its positions are few.
+  // Each block counts the pairs. The number of blocks is not part of the contract. Here a sequence
+  // has one block, since it has few positions.
   const PairGradients<Scalar> incoming(P, options, 0, seed);
   emulation::read_counters();
   require_equal(
@@ -113,8 +113,8 @@ void check_sequence_targets(const std::vector<int64_t>& lengths, int64_t padding
   const int64_t N = cuts.back() + padding, S = static_cast<int64_t>(lengths.size());
   describe("sequence_targets, S %ld, N %ld, shift %d", S, N, shift);
   const Buffer<int64_t> labels(N), targets(N);
-  // Each sequence is shared by a block for every 1024 positions there are, at most 64, each of
-  // which asks where it is.
+  // Each sequence has a block for every 1024 positions of the row, at most 64, and each block reads
+  // the sequence's ends.
   const uint64_t blocks = static_cast<uint64_t>(S * std::min<int64_t>((N + 1023) / 1024, 64));
   require_cost("sequence_targets",
                {.launches = static_cast<uint64_t>(N == 0   ? 0
@@ -140,9 +140,9 @@ void check_bytes_of_pairs() {
   uint64_t seed = 0;
   for (const int64_t P : {1, 3, 40}) {
     for (const int64_t num_positions : {1, 5, 300}) {
-      // Pairs in the order of the sequences; then each form, in turns.
+      // First pairs in the order of the sequences, then each form in turn.
       for (const uint64_t i : {uint64_t{0}, seed}) {
-        // The padded and the flat layout alike, whatever else there is.
+        // The padded and the flat layout equally often, in each combination with other forms.
         const PairForm form{i % 4 >= 2, i % 3 != 0, i % 8 >= 4};
         check_pairs<double>(P, num_positions, form, seed);
         check_pairs<float>(P, num_positions, {form.is_flat, form.has_indices, !form.has_weights},

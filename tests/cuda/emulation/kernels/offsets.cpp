@@ -1,6 +1,7 @@
-// Offsets beyond 2^31 and 2^32 elements, in mappings of which only the pages in use exist.
+// Offsets beyond 2^31 and 2^32 elements, in mappings whose unused pages take up no memory.
 //
-// Not run under the sanitizers: their shadow of such a mapping may be larger than the machine.
+// Not run under the sanitizers, whose shadow of such a mapping may be larger than the machine's
+// memory.
 
 #include <sys/mman.h>
 
@@ -19,7 +20,7 @@
 namespace simpo_ext::kernel_tests {
 namespace {
 
-// Zeros, until written.
+// Zeros.
 template <typename T>
 class SparseArray {
  public:
@@ -49,7 +50,7 @@ void fill_row(Logit* x, int64_t V, int64_t salt) {
   }
 }
 
-// The logits of a training step, all masked but a few.
+// The logits of a training step, with a few positions that are not masked.
 void check_contiguous_forward() {
   using Logit = BFloat16;
   constexpr int64_t B = 2, num_positions = 20000, V = 128256;
@@ -60,7 +61,7 @@ void check_contiguous_forward() {
   const Buffer<float> logps(B * num_positions), max(B * num_positions);
   const Buffer<double> sum_exp(B * num_positions);
   for (int64_t i = 0; i < labels.size(); ++i) labels[i] = kIgnore;
-  // The first element; the first rows whose offsets have passed 2^31 and 2^32; the last row.
+  // The first element; the first rows with offsets above 2^31 and 2^32; the last row.
   constexpr int64_t kPast31 = (int64_t{1} << 31) / V + 1, kPast32 = (int64_t{1} << 32) / V + 1;
   const std::initializer_list<int64_t> scored = {0, kPast31, kPast32, B * num_positions - 1};
   for (const int64_t row : scored) {
@@ -92,12 +93,12 @@ void check_contiguous_forward() {
   require_equal(static_cast<double>(num_scored), static_cast<double>(scored.size()), "scored rows");
 }
 
-// A few rows far apart, in place; labels and gradients as far.
+// A few rows far apart, in place, with labels and gradients equally far apart.
 template <typename Logit>
 void check_far_rows() {
   using Scalar = Compute<Logit>;
   constexpr int64_t B = 2, num_positions = 2, V = 1003;
-  // Whichever is cut to 32 bits, another row is hit, or none.
+  // If an offset were cut to 32 bits, it would hit another row, or none.
   constexpr TokenStrides kStrides{(int64_t{1} << 32) + 3 * V + 1, (int64_t{1} << 31) + 8 * V};
   constexpr TokenStrides kLabelStrides{(int64_t{1} << 32) + 3, (int64_t{1} << 31) + 1};
   describe("%s rows at strides of %ld and %ld", DTypeOf<Logit>::name, kStrides.b, kStrides.t);
@@ -162,7 +163,7 @@ void check_far_rows() {
   }
 
   if constexpr (std::is_same_v<Logit, Scalar>) {
-    // The same strides for token log-probs: grad holds some.
+    // The same strides for token log-probs, for which grad is used.
     const Buffer<Scalar> sums(B);
     const Buffer<int64_t> counts(B);
     require_equal(cuda::sequence_logps({.dtype = DTypeOf<Scalar>::value,
@@ -180,14 +181,14 @@ void check_far_rows() {
   }
 }
 
-// Rows of hidden states, of weights and of logits as far apart.
+// Rows of hidden states, of weights and of logits equally far apart.
 template <typename T>
 void check_far_hidden_states() {
   using Scalar = Compute<T>;
   constexpr int64_t H = 1003, R = 3, V = 9;
   constexpr int64_t kFar = (int64_t{1} << 31) + 8 * H;
   describe("%s rows of hidden states %ld apart", DTypeOf<T>::name, kFar);
-  // Positions of a contiguous [1, T, H] whose rows are as far: 0, and past 2^31 and 2^32 elements.
+  // Positions of a contiguous [1, T, H] with offsets of 0, and above 2^31 and 2^32 elements.
   constexpr int64_t kPast31 = (int64_t{1} << 31) / H + 1, kPast32 = (int64_t{1} << 32) / H + 1;
   const Buffer<int64_t> positions(R), labels(R);
   const Buffer<Scalar> label_gradients(R);
@@ -242,7 +243,7 @@ void check_far_hidden_states() {
   }
 }
 
-// Two short sequences, all else of a very long row being padding.
+// Two short sequences in a very long row, which is padding otherwise.
 template <typename Scalar>
 void check_far_sequences() {
   describe("%s, sequences behind 2^32 positions", DTypeOf<Scalar>::name);
@@ -287,7 +288,7 @@ void check_far_sequences() {
   }
 }
 
-// Labels that lie far apart.
+// Labels that are far apart in memory.
 void check_far_labels() {
   constexpr int64_t N = 4, kStride = (int64_t{1} << 31) + 1;
   describe("sequence_targets of labels %ld apart", kStride);

@@ -1,4 +1,4 @@
-// A batch for the preference loss and sequence_logps, and every output they have.
+// A batch for the preference loss and sequence_logps, and all their outputs.
 #pragma once
 
 #include <algorithm>
@@ -23,11 +23,11 @@ struct PairOptions {
 
 enum class Contents {
   kOrdinary,   // some sequences without a valid token
-  kAllEmpty,   // no sequence with one
+  kAllEmpty,   // no sequence has a valid token
   kInfinities  // log-probs of -inf, on one side of a pair and on both
 };
 
-// Of the valid tokens of a sequence, one by one.
+// The sums over the valid tokens of a sequence, one token after another.
 struct DirectSum {
   double sum;
   int64_t count;
@@ -35,11 +35,11 @@ struct DirectSum {
 
 struct SequenceShape {
   int64_t S;
-  int64_t T;  // positions of each; in the flat layout, of the longest
+  int64_t T;  // positions of each sequence; in the flat layout, of the longest
   bool is_flat = false;
 };
 
-// Sequences of token log-probs: rows, or one after the other in one row.
+// Sequences of token log-probs, as rows or in one row.
 template <typename Scalar>
 class PairBatch {
  public:
@@ -66,12 +66,13 @@ class PairBatch {
     }
     return total;
   }
-  // Positions for which a label is there.
+  // Positions that have a label.
   int64_t num_labels() const {
     if (is_flat) return cu_seqlens[S] - cu_seqlens[0];
     return B * (shift_ && T > 0 ? T - 1 : T);
   }
-  // For the gradient of token log-probs: as its contract wants it, 0 where no sequence may be.
+  // Memory for the gradient of token log-probs. In the flat layout it holds zeros, as its contract
+  // requires.
   Buffer<Scalar> new_gradient() const {
     Buffer<Scalar> gradient(B * T);
     if (is_flat) std::fill_n(gradient.data(), gradient.size(), Scalar(0));
@@ -103,7 +104,7 @@ class PairBatch {
     std::copy(cuts.begin(), cuts.end(), cu_seqlens.data());
     std::mt19937_64 random(seed);
     std::uniform_real_distribution<double> uniform(0.0, 1.0);
-    // What is masked, or in no sequence, is not to be read: it would make a sum NaN.
+    // Log-probs that are masked or in no sequence must not be read: they would make a sum NaN.
     for (int64_t i = 0; i < token_logps_.size(); ++i) token_logps_[i] = static_cast<Scalar>(kNan);
     for (int64_t i = 0; i < labels_.size(); ++i) labels_[i] = 5;
     for (int64_t s = 0; s < S; ++s) {
@@ -112,12 +113,12 @@ class PairBatch {
           contents == Contents::kAllEmpty || (s + static_cast<int64_t>(seed)) % 5 == 4;
       for (int64_t t = begin; t < end; ++t) {
         const bool is_masked = is_empty || uniform(random) < 0.3;
-        // With shift the first label belongs to no position.
+        // With shift, the first label scores no position.
         if (!(shift && t == 0)) labels_[label_strides_.offset(b, t)] = is_masked ? kIgnore : t % 9;
       }
       for (int64_t t = begin; t < end; ++t) {
         if (!targets().is_valid(b, t)) continue;
-        // Sums that cancel would hide errors; log-probs of a model do not.
+        // All negative, like a model's log-probs: sums that cancel would hide errors.
         double logp = -3.0 * uniform(random) * uniform(random);
         if (contents == Contents::kInfinities && t % 4 == 0 && s % 3 == 0) logp = -kInfinity;
         token_logps_[token_strides.offset(b, t)] = static_cast<Scalar>(logp);
@@ -126,7 +127,7 @@ class PairBatch {
     }
   }
 
-  // Padding in front or none, sequences of all lengths, some of them of no position.
+  // Padding at the beginning or none; sequences of all lengths, some without a position.
   static std::vector<int64_t> cut(SequenceShape shape, uint64_t seed) {
     std::mt19937_64 random(seed + 1);
     std::vector<int64_t> cuts{static_cast<int64_t>(seed / 2 % 3)};
@@ -147,8 +148,8 @@ class PairBatch {
   Buffer<int64_t> labels_;
 };
 
-// Which of S sequences are pairs. By indices: some in several pairs, some in none, some with
-// themselves.
+// The pairs of S sequences. With indices, some sequences are in several pairs, some in none, and
+// some in a pair with themselves.
 class PairList {
  public:
   PairList(int64_t P, int64_t S, bool has_indices, bool has_weights, uint64_t seed = 0)
@@ -171,7 +172,7 @@ class PairList {
       weights[p] = choices[random() % 4];
     }
   }
-  // Pair p is of sequences p and P + p, and of weight 1.
+  // Pair p has sequences p and P + p, and weight 1.
   explicit PairList(int64_t P) : PairList(P, 2 * P, false, false) {}
 
   Pairs pairs() const {
@@ -230,7 +231,7 @@ struct PairOutputs {
   const Buffer<int64_t> counts;
 };
 
-// Incoming gradients of the four outputs; bit i of missing: the i-th is null.
+// Incoming gradients of the four outputs. If bit i of missing is set, the i-th is null.
 template <typename Scalar>
 struct PairGradients {
   PairGradients(int64_t P, const PairOptions& options, unsigned missing, uint64_t seed)
@@ -274,7 +275,7 @@ struct PairGradients {
             .grad_token_logps = result.data()};
   }
 
-  // 0 where it is missing.
+  // 0 if it is missing.
   double of_loss(int64_t p) const { return at(0, loss, p * stride); }
   double of_losses(int64_t p) const { return at(1, losses, 3 * p); }
   double of_logps(int64_t i) const { return at(2, logps, i); }

@@ -1,5 +1,5 @@
-// The preference loss and its gradient with the formulas written out, and what they say of the
-// kernels' results.
+// The preference loss and its gradient, from the formulas, and comparisons of the kernels' results
+// with them.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@ namespace simpo_ext::kernel_tests {
 
 struct DirectPair {
   double chosen_logp, rejected_logp;
-  double chosen_shaped, rejected_shaped;  // as alpha has it
+  double chosen_shaped, rejected_shaped;  // with alpha
   double chosen_sum, chosen_count, num_tokens;
   bool is_counted;
   double loss = 0, chosen_slope = 0, rejected_slope = 0, sft_loss = 0, sft_token_loss = 0;
@@ -93,14 +93,14 @@ DirectPairs score_directly(const PairBatch<Scalar>& batch, const PairList& list,
   return direct;
 }
 
-// Rounding an output to Scalar, in the backward also the slopes it starts from; and the sums above,
-// which are not compensated, through differences that are small against them.
+// The error of rounding an output to Scalar, and in the backward also the slopes. And the error of
+// the sums above, which are not compensated and whose differences may be small.
 template <typename Scalar>
 double direct_error(double magnitude) {
   return 4 * kUnit<Scalar> * magnitude + 1e-13 * (1.0 + magnitude);
 }
 
-// What a sum over pairs or tokens is divided by.
+// The denominator of a sum over pairs or tokens.
 inline double denominator(const LossReduction& reduction, double count) {
   return reduction.reduction == Reduction::kMean ? count : 1.0;
 }
@@ -178,7 +178,7 @@ void check_backward_directly(const PairBatch<Scalar>& batch, const PairList& lis
                              const PairGradients<Scalar>& incoming, const Buffer<Scalar>& got) {
   const LossReduction& reduction = options.reduction;
   const size_t S = static_cast<size_t>(batch.S);
-  // Of each token of a sequence.
+  // The gradient of each token of a sequence.
   std::vector<double> expected(S, 0.0), magnitudes(S, 0.0);
   for (int64_t p = 0; p < list.P; ++p) {
     const DirectPair& pair = direct.pairs[static_cast<size_t>(p)];

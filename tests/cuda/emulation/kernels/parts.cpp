@@ -1,5 +1,5 @@
-// token_logps and its gradient, a part of the vocabulary after the other, against the direct
-// computation and, where nothing may differ, against all of it at once.
+// token_logps and its gradient, one part of the vocabulary after another. Compared with the direct
+// computation and, where the bits must be the same, with one call for the whole vocabulary.
 
 #include "kernels/parts.h"
 
@@ -83,7 +83,7 @@ class PartsCheck {
     for_each_token([&](int64_t b, int64_t t, int64_t row) { check_gradient(b, t, row); });
   }
 
-  // After backward(), whose bits it has to give.
+  // Call after backward(), which must have given the same bits.
   void backward_in_place() {
     const std::vector<Scalar> expected(label_gradients_.data(), label_gradients_.data() + N_);
     for (size_t part = 0; part + 1 < cuts_.size(); ++part) run_backward(part, batch_.logits);
@@ -131,7 +131,7 @@ class PartsCheck {
       require_equal(got, 0.0, "label_gradients without a gradient");
       return;
     }
-    // Not rounded to a logit's precision.
+    // Not rounded to the precision of a logit.
     const double expected = truth.gradient(label, g);
     const double rounding = truth.is_nan() ? 0.0 : 1.01 * half_ulp<Logit>(expected);
     const double error = truth.gradient_error(label, g) - rounding;
@@ -147,7 +147,8 @@ class PartsCheck {
   const Rows<Logit> dlogits_;
 };
 
-// In some rows the first part is all -inf, or but for the label; in others one NaN is in the last.
+// In some rows the first part is all -inf, or all except the label. In others the last part has a
+// NaN.
 template <typename Logit>
 void put_infinities(const TokenBatch<Logit>& batch, const Cuts& cuts) {
   using Scalar = Compute<Logit>;
@@ -185,7 +186,7 @@ void check_parts_of(bool reduced) {
   constexpr LogitTransform kTransforms[] = {{1.0, 0.0}, {0.7, 0.0}, {1.0, 20.0}};
   uint64_t seed = 4000;
   for (const int64_t V : {int64_t{1}, int64_t{9}, int64_t{64}, int64_t{1025}, int64_t{20001}}) {
-    // All of it, one label, halves, aligned parts, and those of a large block.
+    // One part, one label, halves, aligned parts, and parts for the large block.
     for (const int64_t width : {V, int64_t{1}, (V + 1) / 2, int64_t{24}, int64_t{8192}}) {
       const bool is_done = width > V || V / width > 50;
       if (is_done || (reduced && (V > 2000 || (V > 64 && width < 100)))) continue;

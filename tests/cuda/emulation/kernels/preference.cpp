@@ -1,5 +1,5 @@
-// preference_loss and its gradient: against the CPU kernels, which add up in another order, and for
-// small batches against the formulas written out.
+// preference_loss and its gradient, compared with the CPU kernels, which add up in another order,
+// and for small batches with the formulas.
 
 #include <cmath>
 #include <cstdint>
@@ -20,12 +20,12 @@ struct Arrangement {
   bool is_flat = false;
   bool has_indices = false;
   bool has_weights = false;
-  int64_t S = 0;  // with indices; otherwise 2P
+  int64_t S = 0;  // the number of sequences with indices; without, it is 2P
 };
 
-// All of them, one after the other.
+// All arrangements, one after another.
 Arrangement arrangement_of(uint64_t i, int64_t P) {
-  // More sequences than the pairs need, or fewer.
+  // More sequences than pairs need, or fewer.
   const int64_t S = i / 8 % 2 == 0 ? P + P / 2 + 1 : P / 2 + 1;
   return {(i & 1) != 0, (i & 2) != 0, (i & 4) != 0, S};
 }
@@ -71,7 +71,7 @@ void check_pairs(int64_t P, int64_t num_positions, const PairOptions& options, u
                incoming.args(batch, list, options, expected, expected_grad), kOneThread)
                .found(),
           "no error of the backward on the CPU");
-  // The pairs of a sequence are added up without compensation.
+  // The gradients of a sequence's pairs are added up without compensation.
   require_agreement(grad, expected_grad, "grad_token_logps as on the CPU",
                     how.has_indices ? 1e-14 : 0.0);
 
@@ -96,7 +96,7 @@ std::vector<PairOptions> all_options() {
   for (const PairLoss& loss : losses) {
     for (const Reduction reduction : {Reduction::kNone, Reduction::kMean, Reduction::kSum}) {
       for (const SftReduction sft : {SftReduction::kSequence, SftReduction::kToken}) {
-        // A sum over tokens for each pair is no reduction that the ops let through.
+        // The ops do not allow a token-wise SFT term without a reduction.
         if (reduction == Reduction::kNone && sft == SftReduction::kToken) continue;
         for (const double sft_weight : {0.0, 0.5}) {
           for (const EmptyPolicy empty : {EmptyPolicy::kDrop, EmptyPolicy::kNan}) {
@@ -111,7 +111,7 @@ std::vector<PairOptions> all_options() {
   return options;
 }
 
-// One whose gradient depends on how many pairs and tokens there are.
+// Options whose gradient depends on the numbers of pairs and tokens.
 constexpr PairOptions kMeans{true,
                              {LossType::kSigmoid, 2.0, 0.5, 0.0, 0.0},
                              {Reduction::kMean, SftReduction::kToken, EmptyPolicy::kDrop, 0.5}};
@@ -120,7 +120,7 @@ template <typename Scalar>
 void check_scalar(bool reduced) {
   const std::vector<PairOptions> options = all_options();
   uint64_t seed = 0;
-  // All options, arrangements, and gradients missing or not, where it costs little.
+  // For cheap sizes, all options and arrangements, with and without each gradient.
   for (size_t i = 0; i < options.size(); i += reduced ? 40 : 1) {
     for (int repeat = 0; repeat < 2; ++repeat) {
       check_pairs<Scalar>(5, 5, options[i], seed, arrangement_of(seed * 5 + 3, 5));
@@ -134,8 +134,8 @@ void check_scalar(bool reduced) {
     ++seed;
   }
 
-  // P: none, one, a few, more pairs than threads of a block, several rounds of them.
-  // T: none, one, fewer than threads of a warp, of a block, several rounds of a block.
+  // P: none, one, a few, more than the threads of a block, several rounds of a block. T: none, one,
+  // fewer than the threads of a warp, of a block, several rounds of a block.
   size_t next = 0;
   for (const int64_t P : {0, 1, 3, 5, 130, 1100}) {
     for (const int64_t num_positions : {0, 1, 2, 5, 40, 300}) {
@@ -150,19 +150,19 @@ void check_scalar(bool reduced) {
       }
     }
   }
-  // By indices: as many sequences as take several turns of the grid's blocks, each added up anew;
-  // pairs that take several turns of a block's threads; sequences without any pair.
+  // With indices: so many sequences that each block of the grid has several; so many pairs that
+  // each thread of a block has several; sequences without a pair.
   check_pairs<Scalar>(3, 1, kMeans, seed, {.has_indices = true, .has_weights = true, .S = 70});
   check_pairs<Scalar>(300, 3, kMeans, seed,
                       {.is_flat = true, .has_indices = true, .has_weights = true, .S = 5});
   check_pairs<Scalar>(0, 5, kMeans, seed, {.has_indices = true, .S = 3});
-  // Weights of pairs that are not given by indices, a sequence longer than a block takes at once.
+  // Weights of pairs without indices; a sequence that a block takes in several turns.
   check_pairs<Scalar>(2, 1100, kMeans, seed, {.is_flat = true, .has_weights = true});
 }
 
 // ---- edges ------------------------------------------------------------------------------------
 
-// A tensor of no elements may have no memory: no pair, although there are sequences.
+// No pairs although there are sequences. A tensor without elements may have no memory.
 void check_no_pairs_at_null() {
   describe("no pairs, without memory for indices, gradients and slopes");
   const PairBatch<float> batch({3, 5}, false, 1);
@@ -180,8 +180,7 @@ void check_no_pairs_at_null() {
   for (int64_t i = 0; i < grad.size(); ++i) require_equal(grad[i], 0.0, "gradient of no pairs");
 }
 
-// A slope of 0 stays one where what it is multiplied with is infinite, and nothing is left of what
-// has a weight of 0.
+// A slope of 0 stays 0 if its factor is infinite, and a pair with a weight of 0 adds nothing.
 void check_saturated_pair(LossType type) {
   describe("a saturated pair, loss type %ld", static_cast<int64_t>(type));
   const Buffer<double> token_logps(2), slopes(2), sums(2), pair_values(2);
@@ -225,7 +224,8 @@ void check_saturated_pair(LossType type) {
   require_equal(sft_loss[0], 0.0, "sft_loss with a weight of 0");
 }
 
-// A pair of a sequence that is not there is NaN; nothing else is touched by it, and nothing read.
+// A pair with a sequence that does not exist is NaN. Other pairs are not affected, and the sequence
+// is not read.
 template <typename Scalar>
 void check_wrong_indices(bool is_flat) {
   constexpr int64_t S = 6, P = 5, kWrong = 2;
@@ -234,7 +234,7 @@ void check_wrong_indices(bool is_flat) {
                          {Reduction::kNone, SftReduction::kSequence, EmptyPolicy::kDrop, 0.5}};
   const PairBatch<Scalar> batch({S, 9, is_flat}, false, 3);
   PairList list(P, S, true, false);
-  // Of pairs that share sequences with it, and of some that do not.
+  // The gradients of pairs that share sequences with it, and of pairs that do not.
   const int64_t sequences[2 * P] = {0, 1, 5, 3, 0, 2, 2, 2, 3, 0};
   constexpr int64_t kGreatest = std::numeric_limits<int64_t>::max();
   for (const int64_t side : {0, 1}) {

@@ -1,4 +1,5 @@
-// Log-probs and their gradient computed directly, in double, and what rounding may add to each.
+// Log-probs and their gradient, computed directly in double, and the rounding errors that are
+// allowed.
 #pragma once
 
 #include <algorithm>
@@ -19,10 +20,10 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 template <typename Scalar>
 constexpr double kUnit = std::numeric_limits<Scalar>::epsilon() / 2;
 
-// Half the distance between neighbours of T around value.
+// Half the distance between numbers of T around value.
 template <typename T>
 double half_ulp(double value) {
-  // Of T: digits after the leading one, exponent of the least normal number.
+  // For T: the digits after the leading one, and the exponent of the least normal number.
   constexpr int kDigits = sizeof(T) == 8                ? 52
                           : sizeof(T) == 4              ? 23
                           : std::is_same_v<T, BFloat16> ? 7
@@ -59,14 +60,14 @@ class RowTruth {
     sum_exp_ = static_cast<double>(sum);
     for (int64_t v = 0; v < V; ++v) {
       const double p = probability(v);
-      // Of the sum: that of each term, weighted.
+      // The error of the sum: the weighted errors of its terms.
       if (p > 0.0) sum_error_ += p * term_error(v);
     }
-    // And of the additions: a few dozen in a thread, of one sign, then pairwise.
+    // And the errors of the additions: a few dozen in a thread, of one sign, and then pairwise.
     sum_error_ += 8 * kUnit<Scalar>;
   }
 
-  // NaN or +inf among the z, all -inf, or a label that is none.
+  // NaN or +inf among the z, all z -inf, or an invalid label.
   bool is_nan() const { return is_nan_; }
   double max() const { return max_; }
   double max_error() const { return z_error(max_); }
@@ -77,10 +78,10 @@ class RowTruth {
 
   double logp() const {
     if (is_nan_) return kNan;
-    // As Scalar, since it may have no number that small.
+    // In Scalar, which may have no number that small.
     return static_cast<double>(static_cast<Scalar>((z(label_) - max_) - std::log(sum_exp_)));
   }
-  // Of the sum, of both z, and of rounding the result to Scalar.
+  // The errors of the sum, of both z, and of rounding the result to Scalar.
   double logp_error() const {
     if (is_nan_ || std::isinf(logp())) return 0.0;
     return sum_error_ + z_error(z(label_)) + z_error(max_) + 3 * kUnit<Scalar> * std::fabs(logp());
@@ -90,14 +91,14 @@ class RowTruth {
     if (is_nan_) return kNan;
     return grad * ((v == label_) - probability(v)) * slope(v);
   }
-  // For small probabilities relative to them: a sampled token of probability 1e-9 is as exact as
-  // one of 0.5. The label's 1 - p is not more exact than p.
+  // Relative to the probability: one of 1e-9 is as exact as one of 0.5. The label's 1 - p is not
+  // more exact than p.
   double gradient_error(int64_t v, double grad) const {
     if (is_nan_) return 0.0;
     const double p = probability(v);
     const double scale = std::fabs(grad * transform_.logit_scale);
     const double relative = p > 0.0 ? sum_error_ + term_error(v) + 6 * kUnit<Scalar> : 0.0;
-    // 1 - (z / cap)^2 is off by the rounding of z / cap, twice; where it is 1 there is none.
+    // 1 - (z / cap)^2 has the rounding error of z / cap twice, and none where it is 1.
     const double slope_error = transform_.softcap == 0.0 ? 0.0 : 24 * kUnit<Scalar>;
     const double weight = v == label_ ? 1.0 : p;
     const double expected = gradient(v, grad);
@@ -117,15 +118,15 @@ class RowTruth {
     return transform_.logit_scale * (1.0 - ratio * ratio);
   }
 
-  // A logit that is not transformed is exact. Scaling rounds the scale and the product; the cap
-  // rounds two quotients, tanh and a product, none of them larger than the cap.
+  // Without a transform, a logit is exact. Scaling rounds the scale and the product. The cap rounds
+  // two quotients, tanh and a product, none of which is larger than the cap.
   double z_error(double z) const {
     if (transform_.logit_scale == 1.0 && transform_.softcap == 0.0) return 0.0;
     if (transform_.softcap > 0.0) return 6 * kUnit<Scalar> * transform_.softcap;
     return 2 * kUnit<Scalar> * std::fabs(z);
   }
 
-  // Relative, of exp(z - max): its own, and that of its argument, which is rounded twice.
+  // The relative error of exp(z - max): its own, and that of its argument, which is rounded twice.
   double term_error(int64_t v) const {
     return (4 + 3 * (max_ - z(v))) * kUnit<Scalar> + z_error(z(v)) + z_error(max_);
   }

@@ -1,5 +1,6 @@
-// What token_logps reports of a row beside its log-prob, all at once and in parts, against the
-// direct computation; what that leaves as it is without a report, and what it reads.
+// The report of token_logps, for the whole vocabulary and in parts, compared with the direct
+// computation. Also: the other outputs have the same bits as without a report, and which rows it
+// reads.
 
 #include <algorithm>
 #include <cmath>
@@ -19,7 +20,7 @@
 namespace simpo_ext::kernel_tests {
 namespace {
 
-// mean_logit and entropy in double, and how far off they may be.
+// mean_logit and entropy in double, and the errors that are allowed.
 template <typename Logit>
 class ReportTruth {
  public:
@@ -41,7 +42,7 @@ class ReportTruth {
     mean = static_cast<double>(total / static_cast<long double>(V));
     const bool is_exact = transform.logit_scale == 1.0 && transform.softcap == 0.0;
     const double z_error = is_exact ? 0.0 : 6 * kUnit<Scalar> * std::max(transform.softcap, 1.0);
-    // Additions of a few distances from a largest z, which may be larger than any z by as much.
+    // Additions of a few distances from the largest z, whose magnitude may exceed that of any z.
     mean_error = 16 * kUnit<Scalar> * 2 * (size + std::fabs(max)) + z_error * (1 + size);
     if (!std::isfinite(max) || std::isnan(mean)) return;
 
@@ -56,7 +57,7 @@ class ReportTruth {
     for (const double z_v : z) {
       const double p = std::exp(z_v - max) / static_cast<double>(sum), distance = max - z_v;
       if (p == 0.0) continue;
-      // Of a term: its exp's own and those of its two arguments.
+      // The error of a term: that of its exp and those of its two arguments.
       const double relative =
           (4 + 3 * distance) * kUnit<Scalar> + z_error * (2 + std::fabs(z_v) + std::fabs(max));
       entropy_error += p * relative * (2 + distance + entropy);
@@ -69,12 +70,12 @@ class ReportTruth {
 template <typename Logit>
 void require_mean(double got, const ReportTruth<Logit>& truth) {
   if (!std::isfinite(truth.mean)) {
-    // With NaN or +inf among the z it is either, and -inf with nothing worse than that.
+    // With NaN or +inf among the z it is one of them; with -inf among other finite z it is -inf.
     require(!std::isfinite(got), "mean_logit of a row that is not finite", got, truth.mean);
     require(truth.mean != -kInfinity || got == -kInfinity, "mean_logit of a row with -inf", got);
     return;
   }
-  // A few such logits add up to more than Scalar has.
+  // The sum of a few such logits exceeds the range of Scalar.
   const double largest = static_cast<double>(std::numeric_limits<Compute<Logit>>::max()) / 1e5;
   if (got == -kInfinity && truth.mean < -largest) return;
   require_close(got, truth.mean, truth.mean_error, "mean_logit");
@@ -139,7 +140,7 @@ void check_batch(const TokenBatch<Logit>& batch, bool all_positions) {
                 static_cast<double>(static_cast<uint64_t>(N) * stored), "bytes stored");
 }
 
-// Rows whose first part is -inf; all positions, whose sums are those of every part.
+// Rows whose first part is -inf. With all positions, the sums are over all parts.
 template <typename Logit>
 void check_parts(const TokenBatch<Logit>& batch, const Cuts& cuts) {
   using Scalar = Compute<Logit>;
@@ -182,11 +183,11 @@ template <typename Logit>
 void check_of(bool reduced) {
   constexpr LogitTransform kTransforms[] = {{1.0, 0.0}, {0.7, 0.0}, {1.0, 20.0}};
   uint64_t seed = 6000;
-  // A label alone; a vector and its edges; several; the large block, and more than one turn of it.
+  // One label; a vector and its edges; several vectors; the large block, and several turns of it.
   for (const int64_t V : {1, 9, 64, 1025, 8193, 20001}) {
     if (reduced && V > 2000) continue;
     for (const LogitTransform& transform : kTransforms) {
-      // 21 rows are of every kind.
+      // 21 rows contain every kind.
       const Shape shape{V < 100 ? 4 : 2, V < 100 && !reduced ? 17 : 11, V};
       const Layout layout{static_cast<int64_t>(seed % 3), static_cast<int64_t>(seed % 2), 0};
       describe("%s, V %ld, logits from element %ld, scale %g, softcap %g, seed %lu",

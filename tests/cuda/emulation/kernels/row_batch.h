@@ -1,4 +1,4 @@
-// Tokens of a batch, of which the valid ones are rows: what select_tokens has to find.
+// The tokens of a batch, whose valid ones become rows: the result that select_tokens must give.
 #pragma once
 
 #include <algorithm>
@@ -13,20 +13,20 @@
 
 namespace simpo_ext::kernel_tests {
 
-// One token, as the kernels are told of it.
+// One token, as the kernels see it.
 struct SelectedToken {
   int64_t position;
   int64_t label;
 };
 
-// Of num_labels, with some out of range.
+// Labels of a vocabulary of num_labels, some out of range.
 class RowBatch {
  public:
   RowBatch(int64_t B, int64_t num_positions, int64_t num_labels, uint64_t seed)
       : B(B),
         T(num_positions),
         num_labels(num_labels),
-        // Outside the vocabulary, as usual, and inside.
+        // Outside the vocabulary, as usual, or inside.
         ignore_index(seed % 3 == 0 ? num_labels / 2 : kIgnore),
         shift_(seed % 2 == 1),
         random_(seed),
@@ -49,7 +49,7 @@ class RowBatch {
   }
 
   Targets targets() const { return {labels_.data(), label_strides_, B, T, ignore_index, shift_}; }
-  // Labels that are there to be read.
+  // The number of labels that may be read.
   int64_t num_scored_positions() const { return B * (shift_ && T > 0 ? T - 1 : T); }
   bool is_in_range(int64_t label) const { return label >= 0 && label < num_labels; }
   double normal() { return std::normal_distribution<double>(0.0, 2.0)(random_); }
@@ -84,16 +84,16 @@ struct SelectedRows {
   }
 
   const int64_t R;
-  const int64_t num_tokens;  // the rows in front, which stand for one
+  const int64_t num_tokens;  // the first rows, which have a token
   const Buffer<int64_t> positions, labels;
 };
 
-// What hidden_gradient takes, and dhidden.
+// The arguments of hidden_gradient, and dhidden.
 template <typename T>
 struct HiddenGradients {
   using Scalar = Compute<T>;
 
-  // fronts: of the weight, the partial products, their sum and dhidden.
+  // fronts: those of the weight, the partial products, their sum and dhidden.
   HiddenGradients(RowBatch& batch, const SelectedRows& rows, int64_t H, TokenStrides weight_strides,
                   const int64_t (&fronts)[4], bool has_sum)
       : H(H),

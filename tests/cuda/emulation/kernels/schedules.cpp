@@ -1,5 +1,5 @@
-// In whatever order threads and blocks run, every output has the same bits; and so it has when the
-// same is run again.
+// Every output has the same bits in any order of threads and blocks, and when the same call runs
+// again.
 
 #include <cstdint>
 #include <cstring>
@@ -26,7 +26,7 @@ void append(Bytes& bytes, const Buffer<T>& buffer) {
   bytes.insert(bytes.end(), buffer.bytes(), buffer.bytes() + buffer.num_bytes());
 }
 
-// outputs() computes everything anew, in new memory.
+// outputs() runs all calls again, in new memory.
 template <typename Outputs>
 void require_one_result(bool reduced, const Outputs& outputs) {
   emulation::set_schedule(Order::kForward, 0);
@@ -80,7 +80,7 @@ void check_token_logps(bool reduced) {
     Layout in, out;
     LogitTransform transform;
   } cases[] = {
-      // More rows than kMaxGridX; edges without vectors; aligned differently.
+      // More rows than kMaxGridX; edges without vectors; different alignments.
       {{5, 15, 9}, {3 % (16 / sizeof(Logit)), 0, 0}, {0, 1, 0}, {1.0, 0.0}},
       {{2, 11, 1025}, {1, 0, 0}, {1, 0, 0}, {0.7, 0.0}},
       {{2, 5, 1025}, {0, 3, 0}, {1, 0, 0}, {1.0, 15.0}},
@@ -247,7 +247,7 @@ void check_schedules(bool reduced) {
   check_pairs<float>(reduced, P, {2 * P, 300}, false, mean_of_tokens, 6);
   check_pairs<double>(reduced, few, {2 * few, 40}, false, mean_of_tokens, 7);
   check_pairs<float>(reduced, many, {2 * many, 5}, false, each, 8);
-  // Sequences in many pairs, whose gradients are added up by all threads; more of them than blocks.
+  // Sequences in many pairs, whose gradients all threads add up; more sequences than blocks.
   check_pairs<float>(reduced, 300, {7, reduced ? 5 : 400, true}, true, mean_of_tokens, 9);
   if (!reduced) check_pairs<double>(reduced, 90, {80, 5}, true, each, 10);
 }

@@ -1,11 +1,11 @@
-// The sections of the program, and how a check of any of them fails.
+// The sections of the program, and the functions for their checks.
 #pragma once
 
 #include <cmath>
 
 namespace simpo_ext::kernel_tests {
 
-// reduced: fewer of the same cases, for builds that run ten times as slow.
+// reduced: fewer of the same cases, for builds that are ten times slower.
 void check_values(bool reduced);
 void check_parts(bool reduced);
 void check_report(bool reduced);
@@ -17,7 +17,7 @@ void check_schedules(bool reduced);
 void check_offsets(bool reduced);
 void check_vocab_shards(bool reduced);
 
-// What is being checked from now on, for the message of a failure. As printf.
+// Sets the name of the current case, for the message of a failure. Arguments like printf.
 [[gnu::format(printf, 1, 2)]] void describe(const char* format, ...);
 
 // Ends the program with a message.
@@ -31,7 +31,7 @@ inline void require_equal(double got, double expected, const char* what) {
   require(got == expected, what, got, expected);
 }
 
-// NaN is close to NaN alone, and an infinity to itself.
+// NaN is close only to NaN, and an infinity only to itself.
 inline bool is_close(double got, double expected, double tolerance) {
   if (std::isnan(expected)) return std::isnan(got);
   return got == expected || std::fabs(got - expected) <= tolerance;

@@ -1,5 +1,6 @@
-// sequence_targets against a plain loop; sequence_logps and its gradient against the CPU kernels
-// and plain sums; and what a wrong cu_seqlens does to these and to the preference loss.
+// sequence_targets compared with a plain loop; sequence_logps and its gradient compared with the
+// CPU kernels and plain sums; and the effect of wrong cu_seqlens on these and on the preference
+// loss.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +22,7 @@ constexpr int64_t kGreatest = std::numeric_limits<int64_t>::max();
 
 // ---- sequence_targets -------------------------------------------------------------------------
 
-// A row of labels, and where it is cut.
+// A row of labels, and its cu_seqlens.
 struct LabelRow {
   LabelRow(const std::vector<int64_t>& given_cuts, int64_t padding_behind, int64_t stride,
            bool shift, uint64_t seed)
@@ -30,7 +31,7 @@ struct LabelRow {
         labels(N == 0 ? 0 : (N - 1) * stride + 1),
         targets{labels.data(), {kGreatest, stride}, 1, N, -7, shift} {
     std::mt19937_64 random(seed);
-    // Some that are ignored, some out of range, which are not for these kernels to judge.
+    // Some are ignored, and some out of range, which these kernels do not check.
     for (int64_t i = 0; i < labels.size(); ++i) {
       labels[i] = static_cast<int64_t>(random() % 4 == 0 ? -7 : random() % 9);
     }
@@ -43,7 +44,7 @@ struct LabelRow {
             .targets = result.data()};
   }
 
-  std::vector<int64_t> cuts;  // a copy, which has no room behind its elements
+  std::vector<int64_t> cuts;  // a copy without capacity beyond its elements
   int64_t N;
   Buffer<int64_t> labels;
   Targets targets;
@@ -94,22 +95,22 @@ void check_all_targets(bool reduced) {
       check_targets(cuts_of_lengths(padding, {1}), padding, shift, seed++);
       check_targets(cuts_of_lengths(padding, {4, 0, 1, 0, 0, 2, 7, 1}), padding, shift, seed++);
     }
-    // More sequences than the first dimension of a grid holds, with a block in excess.
+    // More sequences than the first dimension of a grid holds, with a block that has none.
     check_targets(cuts_of_lengths(1, std::vector<int64_t>(65, 2)), 3, shift, seed++);
-    // Ends at and around those of blocks; several blocks for each sequence, and several turns.
+    // Ends at and near those of blocks; several blocks for each sequence, and several turns.
     check_targets(cuts_of_lengths(3, {255, 256, 257}), 2, shift, seed++);
     check_targets(cuts_of_lengths(0, {1023, 5, 1500}), 700, shift, seed++);
     if (!reduced) check_targets(cuts_of_lengths(2, {2047, 0, 2051}), 900, shift, seed++);
   }
 }
 
-// What is out of range or ignored is copied on a GPU, and reported by the CPU.
+// A GPU copies labels that are out of range or ignored. The CPU reports the first one out of range.
 void check_labels_out_of_range() {
   for (const int64_t label : {int64_t{-1}, int64_t{9}, kGreatest, -kGreatest - 1}) {
     describe("sequence_targets of label %ld", label);
     LabelRow row({1, 4, 9}, 1, 1, true, 5);
     const Buffer<int64_t> got(row.N), on_cpu(row.N);
-    // Nothing is scored with the labels of padding and of first positions.
+    // The labels of padding and of first positions score nothing.
     for (const int64_t unused : {0, 1, 4, 9}) row.labels[unused] = label;
     require(!cpu::sequence_targets(row.args(on_cpu, row.cuts)).label.found(), "no label error");
     row.labels[6] = label;
@@ -184,8 +185,8 @@ void check_logps(int64_t S, int64_t num_positions, bool is_flat, bool average, u
 
 template <typename Scalar>
 void check_scalar(bool reduced) {
-  // S: none, a few, more than a grid's first dimension holds. T: as in preference.cpp, and several
-  // blocks for each sequence.
+  // S: none, a few, more than the first dimension of a grid holds. T: as in preference.cpp, and
+  // several blocks for each sequence.
   uint64_t seed = 0;
   for (const int64_t S : {0, 2, 6, 10, 260}) {
     for (const int64_t num_positions : {0, 1, 2, 5, 40, 300}) {
@@ -204,14 +205,14 @@ void check_scalar(bool reduced) {
 struct WrongCut {
   const char* what;
   int64_t index, value;
-  int64_t first, last;  // the sequences it puts out of range
+  int64_t first, last;  // the sequences that are wrong because of it
 };
 
-// A sequence that is out of range is NaN; nothing is read there, and the others are what they are.
+// A sequence that is out of range is NaN and is not read. Other sequences are not affected.
 template <typename Scalar>
 void check_wrong_cuts() {
   constexpr int64_t S = 8, P = S / 2;
-  // Sequence s is in pair s % P alone. The loss is that of each pair: a mean would be NaN.
+  // Sequence s is only in pair s % P. There is no reduction, since a mean would be NaN.
   const PairOptions each{true,
                          {LossType::kSigmoid, 2.0, 0.5, 0.0, 0.0},
                          {Reduction::kNone, SftReduction::kSequence, EmptyPolicy::kDrop, 0.5}};
@@ -282,7 +283,7 @@ void check_wrong_cuts() {
       const int64_t count = is_wrong(s) ? 1 : expected.counts[s];
       require(got.counts[s] == count, "counts", static_cast<double>(got.counts[s]));
       require(got.pairs.counts[s] == count, "counts of pairs");
-      // Dropped, where the other one is empty.
+      // Dropped if the other sequence is empty.
       const int64_t other = s < P ? s + P : s - P;
       const bool is_counted = count > 0 && (is_wrong(other) || expected.counts[other] > 0);
       const double loss = is_of_wrong_pair && is_counted ? kNan

@@ -1,4 +1,4 @@
-// A batch for token_logps whose rows are of every kind that the contracts tell apart.
+// A batch for token_logps with every kind of row that the contracts distinguish.
 #pragma once
 
 #include <algorithm>
@@ -104,14 +104,14 @@ class TokenBatch {
         seed_(seed),
         shift_(shift),
         random_(seed),
-        // A slice of a wider tensor, and every other column of one.
+        // A slice of a wider tensor, or every other column of one.
         label_strides_{2 * shape.T + 1, 2 - static_cast<int64_t>(seed % 2)},
         labels_(extent(label_strides_)),
         // Row by row, or transposed.
         grad_strides_{seed % 3 == 0 ? TokenStrides{1, shape.B} : TokenStrides{shape.T + 1, 1}},
         grad_(extent(grad_strides_)),
         segments_(3 * num_segments * shape.B * shape.T) {
-    // What lies between is no label, and no gradient.
+    // The memory between them has invalid labels, and NaN as gradients.
     for (int64_t i = 0; i < labels_.size(); ++i) labels_[i] = shape.V + 7;
     for (int64_t i = 0; i < grad_.size(); ++i) grad_[i] = static_cast<Scalar>(kNan);
     logits.for_each_gap([](unsigned char* bytes, size_t count) {
@@ -127,7 +127,7 @@ class TokenBatch {
     return {labels_.data(), label_strides_, shape.B, shape.T, kIgnore, shift_};
   }
 
-  // One block for each row.
+  // Each row has one block.
   TokenLogpsArgs unshared_forward_args() const {
     return {DTypeOf<Logit>::value, shape.V,    logits.data(),
             logits.strides(),      targets(),  transform,
@@ -163,7 +163,7 @@ class TokenBatch {
   const Rows<Logit> logits;
   const Buffer<Scalar> logps, max;
   const Buffer<double> sum_exp;
-  const int64_t num_segments;  // of a row that blocks share, or 0
+  const int64_t num_segments;  // segments of a row that blocks share, or 0
 
  private:
   int64_t extent(TokenStrides strides) const {
@@ -179,7 +179,7 @@ class TokenBatch {
     return static_cast<int64_t>(random_() % static_cast<uint64_t>(bound));
   }
 
-  // In front of the first vector, at both ends, behind the last vector, and anywhere.
+  // Before the first vector, at both ends, after the last vector, and anywhere.
   int64_t some_element(int64_t turn) {
     const int64_t V = shape.V;
     const int64_t elements[] = {
@@ -198,7 +198,7 @@ class TokenBatch {
     const auto put = [&](int64_t v, double value) {
       if (V > 0) x[v] = from(value);
     };
-    // Another one than the label's, where there is one.
+    // Not the label's column, if there is another.
     const auto another = [&] {
       const int64_t v = V == 0 ? 0 : some_element(turn / kNumKinds);
       return v == label && V > 1 ? (v + 1) % V : v;
@@ -236,7 +236,7 @@ class TokenBatch {
         if (V > 1) x[label] = lowest<Logit>();
         break;
       case RowKind::kAllLowest:
-        // A scale above 1 would make them infinite.
+        // With a scale above 1, they would be infinite.
         for (int64_t v = 0; v < V && transform.logit_scale <= 1.0; ++v) x[v] = lowest<Logit>();
         break;
       case RowKind::kCommonOffset:

@@ -1,4 +1,4 @@
-// The kernels around the logits of hidden states, against what each is said to write.
+// The kernels around the logits of hidden states, compared with their specified results.
 
 #include <cmath>
 #include <cstdint>
@@ -51,7 +51,7 @@ void check_selection(const RowBatch& batch, int64_t R, bool has_logps) {
 
 void check_selections(bool reduced) {
   uint64_t seed = 3000;
-  // Nothing; less than a warp, a turn of the block, and one more; odd turns and even ones.
+  // Nothing; less than a warp; a turn of the block, and one more; odd and even numbers of turns.
   for (const int64_t num_positions : {0, 1, 9, 31, 1365, 1366, 2731, 5000}) {
     if (reduced && num_positions > 1366) continue;
     for (int repeat = 0; repeat < (reduced ? 1 : 4); ++repeat) {
@@ -85,7 +85,7 @@ void check_gather(const RowBatch& batch, const SelectedRows& rows, int64_t H, La
       x[h] = narrow<T>(static_cast<Compute<T>>((b * batch.T + t) % 50 + 0.5 * (h % 3) + 1));
     }
   });
-  // Every third row has none, one of them less than nothing.
+  // Every third row has a gradient of 0, one of them -0.
   const Buffer<Compute<T>> gradients(rows.R);
   for (int64_t i = 0; i < rows.R; ++i) {
     gradients[i] = static_cast<Compute<T>>(i % 3 == 1 ? (i == 4 ? -0.0 : 0.0) : 0.5 - i);
@@ -122,7 +122,7 @@ void check_gathers(bool reduced) {
   constexpr int64_t kWidth = 16 / static_cast<int64_t>(sizeof(T));
   const RowBatch batch(3, 47, 50, 3100);
   const RowBatch small(2, 9, 50, 3101);
-  // One element, a vector and one more, several of either, and rounds of the block's loads.
+  // One element; a vector and one more; several vectors and elements; several rounds of the block.
   for (const int64_t H : {int64_t{1}, int64_t{2}, kWidth, kWidth + 1, 7 * kWidth + 3, 512 * kWidth,
                           700 * kWidth + 1}) {
     const RowBatch& tokens = H > 100 * kWidth || (reduced && H != kWidth + 1) ? small : batch;
@@ -139,7 +139,7 @@ void check_gathers(bool reduced) {
   check_gather<T>(batch, SelectedRows(batch, 5), 0, {}, 0, true);
   check_gather<T>(batch, SelectedRows(batch, 0), 7, {}, 0, true);
   if (reduced) return;
-  // More blocks than kMaxGridX, of the kernel with a thread for each row.
+  // More blocks than kMaxGridX, for the kernel with a thread for each row.
   const RowBatch many(1, 70, 50, 3102);
   check_gather<T>(many, SelectedRows(many, 65 * 256 + 1), 1, {0, 1, 0}, 0, true);
 }
@@ -262,7 +262,7 @@ void check_add_partials(bool reduced) {
       check_add_partial<T>(count, 1, 1, is_first);
     }
   }
-  // More blocks than kMaxGridX, and one in excess.
+  // More blocks than kMaxGridX, and a block without elements.
   check_add_partial<T>(64 * kBlock + 1, 0, 0, false);
 }
 
@@ -320,7 +320,7 @@ void check_hidden_gradients(bool reduced) {
     for (const bool has_sum : {true, false}) {
       check_hidden_gradient<T>(tokens, H, {aligned, 1}, {0, 0, 0, 0}, has_sum);
       check_hidden_gradient<T>(tokens, H, {1, V}, {0, 0, 0, 0}, has_sum);
-      // What is not aligned, each alone.
+      // One unaligned pointer at a time.
       check_hidden_gradient<T>(tokens, H, {aligned, 1}, {0, 0, 1, 0}, has_sum);
       if (reduced) continue;
       check_hidden_gradient<T>(tokens, H, {aligned, 1}, {1, 0, 0, 0}, has_sum);

@@ -1,4 +1,5 @@
-// token_logps and its gradient, apart and in place, against the direct computation.
+// token_logps and its gradient, in separate memory and in place, compared with the direct
+// computation.
 
 #include <cmath>
 #include <cstdint>
@@ -57,7 +58,7 @@ void check_forward(const TokenBatch<Logit>& batch) {
   });
 }
 
-// A row's bits do not depend on how many blocks work on it.
+// A row's bits do not depend on the number of blocks that work on it.
 template <typename Logit>
 void check_sharing(const TokenBatch<Logit>& batch) {
   using Scalar = Compute<Logit>;
@@ -82,8 +83,8 @@ void check_gradient(const TokenBatch<Logit>& batch, const Rows<Logit>& dlogits) 
     const Logit* dx = dlogits.row(b, t);
     const int64_t V = batch.shape.V;
     const Scalar grad = batch.grad(b, t);
-    // A bad label's row is NaN, and its gradient is not asked about: neither contract says which
-    // comes first where it is 0.
+    // A row with a bad label is NaN. Its gradient is not checked where the incoming gradient is 0,
+    // since the contracts leave that open.
     if (batch.is_masked(b, t) || (batch.is_scored(b, t) && grad == Scalar(0))) {
       for (int64_t v = 0; v < V; ++v) {
         require_equal(static_cast<double>(widen(dx[v])), 0.0, "dlogits without a gradient");
@@ -163,16 +164,16 @@ void check_sizes(bool reduced) {
   const int64_t width = 16 / static_cast<int64_t>(sizeof(Logit));
   uint64_t seed = 0;
   const auto check_layouts = [&](Shape shape, int64_t front) {
-    // So that every row starts as the first does.
+    // Every row has the alignment of the first.
     const int64_t to_boundary = (width - shape.V % width) % width;
     const struct {
       Layout in, out;
     } layouts[] = {
-        // Contiguous, both the same.
+        // Both contiguous.
         {{front, 0, 0}, {front, 0, 0}},
         // Aligned alike at different strides.
         {{front, to_boundary, 0}, {front, to_boundary + 2 * width, 5 * width}},
-        // Gaps everywhere, and aligned differently in most rows.
+        // Gaps everywhere, and different alignments in most rows.
         {{front, 1, 3}, {(front + 1) % width, 2, 0}},
     };
     for (const auto& layout : layouts) {
@@ -194,7 +195,7 @@ void check_sizes(bool reduced) {
     if (!reduced) check_layouts({2, 11, V}, 3 % width);
   }
 
-  // Three segments, shared by two blocks; and rows of two, too many to be shared.
+  // Three segments, shared by two blocks; and rows of two segments, too many rows for sharing.
   if (!reduced || sizeof(Logit) == 8) {
     check_case<Logit>({2, 15, 2 * 65536 / static_cast<int64_t>(sizeof(Logit)) + 1}, {1, 0, 0},
                       {1, 0, 0}, kTransforms[0], true, seed++);
@@ -204,7 +205,7 @@ void check_sizes(bool reduced) {
                       {1, 0, 0}, kTransforms[0], false, seed++);
   }
 
-  // Nothing to do, or no vocabulary to find a label in.
+  // No rows, or no columns.
   for (const Shape& shape : {Shape{0, 5, 9}, Shape{5, 0, 9}, Shape{5, 15, 0}, Shape{0, 0, 0}}) {
     check_case<Logit>(shape, {}, {}, kTransforms[0], seed % 2 == 0, seed);
     ++seed;

@@ -1,5 +1,4 @@
-// The kernels of a vocabulary in shards, against what each is said to write, and what each asks of
-// memory.
+// The kernels of a vocabulary in shards, compared with their specified results and memory accesses.
 
 #include <cmath>
 #include <cstdint>
@@ -24,7 +23,7 @@ double number(T value) {
   return static_cast<double>(widen(value));
 }
 
-// Of the launch before.
+// The counters of the last launch.
 void require_bytes(const char* what, uint64_t loaded, uint64_t stored) {
   const emulation::Counters got = emulation::read_counters();
   require_equal(static_cast<double>(got.launches), 1, what);
@@ -34,7 +33,7 @@ void require_bytes(const char* what, uint64_t loaded, uint64_t stored) {
 
 // ---- merge_shards ---------------------------------------------------------------------------
 
-// The rows of a batch in order, or, with positions, those that have a token and some more.
+// The rows of a batch in order. With positions, the rows with a token and some more.
 template <typename Scalar>
 void check_merge(RowBatch& batch, int64_t K, bool has_positions) {
   const SelectedRows rows(batch, static_cast<int64_t>(batch.valid.size()) + 3);
@@ -53,13 +52,13 @@ void check_merge(RowBatch& batch, int64_t K, bool has_positions) {
       shard(k, row)[0] = static_cast<double>(static_cast<Scalar>(batch.normal() + 20.0));
       shard(k, row)[N] = 1.0 + std::fabs(batch.normal());
       shard(k, row)[2 * N] = k == label_shard ? shard(k, row)[0] - 1.0 : kNan;
-      if (row % 9 == 1 && k != label_shard) {  // without a label of its own, or all -inf
+      if (row % 9 == 1 && k != label_shard) {  // a shard without labels, or all -inf
         shard(k, row)[0] = -kInfinity;
         shard(k, row)[N] = 0.0;
       }
       if (row % 9 == 2 && k == K - 1) shard(k, row)[N] = kNan;
-      if (row % 9 == 3) shard(k, row)[2 * N] = kNan;              // a label of none
-      if (row % 9 == 4 && k == (label_shard + 1) % K && K > 1) {  // of two
+      if (row % 9 == 3) shard(k, row)[2 * N] = kNan;              // a label on no shard
+      if (row % 9 == 4 && k == (label_shard + 1) % K && K > 1) {  // a label on two shards
         shard(k, row)[2 * N] = 1.0;
       }
     }
@@ -193,7 +192,7 @@ void check_scatter(RowBatch& batch, int64_t H) {
 }  // namespace
 
 void check_vocab_shards(bool reduced) {
-  // With and without a shift; ignoring a label outside the vocabulary, or one inside.
+  // With and without a shift; with an ignore_index outside the vocabulary, or inside.
   for (uint64_t seed = 3600; seed < (reduced ? 3602 : 3606); ++seed) {
     RowBatch batch(3, 47, 50, seed);
     for (const int64_t K : {1, 2, 3, 8}) {
@@ -210,7 +209,7 @@ void check_vocab_shards(bool reduced) {
     using T = decltype(element);
     for (uint64_t seed = 3610; seed < 3613; ++seed) {
       RowBatch batch(2, 23, 50, seed);
-      // One element, less than a block's threads, and more.
+      // One element; fewer than the threads of a block; more.
       for (const int64_t H : {1, 33, 300}) {
         if (reduced && H == 300 && seed > 3610) continue;
         check_label_shares<T>(batch, H, 0, 50, {H, 1});

@@ -2,8 +2,8 @@
 // or float16 and the sum is float32.
 //
 // Torch has an op for this, aten::addmm.dtype_out, whose alpha and beta are Scalars. Torch's stable
-// ABI has no representation for a Scalar, so the op cannot be called from here. What it calls in
-// turn is cublasGemmEx, with the handle that torch's stable ABI hands out: the handle brings
+// ABI has no representation for a Scalar, so this library cannot call the op. It calls cublasGemmEx
+// instead, as the op does, with the handle that torch's stable ABI hands out. The handle carries
 // torch's stream, its workspace, and its choice whether float32 products may use TF32.
 #pragma once
 
@@ -16,11 +16,11 @@
 #include <limits>
 
 #include "ops/checks.h"
-#include "ops/ops.h"
+#include "ops/tensors.h"
 
 namespace simpo_ext::ops::cublas {
 
-// Numbers from cublas_api.h and library_types.h, which are part of cuBLAS's binary interface.
+// The values of cublas_api.h and library_types.h, which cuBLAS's binary interface fixes.
 enum Operation : int { kNormal = 0, kTransposed = 1 };
 enum DataType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 14 };
 enum ComputeType : int { kComputeFloat32 = 68, kComputeFloat64 = 70 };
@@ -49,14 +49,14 @@ inline DataType data_type_of(DType dtype) {
 
 inline int int_of(int64_t size) {
   STD_TORCH_CHECK(size <= std::numeric_limits<int>::max(),
-                  "a matrix product: expected sizes and strides of at most ",
+                  "matrix product: expected sizes and strides of at most ",
                   std::numeric_limits<int>::max(), ", got ", size);
   return static_cast<int>(size);
 }
 
-// b [V, H] as cublasGemmEx takes it: stored by columns.
+// b [V, H] stored by columns, as cublasGemmEx takes it.
 struct ByColumns {
-  Tensor tensor;  // holds what data points to
+  Tensor tensor;
   Operation operation;
   int64_t stride;
 

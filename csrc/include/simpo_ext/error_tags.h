@@ -1,0 +1,11 @@
+// How an op says which kind of error it threw. Torch's stable ABI passes on the text of an error,
+// but not its class. So an op puts a tag in front of the text, and each front end takes the tag off
+// and throws the class that it names. Needs no torch.
+#pragma once
+
+namespace simpo_ext {
+
+inline constexpr char kIndexErrorTag[] = "[simpo_ext:IndexError] ";
+inline constexpr char kValueErrorTag[] = "[simpo_ext:ValueError] ";
+
+}  // namespace simpo_ext
