@@ -204,7 +204,7 @@ def count_sides(
 ) -> tuple[Tensor, Tensor]:  # [], []
     """The number of counted pairs and of the valid tokens of their chosen sequences, float64.
 
-    On a GPU, a pair with a sequence that does not exist makes both NaN.
+    A pair with a sequence that does not exist makes both NaN.
     """
     chosen = _sides(num_valid, pairs)[0].to(torch.float64)
     is_counted = counted_pairs(num_valid, empty, pairs)
@@ -212,7 +212,7 @@ def count_sides(
         is_counted = torch.ones_like(chosen, dtype=torch.bool)
     num_pairs = is_counted.sum(dtype=torch.float64)
     num_tokens = torch.where(is_counted, chosen, 0.0).sum()
-    if pairs is not None and pairs.is_cuda:
+    if pairs is not None:
         exists = ((pairs >= 0) & (pairs < num_valid.shape[0])).all()
         num_pairs = torch.where(exists, num_pairs, torch.nan)
         num_tokens = torch.where(exists, num_tokens, torch.nan)

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from simpo_ext import demo
+from simpo_ext.cli import demo
 from simpo_ext.cli.demo import batches, compare, documentation, jsonl, options, train
 from simpo_ext.cli.demo.messages import DemoError
 from simpo_ext.cli.demo.model import ByteTransformer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import simpo_ext
-from simpo_ext import LinearSimPOLoss, SimPOOutput, _report, linear_simpo_loss, simpo_loss
+from simpo_ext import LinearSimPOLoss, SimPOOutput, linear_simpo_loss, simpo_loss
+from simpo_ext._metrics import report as metrics_report
 from support.batches import DTYPES
 from support.linear_batches import CHUNK, OPS, UNLIMITED, LinearBatch, make_linear_batch
 
@@ -130,12 +131,12 @@ def test_the_mean_of_all_logits_goes_chunk_by_chunk(monkeypatch: pytest.MonkeyPa
     bias = torch.randn(11, generator=generator).to(torch.bfloat16)
     want = 0.5 * (hidden.double() @ weight.double().T + bias.double()).mean(-1)
     for elements in (1, 20, 1 << 22):
-        monkeypatch.setattr(_report, "_CHUNK_ELEMENTS", elements)
-        got = _report.mean_logits(hidden, weight, bias, 0.5)
+        monkeypatch.setattr(metrics_report, "_CHUNK_ELEMENTS", elements)
+        got = metrics_report.mean_logits(hidden, weight, bias, 0.5)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which rounds products
-        assert torch.equal(_report.mean_logits(hidden, weight, bias, 0.5), got)
+        assert torch.equal(metrics_report.mean_logits(hidden, weight, bias, 0.5), got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -13,6 +13,7 @@ import torch
 
 import simpo_ext
 from simpo_ext import _C
+from simpo_ext._ops.registry import call
 
 B, T, V, H = 2, 3, 5, 4
 LOGITS = torch.zeros(B, T, V)
@@ -69,4 +70,4 @@ def test_the_ops_say_it_with_the_tags() -> None:
 
 def test_other_errors_of_ops_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError, match=r"logits: expected shape \[B, T, V\], got \[3, 5\]"):
-        simpo_ext._ops._call(OPS.token_logps.default, LOGITS[0], LABELS, -100, True, 1.0, 0.0)
+        call(OPS.token_logps.default, LOGITS[0], LABELS, -100, True, 1.0, 0.0)

@@ -123,6 +123,7 @@ def test_dtypes_of_arguments() -> None:
 
 # ---- options -------------------------------------------------------------------------------------
 
+
 def members(struct: str) -> Iterator[tuple[str, Any]]:
     """Name and default of each member of a struct of options, as Python has the default."""
     text = read(f"{INCLUDE}/options.h")

@@ -63,7 +63,7 @@ def test_workflows_call_what_is_there_and_pin_what_is_not(workflow: str) -> None
 
 
 def test_the_smoke_tests_are_there() -> None:
-    named = re.findall(r"tests/test_\w+\.py", text_of(".ci", "smoke"))
+    named = re.findall(r"tests/\w+/test_\w+\.py", text_of(".ci", "smoke"))
     assert named
     assert all((ROOT / name).is_file() for name in named)
 

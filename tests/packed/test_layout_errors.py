@@ -376,9 +376,10 @@ def test_what_belongs_to_a_batch_is_no_option_of_a_module(module: Any, name: str
 
 
 def test_no_layout_of_pairs_in_functions_of_sequences() -> None:
-    for function in (token_logps, sequence_logps, linear_token_logps):
+    calls = ((token_logps, 1), (sequence_logps, 1), (linear_token_logps, 2))
+    for function, tensors in calls:
         with pytest.raises(TypeError, match="pairs"):
-            function(LOGITS, LABELS, pairs=PAIRS)
+            function(*[LOGITS] * tensors, LABELS, pairs=PAIRS)
     assert simpo_ext.simpo_loss is simpo_loss
 
 
