@@ -257,8 +257,8 @@ def test_the_budgets_are_those_of_two_short_turns(load) -> None:
 
 def test_the_files_of_marked_tests_are_found(load) -> None:
     steps = load("gpu.steps")
-    assert ROOT / "tests" / "test_cuda.py" in steps._test_files("gpu")
-    assert ROOT / "tests" / "test_token_logps.py" in steps._test_files("kernels")
+    assert ROOT / "tests" / "cuda" / "test_tensors.py" in steps._test_files("gpu")
+    assert ROOT / "tests" / "loss" / "test_token_logps.py" in steps._test_files("kernels")
     assert not any(path.name == "test_trl.py" for path in steps._test_files("kernels"))
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import simpo_ext
-from simpo_ext import check, functional
+from simpo_ext import functional
 from simpo_ext.__main__ import main
+from simpo_ext.cli import check
 
 
 def test_info_prints_the_build_and_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
