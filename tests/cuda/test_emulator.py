@@ -15,11 +15,10 @@ import pytest
 
 from support.builds import run as run_command
 from support.builds import skip_unless_sanitizer_works
-from support.paths import EMULATION
+from support.paths import CSRC, EMULATION
 
 pytestmark = pytest.mark.emulation
 
-CSRC = EMULATION.parent.parent / "csrc"
 SOURCE = EMULATION / "faults.cpp"
 
 FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
