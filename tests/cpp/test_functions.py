@@ -27,7 +27,6 @@ from support.builds import (
 from support.paths import ROOT
 
 CPP = ROOT / "tests" / "cpp"
-ROOT = CPP.parent.parent
 
 
 # The same as in consumer/main.cpp.
