@@ -30,7 +30,7 @@ SIMPO_DEVICE bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// ---- sums beside vectors of T ---------------------------------------------------------------
+// ---- sums that go with vectors of T ---------------------------------------------------------
 
 // The compute values that go with a vector of T: one vector, or two.
 template <typename T>

@@ -11,7 +11,7 @@
 #include "ops/build_info.h"
 #include "ops/linear/cublas.h"
 
-// Defined in libtorch_cuda alone, which a CPU build of torch lacks.
+// Only libtorch_cuda defines it, which a CPU build of torch lacks.
 extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                             void** stream);
 

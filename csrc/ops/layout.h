@@ -1,4 +1,4 @@
-// The arguments that say what a position is scored with: labels, the vocabulary, sequences, pairs.
+// The arguments that locate and score positions: labels, the vocabulary, sequences and pairs.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

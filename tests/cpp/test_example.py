@@ -17,7 +17,7 @@ import torch
 import simpo_ext
 from simpo_ext import _C
 from support.builds import WITHOUT_DEBUG_INFO, build, needs_libtorch, run
-from support.paths import ROOT
+from support.paths import CSRC, ROOT
 
 EXAMPLE = ROOT / "csrc" / "examples" / "linear_head"
 PACKAGE = Path(_C.__file__).parent
@@ -269,8 +269,8 @@ def test_a_torch_that_does_not_do_is_explained(
 
 
 def test_readme_shows_what_the_example_prints(program_of: Programs) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (section,) = re.findall(r"^## C\+\+\n(.*?)(?=^## )", readme, re.MULTILINE | re.DOTALL)
+    readme = (CSRC / "README.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## C\+\+ API\n(.*?)(?=^## )", readme, re.MULTILINE | re.DOTALL)
     (command,) = re.findall(r"linear_head/linear_head (.+)\n", section)
     (shown,) = re.findall(r"^```text\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     printed = run(program_of("wheel"), *command.split())

@@ -15,14 +15,14 @@ import pytest
 
 from support.builds import run as run_command
 from support.builds import skip_unless_sanitizer_works
-from support.paths import CSRC, EMULATION
+from support.paths import EMULATION, ROOT
 
 pytestmark = pytest.mark.emulation
 
 SOURCE = EMULATION / "faults.cpp"
 
 FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
-FLAGS += ["-I", str(EMULATION), "-I", str(CSRC)]
+FLAGS += ["-I", str(EMULATION), "-I", str(ROOT / "csrc")]
 # What the kernels are compiled with, and the emulator: TSan must not see the scheduler.
 KERNEL_FLAGS = {
     "plain": ["-O2"],

@@ -39,7 +39,7 @@ struct GradientNeeds {
   bool hidden, weight, bias;
 };
 
-// What the products add up to. Tensors that nobody asked for are [0].
+// What the products add up to. Tensors that are not needed are [0].
 struct LinearGradients {
   Rows rows;
   Tensor of_labels;  // [R] compute: the labels' elements of dlogits
@@ -141,7 +141,7 @@ class LinearBackward {
   }
 
  private:
-  // Outputs that nobody asked for: one tensor each, since an op's outputs must not share memory.
+  // For outputs that are not needed: one tensor each, since an op's outputs must not share memory.
   static Tensor new_nothing(const Tensor& like) { return new_empty(like, {0}); }
 
   // Needed for dweight and to recompute logits. Rows without a gradient are zeros.
@@ -308,7 +308,7 @@ Tensor hidden_gradient(const Device& device, const Problem& problem, const Tenso
   return dhidden;
 }
 
-// dhidden, dweight, dbias. Those that nobody asked for are [0].
+// dhidden, dweight, dbias. Those that are not needed are [0].
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_token_logps_backward(
     const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight,

@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logps_merge(const Tensor& shards
   return {logps, max, sum_exp};
 }
 
-// dhidden_rows [R, H] compute, dweight, dbias. Those that nobody asked for are [0].
+// dhidden_rows [R, H] compute, dweight, dbias. Those that are not needed are [0].
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_token_logps_shard_backward(
     const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight,

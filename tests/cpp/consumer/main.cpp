@@ -178,10 +178,10 @@ void check_linear(const at::Tensor& hidden, const at::Tensor& weight, const at::
   linear_token_logps(x, w, labels).sum().backward();
   const at::Tensor only_w = weight.clone().requires_grad_();
   linear_token_logps(hidden, only_w, labels).sum().backward();
-  require(at::equal(only_w.grad(), w.grad()), "the weight's gradient beside frozen hidden states");
+  require(at::equal(only_w.grad(), w.grad()), "the weight's gradient with frozen hidden states");
   const at::Tensor only_x = hidden.clone().requires_grad_();
   linear_token_logps(only_x, weight, labels).sum().backward();
-  require(at::equal(only_x.grad(), x.grad()), "the hidden states' gradient beside a frozen weight");
+  require(at::equal(only_x.grad(), x.grad()), "the hidden states' gradient with a frozen weight");
   require(!linear_token_logps(hidden, weight, labels).requires_grad(), "nothing to differentiate");
 
   at::autocast::set_autocast_enabled(at::kCPU, true);

@@ -82,7 +82,7 @@ void check_reuse() {
   const cpu::Mapping larger = cpu::map_for_writing(first.bytes + 1);
   require(larger.data != first.data && larger.bytes > first.bytes, "too small a one is not taken");
   const cpu::Mapping smaller = cpu::map_for_writing(kHugePage);
-  require(smaller.data != first.data, "nor one of which most would be of no use");
+  require(smaller.data != first.data, "nor one that is more than twice too large");
   const cpu::Mapping again = cpu::map_for_writing(bytes - kHugePage);
   require(again.data == first.data && again.bytes == first.bytes, "but the one that fits");
   const cpu::Mapping other = cpu::map_for_writing(bytes);
@@ -122,7 +122,7 @@ void check_pages() {
                              kHugePage, kHugePage + 1, 3 * kHugePage + 12345, cpu::kLargeBytes}) {
     check_mapping(bytes);
   }
-  context = "a mapping of no bytes";
+  context = "an empty mapping";
   const long before = mapped_pages();
   cpu::unmap(cpu::map_zeros(0), 0);
   require(mapped_pages() == before, "nothing is left");

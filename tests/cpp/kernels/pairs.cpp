@@ -349,7 +349,8 @@ void check_layout_errors() {
   require_refused(several, {none.data(), nullptr, 2}, {Kind::kBegin, 0, -2, 0}, "all wrong");
   several.cu_seqlens[0] = 0;
   require_refused(several, {none.data(), nullptr, 2}, {Kind::kOrder, 1, -3, 0}, "all but one");
-  require_refused(good, {none.data(), nullptr, 2}, {Kind::kPair, 0, 7, 4}, "pairs alone");
+  require_refused(good, {none.data(), nullptr, 2}, {Kind::kPair, 0, 7, 4},
+                  "wrong pairs, without cu_seqlens");
 }
 
 }  // namespace

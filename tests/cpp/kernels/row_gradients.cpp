@@ -188,10 +188,11 @@ void check_places(std::mt19937& random) {
         for (const auto way : {Room::kApart, Room::kStreaming, Room::kInPlace}) {
           require(
               equal_bits(room.scaled_exp(named.transform, x, max, factor, way, start, start), dx),
-              "as each element alone", static_cast<double>(start));
+              "the same as each element by itself", static_cast<double>(start));
           require(
               equal_bits(room.scaled_exp(named.transform, x, max, factor, way, other, start), dx),
-              "as each element alone", static_cast<double>(other), static_cast<double>(start));
+              "the same as each element by itself", static_cast<double>(other),
+              static_cast<double>(start));
         }
       }
     }

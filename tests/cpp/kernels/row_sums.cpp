@@ -175,7 +175,7 @@ void check_sums(std::mt19937& random) {
 // down to the least normal number for float64.
 template <typename T>
 void check_single_terms(std::mt19937& random) {
-  context = std::string(Named<T>::name) + ", a term alone";
+  context = std::string(Named<T>::name) + ", a single term";
   constexpr bool is_double = std::is_same_v<T, double>;
   std::uniform_real_distribution<double> depth(is_double ? -708.0 : -87.0, 0.0);
   for (int i = 0; i < 20000; ++i) {

@@ -363,7 +363,8 @@ void check_edges(int64_t V, std::mt19937& random) {
     for (const int64_t i : {5, 6}) {
       const bool is_label = label == only[i - 5];
       const double logp = static_cast<double>(test.logps[static_cast<size_t>(i)]);
-      require(is_label ? logp == 0.0 : logp == -INFINITY, "label on -inf, or alone", logp);
+      require(is_label ? logp == 0.0 : logp == -INFINITY,
+              "label on -inf, or with all the probability", logp);
       for (int64_t v = 0; v < V; ++v) {
         const double expected = is_label                         ? 0.0
                                 : v == label || v == only[i - 5] ? (v == label ? -1.5 : 1.5)

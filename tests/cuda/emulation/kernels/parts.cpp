@@ -79,7 +79,7 @@ class PartsCheck {
                 "label_gradients are written by the label's part");
       });
     }
-    require(dlogits_.are_gaps_unwritten(), "the backward writes rows alone");
+    require(dlogits_.are_gaps_unwritten(), "the backward writes only rows");
     for_each_token([&](int64_t b, int64_t t, int64_t row) { check_gradient(b, t, row); });
   }
 

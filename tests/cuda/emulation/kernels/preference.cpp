@@ -171,13 +171,13 @@ void check_no_pairs_at_null() {
   PreferenceLossArgs forward = outputs.args(batch, list, kMeans);
   forward.losses = forward.logps = forward.rewards = forward.slopes = nullptr;
   require_equal(cuda::preference_loss(forward, nullptr), 0, "error of the forward");
-  require_equal(outputs.loss[0], 0.0, "loss of no pairs");
+  require_equal(outputs.loss[0], 0.0, "loss without pairs");
   const PairGradients<float> incoming(1, kMeans, 0, 1);
   const Buffer<float> grad = batch.new_gradient();
   PreferenceLossBackwardArgs backward = incoming.args(batch, list, kMeans, outputs, grad);
   backward.slopes = backward.grad_losses = backward.grad_logps = nullptr;
   require_equal(cuda::preference_loss_backward(backward, nullptr), 0, "error of the backward");
-  for (int64_t i = 0; i < grad.size(); ++i) require_equal(grad[i], 0.0, "gradient of no pairs");
+  for (int64_t i = 0; i < grad.size(); ++i) require_equal(grad[i], 0.0, "gradient without pairs");
 }
 
 // A slope of 0 stays 0 if its factor is infinite, and a pair with a weight of 0 adds nothing.
@@ -259,7 +259,7 @@ void check_wrong_indices(bool is_flat) {
         require_close(static_cast<double>(got.loss[p]), loss, 0.0, "loss of each pair");
         require_equal(std::isnan(got.losses[p]), p == kWrong, "losses that are NaN");
       }
-      require(std::isnan(got.logps[side * P + kWrong]), "logp of what is not there");
+      require(std::isnan(got.logps[side * P + kWrong]), "logp of a sequence that does not exist");
       require(!std::isnan(got.logps[(1 - side) * P + kWrong]), "logp of the other");
       require_agreement(got.counts, expected.counts, "counts");
       const int64_t not_there = sequences[2 * kWrong + side];

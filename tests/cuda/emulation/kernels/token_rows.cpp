@@ -114,7 +114,7 @@ void check_gather(const RowBatch& batch, const SelectedRows& rows, int64_t H, La
       require_equal(number(result[i * H + h]), expected, "element of a gathered row");
     }
   }
-  for (int64_t i = -front; i < 0; ++i) require(is_unwritten(result[i]), "rows alone are written");
+  for (int64_t i = -front; i < 0; ++i) require(is_unwritten(result[i]), "only rows are written");
 }
 
 template <typename T>
@@ -182,9 +182,9 @@ void check_write_logps(uint64_t seed) {
   for (int64_t position = 0; position < logps.size(); ++position) {
     const int64_t i = row_of[static_cast<size_t>(position)];
     if (i < 0) {
-      require(is_unwritten(logps[position]), "logps of rows alone are written");
+      require(is_unwritten(logps[position]), "only logps of rows are written");
       require(is_unwritten(mean_logit[position]) && is_unwritten(entropy[position]),
-              "what is reported of rows alone is written");
+              "only reports of rows are written");
       continue;
     }
     require_close(mean_logit[position], sum_z[i] / 50, 1e-15 * std::fabs(sum_z[i]), "mean_logit");
@@ -211,14 +211,14 @@ void check_put_label_gradients(int64_t first_label, int64_t V, uint64_t seed) {
                      rows.labels.data(), gradients.data(), dlogits.data(), dlogits.strides().t},
                     nullptr),
                 0, "error of put_label_gradients");
-  require(dlogits.are_gaps_unwritten(), "dlogits alone are written");
+  require(dlogits.are_gaps_unwritten(), "only dlogits are written");
   for (int64_t i = 0; i < rows.R; ++i) {
     for (int64_t v = 0; v < V; ++v) {
       const T got = dlogits.row(0, i)[v];
       if (rows.positions[i] >= 0 && rows.labels[i] == first_label + v) {
         require_equal(number(got), number(narrow<T>(gradients[i])), "label's gradient");
       } else {
-        require(is_unwritten(got), "labels' gradients alone are written");
+        require(is_unwritten(got), "only the labels' gradients are written");
       }
     }
   }
@@ -245,7 +245,7 @@ void check_add_partial(int64_t count, int64_t front, int64_t sum_front, bool is_
     const Scalar value = widen(partial[i]);
     require_equal(number(sum[i]), number(is_first ? value : old(i) + value), "sum");
   }
-  for (int64_t i = -sum_front; i < 0; ++i) require(is_unwritten(sum[i]), "sums alone are written");
+  for (int64_t i = -sum_front; i < 0; ++i) require(is_unwritten(sum[i]), "only sums are written");
 }
 
 template <typename T>
@@ -302,11 +302,11 @@ void check_hidden_gradient(RowBatch& batch, int64_t H, TokenStrides weight_strid
   for (size_t position = 0; position < is_written.size(); ++position) {
     for (int64_t h = 0; h < H && !is_written[position]; ++h) {
       require(is_unwritten(data.dhidden[static_cast<int64_t>(position) * H + h]),
-              "dhidden of rows alone is written");
+              "only dhidden of rows is written");
     }
   }
   for (int64_t i = -fronts[3]; i < 0; ++i) {
-    require(is_unwritten(data.dhidden[i]), "dhidden alone is written");
+    require(is_unwritten(data.dhidden[i]), "only dhidden is written");
   }
 }
 

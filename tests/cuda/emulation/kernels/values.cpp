@@ -35,7 +35,7 @@ void check_forward(const TokenBatch<Logit>& batch) {
   batch.logits.forbid_reads_unless([&](int64_t b, int64_t t) { return !batch.is_masked(b, t); });
   require_equal(cuda::token_logps(batch.forward_args(), nullptr), 0, "error of the forward");
   batch.logits.permit_reads();
-  require(has_bytes(batch.logits, before), "the forward leaves the logits alone");
+  require(has_bytes(batch.logits, before), "the forward does not write the logits");
 
   int64_t row = 0;
   batch.logits.for_each_row([&](int64_t b, int64_t t, const Logit* x) {
@@ -124,8 +124,8 @@ void check_case(Shape shape, Layout in, Layout out, LogitTransform transform, bo
   require_equal(cuda::token_logps_backward(batch.backward_args(dlogits), nullptr), 0,
                 "error of the backward");
   batch.logits.permit_reads();
-  require(has_bytes(batch.logits, before), "the backward leaves the logits alone");
-  require(dlogits.are_gaps_unwritten(), "the backward writes rows alone");
+  require(has_bytes(batch.logits, before), "the backward does not write the logits");
+  require(dlogits.are_gaps_unwritten(), "the backward writes only rows");
   check_gradient(batch, dlogits);
 
   require_equal(cuda::token_logps_backward(batch.in_place_args(), nullptr), 0,
@@ -138,7 +138,7 @@ void check_case(Shape shape, Layout in, Layout out, LogitTransform transform, bo
   batch.logits.for_each_gap([&](const unsigned char* bytes, size_t count) {
     at = static_cast<size_t>(bytes - batch.logits.buffer().bytes());
     require(count == 0 || std::memcmp(bytes, before.data() + at, count) == 0,
-            "in place writes rows alone");
+            "in place, only rows are written");
   });
 }
 

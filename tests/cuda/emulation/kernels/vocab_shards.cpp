@@ -96,7 +96,7 @@ void check_merge(RowBatch& batch, int64_t K, bool has_positions) {
   }
   for (size_t position = 0; position < is_written.size(); ++position) {
     require(is_written[position] || is_unwritten(logps[static_cast<int64_t>(position)]),
-            "logps of rows alone are written");
+            "only logps of rows are written");
   }
   const uint64_t count = static_cast<uint64_t>(N), per_shard = 3 * kDouble;
   const uint64_t labels =
@@ -180,7 +180,7 @@ void check_scatter(RowBatch& batch, int64_t H) {
   for (size_t position = 0; position < is_written.size(); ++position) {
     for (int64_t h = 0; h < H && !is_written[position]; ++h) {
       require(is_unwritten(to[static_cast<int64_t>(position) * H + h]),
-              "rows with a token alone are written");
+              "only rows with a token are written");
     }
   }
   const uint64_t tokens = static_cast<uint64_t>(rows.num_tokens), width = static_cast<uint64_t>(H);
