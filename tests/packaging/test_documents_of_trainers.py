@@ -1,4 +1,4 @@
-"""README's examples in trainers run as printed; TRL's logs what is printed below it.
+"""The examples in trainers run as printed; TRL's logs what is printed below it.
 
 Its model is a small Llama with random weights, tokens and pairs are of the LICENSE: what the
 example finds as "my-model" and "pairs.jsonl". LLaMA-Factory and axolotl are their callers here.
@@ -23,20 +23,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from support import callers_axolotl, callers_llamafactory
+from support.documents import code
 from support.paths import ROOT
 
-SECTION = re.compile(r"^## In your trainer\n(.*?)(?=^## )", re.MULTILINE | re.DOTALL)
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DOCUMENT = "simpo_ext/integrations/README.md"
 # What a machine with a GPU and a connection has no need of.
 HERE = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
 
 pytestmark = pytest.mark.cpu_only
-
-
-def blocks() -> list[tuple[str, str]]:
-    """Language and text of the section's blocks."""
-    (section,) = SECTION.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    return BLOCK.findall(section)
 
 
 def write_model(folder: Path, texts: list[str]) -> None:
@@ -91,9 +85,9 @@ def as_numbers(logged: str) -> list[dict[str, float]]:
 def test_the_example_of_trl_logs_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (code,) = (text for language, text in blocks() if language == "python" and "trl." in text)
-    assert len([line for line in code.splitlines() if line.strip()]) == 10
-    (shown,) = (text for language, text in blocks() if language == "text" and "loss" in text)
+    (source,) = (text for text in code(DOCUMENT) if "trl." in text)
+    assert len([line for line in source.splitlines() if line.strip()]) == 10
+    (shown,) = code(DOCUMENT, "text")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
@@ -105,7 +99,7 @@ def test_the_example_of_trl_logs_what_is_printed(
         write_model(Path("my-model"), [text])
         write_pairs(Path("pairs.jsonl"), text.split())
         capsys.readouterr()
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(source, DOCUMENT, "exec"), {})
     logs = as_numbers(capsys.readouterr().out)
     steps = [each for each in logs if "loss" in each]
     for ours, printed in zip((steps[0], steps[-1]), as_numbers(shown), strict=True):
@@ -119,21 +113,21 @@ def test_the_example_of_llama_factory_trains_with_the_mixin(
 ) -> None:
     from simpo_ext.integrations.llamafactory import SimPOMixin
 
-    (code,) = (text for language, text in blocks() if language == "python" and "patch()" in text)
+    (source,) = (text for text in code(DOCUMENT) if "patch()" in text)
     trainer, _ = callers_llamafactory.install_package(
         monkeypatch, callers_llamafactory.DPOTrainerCaller, is_imported_by_workflow=False
     )
     tuner, made = ModuleType("llamafactory.train.tuner"), []
     tuner.run_exp = lambda: made.append(trainer.CustomDPOTrainer)
     monkeypatch.setitem(sys.modules, tuner.__name__, tuner)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(source, DOCUMENT, "exec"), {})
     (made_class,) = made
     assert issubclass(made_class, SimPOMixin)
     assert issubclass(made_class, callers_llamafactory.DPOTrainerCaller)
 
 
 def test_the_example_of_axolotl_has_the_plugin_s_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
-    (text,) = (text for language, text in blocks() if language == "yaml")
+    (text,) = code(DOCUMENT, "yaml")
 
     class Trainer:
         def __init__(self, model: object, **_: object) -> None:

@@ -1,9 +1,8 @@
-"""README's examples for several processes run as printed, in each of two."""
+"""The examples for several processes run as printed, in each of two."""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pytest
@@ -11,19 +10,12 @@ import torch
 from torch import Tensor
 
 from support.distributed_training import whole
-from support.paths import ROOT
+from support.documents import code
 from support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.cpu_only
 
-README = ROOT / "README.md"
-SECTION = re.compile(r"^## Scaling out\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def examples() -> list[str]:
-    (section,) = SECTION.findall(README.read_text(encoding="utf-8"))
-    return PYTHON.findall(section)
+DOCUMENT = "simpo_ext/distributed/README.md"
 
 
 def run_examples(sources: list[str]) -> dict[str, float]:
@@ -31,7 +23,7 @@ def run_examples(sources: list[str]) -> dict[str, float]:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for source in sources:
-        exec(compile(source, README.name, "exec"), names)
+        exec(compile(source, DOCUMENT, "exec"), names)
     leaves: dict[str, Tensor] = {}
     for name, value in names.items():
         if isinstance(value, torch.nn.Module):
@@ -42,7 +34,7 @@ def run_examples(sources: list[str]) -> dict[str, float]:
 
 
 def test_the_examples_run_one_after_the_other_on_two_ranks() -> None:
-    sources = examples()
+    sources = code(DOCUMENT)
     assert len(sources) >= 5
     for norms in run_on_ranks(2, run_examples, sources):
         modules = {name.split(".")[0] for name in norms}
