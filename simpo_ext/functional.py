@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ._calls import resolve_loss_options, resolve_normalizer, resolve_token_options
 from ._inputs.batch import check_pairs_in_range, labels_batch, logits_batch, token_logps_batch
 from ._inputs.checks import (
     check_bool,
@@ -29,17 +30,7 @@ from ._ops.sequences import sequence_targets
 from ._ops.token_logps import token_logps as _token_logps
 from .distributed.normalizer import PairCounts
 from .linear import linear_simpo_loss, linear_token_logps
-from .options import (
-    EmptyPolicy,
-    LogitsKeywords,
-    LossKeywords,
-    LossType,
-    PreferenceKeywords,
-    resolve_loss_options,
-    resolve_normalizer,
-    resolve_token_options,
-    takes,
-)
+from .options import EmptyPolicy, LogitsKeywords, LossKeywords, LossType, PreferenceKeywords, takes
 from .presets import Semantics, with_preset
 
 __all__ = [

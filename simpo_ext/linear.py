@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ._calls import TokenCall, resolve_loss_options, resolve_normalizer, resolve_token_options
 from ._inputs.batch import LinearBatch, linear_batch
 from ._metrics.output import Report, SimPOOutput, compose_output
 from ._metrics.report import ReportName, mean_logits
@@ -14,15 +15,7 @@ from ._ops.linear import linear_token_logps as _linear_token_logps
 from ._ops.preference_loss import preference_loss
 from ._ops.records import LossOptions, LossOutputs
 from ._ops.sequences import sequence_targets
-from .options import (
-    LinearKeywords,
-    LinearLossKeywords,
-    TokenCall,
-    resolve_loss_options,
-    resolve_normalizer,
-    resolve_token_options,
-    takes,
-)
+from .options import LinearKeywords, LinearLossKeywords, takes
 
 __all__ = ["linear_simpo_loss", "linear_token_logps"]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from . import functional
+from ._calls import resolve_loss_options, resolve_normalizer
 from ._metrics.output import SimPOOutput
 from .options import (
     DEFAULTS,
@@ -19,8 +20,6 @@ from .options import (
     Reduction,
     ReportName,
     SftReduction,
-    resolve_loss_options,
-    resolve_normalizer,
     takes,
 )
 

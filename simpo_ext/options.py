@@ -2,21 +2,19 @@
 
 The public functions and modules take the keywords of a ``TypedDict`` below. Their signatures and
 the list of options in their documentation are made from it (:func:`takes`). What was given is
-checked and completed once, by :func:`resolve_token_options` or :func:`resolve_loss_options`.
+checked and completed once, in :mod:`simpo_ext._calls`.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
 import textwrap
 from collections.abc import Callable, Collection
-from functools import lru_cache, partial, wraps
+from functools import partial
 from typing import (
     Annotated,
     Any,
     NamedTuple,
-    ParamSpec,
     TypedDict,
     TypeVar,
     cast,
@@ -24,7 +22,6 @@ from typing import (
     get_type_hints,
 )
 
-import torch
 from torch import Tensor
 
 from ._inputs.checks import check_bool, check_choice, check_count, check_ignore_index, check_number
@@ -32,13 +29,11 @@ from ._metrics.report import ReportName, check_report
 from ._ops.records import (
     ENUMS,
     EmptyPolicy,
-    LossOptions,
     LossType,
     Reduction,
     SftReduction,
-    TokenOptions,
 )
-from .presets import Preset, Semantics, TrainerLossType, with_preset
+from .presets import Preset, TrainerLossType
 
 __all__ = [
     "EmptyPolicy",
@@ -86,7 +81,8 @@ def _check_softcap(name: str, value: object) -> float:
     return 0.0 if value is None else check_number(name, value, at_least=1e-30, at_most=1e30)
 
 
-def _check_optional_count(name: str, value: object) -> int | None:
+def check_optional_count(name: str, value: object) -> int | None:
+    """A number of things, or None."""
     return None if value is None else check_count(name, value)
 
 
@@ -127,7 +123,7 @@ LogitsBudgetBytes = Annotated[
     int | None,
     Option(
         None,
-        _check_optional_count,
+        check_optional_count,
         "How many bytes of logits may be held at a time, >= 0. Default: a sixteenth of the GPU's "
         "memory, and 1 GiB on CPUs.",
     ),
@@ -136,7 +132,7 @@ NumValidTokens = Annotated[
     int | None,
     Option(
         None,
-        _check_optional_count,
+        check_optional_count,
         "An upper bound of the number of valid tokens. With it, the host does not wait for the "
         "GPU, and the call can be captured in a CUDA graph; the cost is that of so many rows. "
         "Without it the valid tokens are counted; in a capture and under ``torch.compile`` all "
@@ -326,7 +322,7 @@ _KEYWORDS: dict[type, dict[str, tuple[Any, Option]]] = {
         LinearLossKeywords,
     )
 }
-_OPTIONS = {name: option for rows in _KEYWORDS.values() for name, (_, option) in rows.items()}
+OPTIONS = {name: option for rows in _KEYWORDS.values() for name, (_, option) in rows.items()}
 DEFAULTS: dict[type, dict[str, Any]] = {
     keywords: {name: option.default for name, (_, option) in rows.items()}
     for keywords, rows in _KEYWORDS.items()
@@ -377,185 +373,3 @@ def _with_options(text: str, rows: dict[str, tuple[Any, Option]]) -> str:
         for name, (_, option) in rows.items()
     )
     return "\n".join([*lines[:at], *entries, *lines[at + 1 :]])
-
-
-# ---- from keywords to checked options ------------------------------------------------------------
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def _remembered(resolve: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Checks keywords once for all the calls that repeat them. Errors are not remembered."""
-    # Typed: True, 1 and 1.0 are equal as keys, but 1 is an error where a bool is expected.
-    remember = cast(Callable[Parameters, Result], lru_cache(typed=True)(resolve))
-
-    @wraps(resolve)
-    def call(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
-        if not torch.compiler.is_compiling():  # Dynamo cannot trace the cache
-            try:
-                return remember(*args, **keywords)
-            except TypeError:  # a value that cannot be a key, or an error that is raised again
-                pass
-        return resolve(*args, **keywords)
-
-    return call
-
-
-def _completed(keywords: type, given: dict[str, Any]) -> dict[str, Any]:
-    """What was given, and the defaults of the rest."""
-    defaults = DEFAULTS[keywords]
-    for name in given:
-        if name not in defaults:
-            raise TypeError(
-                f"unexpected keyword argument {name!r}: expected one of {', '.join(defaults)}"
-            )
-    return {**defaults, **given}
-
-
-class TokenCall(NamedTuple):
-    """The options of a function that returns token log-probabilities."""
-
-    tokens: TokenOptions
-    inplace_backward: bool = False
-    logits_budget_bytes: int | None = None
-    num_valid_tokens: int | None = None
-
-    def with_count(self, num_valid_tokens: object) -> TokenCall:
-        """With ``num_valid_tokens`` checked. It varies by batch, so it is not remembered."""
-        count = _check_optional_count("num_valid_tokens", num_valid_tokens)
-        return self._replace(num_valid_tokens=count)
-
-
-class LossCall(NamedTuple):
-    """The options of a function that returns a loss."""
-
-    loss: LossOptions
-    tokens: TokenOptions
-    inplace_backward: bool
-    logits_budget_bytes: int | None
-    report: tuple[ReportName, ...]
-
-
-def _checked(names: Collection[str], values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _OPTIONS[name].check(name, values[name]) for name in names}
-
-
-@_remembered
-def resolve_token_options(keywords: type, **given: Any) -> TokenCall:
-    """Checks the options of a function that takes :class:`TokenKeywords`, and possibly more."""
-    values = _completed(keywords, given)
-    checked = {name: _OPTIONS[name].check(name, value) for name, value in values.items()}
-    return TokenCall(
-        TokenOptions(**{name: checked[name] for name in TokenOptions._fields}),
-        checked.get("inplace_backward", False),
-        checked.get("logits_budget_bytes"),
-        checked.get("num_valid_tokens"),
-    )
-
-
-@_remembered
-def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
-    """Checks the options of a loss, one by one and together. ``normalizer`` comes after this."""
-    values = _completed(keywords, given)
-    if values["gamma"] is not None and values["gamma_beta_ratio"] is not None:
-        raise ValueError(
-            "gamma, gamma_beta_ratio: expected at most one of the two, "
-            f"got gamma={values['gamma']} and gamma_beta_ratio={values['gamma_beta_ratio']}"
-        )
-    semantics = with_preset(values["preset"], **{name: values[name] for name in Semantics._fields})
-    has_sft_reduction = values["sft_reduction"] is not None
-    values.update(semantics._asdict())
-    beta = _OPTIONS["beta"].check("beta", semantics.beta)
-    values["gamma_beta_ratio"] = _margin_over_beta(semantics, beta)
-    loss = LossOptions(**_checked(LossOptions._fields, values))
-    if loss.loss_type != "sigmoid" and loss.label_smoothing > 0.0:
-        raise ValueError(
-            f"label_smoothing: expected 0 with loss_type={loss.loss_type!r}, got "
-            f"{loss.label_smoothing}"
-        )
-    if loss.sft_weight == 0.0 and not has_sft_reduction:
-        loss = loss._replace(sft_reduction="sequence")  # a preset's "token" has nothing to reduce
-    if loss.sft_reduction == "token" and loss.reduction == "none":
-        raise ValueError(
-            "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
-            "batch's tokens belongs to no pair, got 'token'"
-        )
-    values = {**_LOGITS_DEFAULTS, **values}
-    report = _OPTIONS["report"].check("report", values["report"])
-    is_linear = "logits_budget_bytes" in DEFAULTS[keywords]
-    if is_linear and values["softcap"] is not None:
-        check_no_mean_of_hidden(report, values["softcap"])
-    budget = values.get("logits_budget_bytes")
-    return LossCall(
-        loss=loss,
-        tokens=TokenOptions(**_checked(TokenOptions._fields, values)),
-        inplace_backward=check_bool("inplace_backward", values["inplace_backward"]),
-        logits_budget_bytes=_check_optional_count("logits_budget_bytes", budget),
-        report=report,
-    )
-
-
-# For the options of simpo_loss that simpo_loss_from_token_logps does not have.
-_LOGITS_DEFAULTS = DEFAULTS[LossKeywords]
-
-
-def check_no_mean_of_hidden(report: tuple[str, ...], softcap: float) -> None:
-    """Hidden states give "logits_all" by their mean, which a softcap does not allow."""
-    if "logits_all" in report:
-        raise ValueError(
-            "report: expected no 'logits_all' with a softcap, under which the mean of logits does "
-            f"not follow from that of hidden states, got softcap={softcap}"
-        )
-
-
-def _margin_over_beta(semantics: Semantics, beta: float) -> float:
-    """``gamma_beta_ratio``, whichever of the two was given or is the preset's."""
-    if semantics.gamma_beta_ratio is not None:
-        return check_number("gamma_beta_ratio", semantics.gamma_beta_ratio)
-    assert semantics.gamma is not None
-    ratio = check_number("gamma", semantics.gamma) / beta
-    if abs(ratio) > sys.float_info.max:
-        raise ValueError(
-            f"gamma: expected gamma / beta to be finite, got {semantics.gamma} / {beta}"
-        )
-    return ratio
-
-
-def resolve_normalizer(
-    normalizer: Normalizer, options: LossOptions
-) -> tuple[Number, Number] | None:
-    """The denominators of the mean preference loss and of the mean SFT term; None: count them."""
-    if normalizer is None:
-        return None
-    by_token = options.sft_reduction == "token"
-    if options.reduction != "mean":
-        raise ValueError(
-            f"normalizer: expected None with reduction={options.reduction!r}, which divides by "
-            f"nothing, got {normalizer}"
-        )
-    if isinstance(normalizer, tuple):
-        if len(normalizer) != 2:
-            raise ValueError(f"normalizer: expected (pairs, tokens), got {len(normalizer)} numbers")
-        pairs = _check_denominator("normalizer[0]", normalizer[0])
-        tokens = _check_denominator("normalizer[1]", normalizer[1])
-        return pairs, tokens if by_token else pairs
-    pairs = _check_denominator("normalizer", normalizer)
-    if by_token:
-        raise ValueError(
-            "normalizer: expected (pairs, tokens) with sft_reduction='token', whose denominator is "
-            f"a number of tokens, got {normalizer}"
-        )
-    return pairs, pairs
-
-
-def _check_denominator(name: str, value: Number) -> Number:
-    if isinstance(value, Tensor) and value.dim() == 0:
-        if value.dtype in (torch.bfloat16, torch.float16):
-            raise TypeError(
-                f"{name}: expected a dtype that holds counts, such as float32, got {value.dtype}; "
-                "FSDP2 casts what goes through forward, unless its MixedPrecisionPolicy has "
-                "cast_forward_inputs=False"
-            )
-        return value  # The host does not read it: it would have to wait for the GPU.
-    return check_number(name, value, above=0.0)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .._calls import resolve_token_options
 from .._inputs.batch import linear_batch, logits_batch
 from .._inputs.checks import is_dtensor
 from .._ops.sequences import sequence_targets
 from .._ops.vocab import linear_token_logps_of_shards, token_logps_of_shards
-from ..options import LinearKeywords, LogitsKeywords, resolve_token_options, takes
+from ..options import LinearKeywords, LogitsKeywords, takes
 from .dtensor import VocabLayout, replicated
 from .shard import VocabShard
 

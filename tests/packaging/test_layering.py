@@ -137,6 +137,7 @@ LEVELS = (
     "_metrics",
     "presets",
     "options",
+    "_calls",
     "distributed",
     "linear",
     "functional",

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..._calls import resolve_token_options
 from ..._inputs.batch import linear_batch
 from ..._inputs.checks import is_dtensor
 from ..._metrics.report import ReportName, valid_tokens
 from ...linear import score_tokens
-from ...options import LinearKeywords, resolve_token_options
+from ...options import LinearKeywords
 from .lazy_logits import LazyLogits, Transform
 
 __all__ = ["CannotFuseError", "FusedHead", "FusedOutput", "find_head"]

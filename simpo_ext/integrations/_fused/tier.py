@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._calls import resolve_token_options
 from ..._inputs.checks import check_bool, check_choice
 from ..._ops.records import ENUMS
-from ...options import LinearKeywords, resolve_token_options
+from ...options import LinearKeywords
 from .causal_lm import CannotFuseError, FusedHead, FusedOutput, find_head
 
 __all__ = ["FusedTier", "check_options"]

@@ -1,0 +1,196 @@
+"""From the keywords of a public function to the checked options of a call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from ._inputs.checks import check_bool, check_number
+from ._metrics.report import ReportName
+from ._ops.records import LossOptions, TokenOptions
+from .options import DEFAULTS, OPTIONS, LossKeywords, Normalizer, Number, check_optional_count
+from .presets import Semantics, with_preset
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _remembered(resolve: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Checks keywords once for all the calls that repeat them. Errors are not remembered."""
+    # Typed: True, 1 and 1.0 are equal as keys, but 1 is an error where a bool is expected.
+    remember = cast(Callable[Parameters, Result], lru_cache(typed=True)(resolve))
+
+    @wraps(resolve)
+    def call(*args: Parameters.args, **keywords: Parameters.kwargs) -> Result:
+        if not torch.compiler.is_compiling():  # Dynamo cannot trace the cache
+            try:
+                return remember(*args, **keywords)
+            except TypeError:  # a value that cannot be a key, or an error that is raised again
+                pass
+        return resolve(*args, **keywords)
+
+    return call
+
+
+def _completed(keywords: type, given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, and the defaults of the rest."""
+    defaults = DEFAULTS[keywords]
+    for name in given:
+        if name not in defaults:
+            raise TypeError(
+                f"unexpected keyword argument {name!r}: expected one of {', '.join(defaults)}"
+            )
+    return {**defaults, **given}
+
+
+class TokenCall(NamedTuple):
+    """The options of a function that returns token log-probabilities."""
+
+    tokens: TokenOptions
+    inplace_backward: bool = False
+    logits_budget_bytes: int | None = None
+    num_valid_tokens: int | None = None
+
+    def with_count(self, num_valid_tokens: object) -> TokenCall:
+        """With ``num_valid_tokens`` checked. It varies by batch, so it is not remembered."""
+        count = check_optional_count("num_valid_tokens", num_valid_tokens)
+        return self._replace(num_valid_tokens=count)
+
+
+class LossCall(NamedTuple):
+    """The options of a function that returns a loss."""
+
+    loss: LossOptions
+    tokens: TokenOptions
+    inplace_backward: bool
+    logits_budget_bytes: int | None
+    report: tuple[ReportName, ...]
+
+
+def _checked(names: Collection[str], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: OPTIONS[name].check(name, values[name]) for name in names}
+
+
+@_remembered
+def resolve_token_options(keywords: type, **given: Any) -> TokenCall:
+    """Checks the options of a function that takes :class:`TokenKeywords`, and possibly more."""
+    values = _completed(keywords, given)
+    checked = {name: OPTIONS[name].check(name, value) for name, value in values.items()}
+    return TokenCall(
+        TokenOptions(**{name: checked[name] for name in TokenOptions._fields}),
+        checked.get("inplace_backward", False),
+        checked.get("logits_budget_bytes"),
+        checked.get("num_valid_tokens"),
+    )
+
+
+@_remembered
+def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
+    """Checks the options of a loss, one by one and together. ``normalizer`` comes after this."""
+    values = _completed(keywords, given)
+    if values["gamma"] is not None and values["gamma_beta_ratio"] is not None:
+        raise ValueError(
+            "gamma, gamma_beta_ratio: expected at most one of the two, "
+            f"got gamma={values['gamma']} and gamma_beta_ratio={values['gamma_beta_ratio']}"
+        )
+    semantics = with_preset(values["preset"], **{name: values[name] for name in Semantics._fields})
+    has_sft_reduction = values["sft_reduction"] is not None
+    values.update(semantics._asdict())
+    beta = OPTIONS["beta"].check("beta", semantics.beta)
+    values["gamma_beta_ratio"] = _margin_over_beta(semantics, beta)
+    loss = LossOptions(**_checked(LossOptions._fields, values))
+    if loss.loss_type != "sigmoid" and loss.label_smoothing > 0.0:
+        raise ValueError(
+            f"label_smoothing: expected 0 with loss_type={loss.loss_type!r}, got "
+            f"{loss.label_smoothing}"
+        )
+    if loss.sft_weight == 0.0 and not has_sft_reduction:
+        loss = loss._replace(sft_reduction="sequence")  # a preset's "token" has nothing to reduce
+    if loss.sft_reduction == "token" and loss.reduction == "none":
+        raise ValueError(
+            "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
+            "batch's tokens belongs to no pair, got 'token'"
+        )
+    values = {**_LOGITS_DEFAULTS, **values}
+    report = OPTIONS["report"].check("report", values["report"])
+    is_linear = "logits_budget_bytes" in DEFAULTS[keywords]
+    if is_linear and values["softcap"] is not None:
+        check_no_mean_of_hidden(report, values["softcap"])
+    budget = values.get("logits_budget_bytes")
+    return LossCall(
+        loss=loss,
+        tokens=TokenOptions(**_checked(TokenOptions._fields, values)),
+        inplace_backward=check_bool("inplace_backward", values["inplace_backward"]),
+        logits_budget_bytes=check_optional_count("logits_budget_bytes", budget),
+        report=report,
+    )
+
+
+# For the options of simpo_loss that simpo_loss_from_token_logps does not have.
+_LOGITS_DEFAULTS = DEFAULTS[LossKeywords]
+
+
+def check_no_mean_of_hidden(report: tuple[str, ...], softcap: float) -> None:
+    """Hidden states give "logits_all" by their mean, which a softcap does not allow."""
+    if "logits_all" in report:
+        raise ValueError(
+            "report: expected no 'logits_all' with a softcap, under which the mean of logits does "
+            f"not follow from that of hidden states, got softcap={softcap}"
+        )
+
+
+def _margin_over_beta(semantics: Semantics, beta: float) -> float:
+    """``gamma_beta_ratio``, whichever of the two was given or is the preset's."""
+    if semantics.gamma_beta_ratio is not None:
+        return check_number("gamma_beta_ratio", semantics.gamma_beta_ratio)
+    assert semantics.gamma is not None
+    ratio = check_number("gamma", semantics.gamma) / beta
+    if abs(ratio) > sys.float_info.max:
+        raise ValueError(
+            f"gamma: expected gamma / beta to be finite, got {semantics.gamma} / {beta}"
+        )
+    return ratio
+
+
+def resolve_normalizer(
+    normalizer: Normalizer, options: LossOptions
+) -> tuple[Number, Number] | None:
+    """The denominators of the mean preference loss and of the mean SFT term; None: count them."""
+    if normalizer is None:
+        return None
+    by_token = options.sft_reduction == "token"
+    if options.reduction != "mean":
+        raise ValueError(
+            f"normalizer: expected None with reduction={options.reduction!r}, which divides by "
+            f"nothing, got {normalizer}"
+        )
+    if isinstance(normalizer, tuple):
+        if len(normalizer) != 2:
+            raise ValueError(f"normalizer: expected (pairs, tokens), got {len(normalizer)} numbers")
+        pairs = _check_denominator("normalizer[0]", normalizer[0])
+        tokens = _check_denominator("normalizer[1]", normalizer[1])
+        return pairs, tokens if by_token else pairs
+    pairs = _check_denominator("normalizer", normalizer)
+    if by_token:
+        raise ValueError(
+            "normalizer: expected (pairs, tokens) with sft_reduction='token', whose denominator is "
+            f"a number of tokens, got {normalizer}"
+        )
+    return pairs, pairs
+
+
+def _check_denominator(name: str, value: Number) -> Number:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        if value.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"{name}: expected a dtype that holds counts, such as float32, got {value.dtype}; "
+                "FSDP2 casts what goes through forward, unless its MixedPrecisionPolicy has "
+                "cast_forward_inputs=False"
+            )
+        return value  # The host does not read it: it would have to wait for the GPU.
+    return check_number(name, value, above=0.0)
