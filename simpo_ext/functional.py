@@ -61,35 +61,34 @@ def token_logps(
 
     z is ``logit_scale * logits``, or ``softcap * tanh(logit_scale * logits / softcap)``.
 
-    Nothing of size [B, T, V] is allocated but the gradient. Masked positions are never read. A
-    valid position whose z hold NaN or +inf, or are all -inf, has a NaN result.
+    The gradient is the only allocation of size [B, T, V]. Masked positions are never read. The
+    result of a valid position is NaN if its z contain NaN or +inf, or are all -inf.
 
     Args:
-        logits: [B, T, V] float64, float32, bfloat16 or float16; any strides, though a vocabulary
-            that is not contiguous is copied.
+        logits: [B, T, V] float64, float32, bfloat16 or float16. Any strides; logits whose
+            vocabulary is not contiguous are copied.
         labels: [B, T] of an integer dtype, each ``ignore_index`` or in [0, V).
         cu_seqlens: [S + 1] int64 or int32, not decreasing: sequences packed into one row. Then
-            logits are [N, V] and labels [N], or [1, N, V] and [1, N], and sequence s is the
-            positions ``cu_seqlens[s]`` up to ``cu_seqlens[s + 1]``. No label is taken across the
-            end of a sequence, and what lies before the first and after the last is masked. May
-            lie on the CPU beside logits on a GPU.
+            logits are [N, V] and labels [N], or [1, N, V] and [1, N]. Sequence s has the positions
+            from ``cu_seqlens[s]`` up to ``cu_seqlens[s + 1]``. No label is taken across the end of
+            a sequence. Positions before the first sequence and after the last are masked. It may be
+            on the CPU while the logits are on a GPU.
         **options: See :class:`simpo_ext.options.LogitsKeywords`.
 
     Returns:
-        [B, T], or the shape of packed labels, float32 (float64 for float64 logits), at the position
-        of the logits; 0 where masked.
+        [B, T], or the shape of packed labels, float32 (float64 for float64 logits). The entry at t
+        belongs to the logits at t; it is 0 where masked.
 
     Raises:
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
-        ValueError: A shape, a device or a number does not fit, ``cu_seqlens`` on the CPU decrease
-            or leave [0, N], or ``inplace_backward`` was asked of logits that cannot be overwritten.
-            On a GPU, which is not waited for, such a sequence is masked.
-        IndexError: A label of CPU tensors is neither ``ignore_index`` nor in [0, V). On a GPU such
-            a label makes its position's log-probability and gradient NaN instead. Under
-            ``torch.compile`` errors of values may come as a RuntimeError.
+        ValueError: A shape, a device or a number does not fit; ``cu_seqlens`` on the CPU decrease
+            or leave [0, N]; or ``inplace_backward`` is True for logits that cannot be overwritten.
+            The host does not wait for a GPU: there, such a sequence is masked.
+        IndexError: A label of CPU tensors is neither ``ignore_index`` nor in [0, V). On a GPU, such
+            a label makes the log-probability and the gradient of its position NaN. Under
+            ``torch.compile``, errors of values may come as a RuntimeError.
         NotImplementedError: ``logits`` carry a tangent of forward-mode differentiation.
-        RuntimeError: There are no kernels for the device; or, of the backward, its gradient was
-            differentiated once more.
+        RuntimeError: There are no kernels for the device, or the gradient is differentiated again.
     """
     call = resolve_token_options(LogitsKeywords, **options)
     batch = logits_batch(logits, labels, cu_seqlens, call.inplace_backward)
@@ -108,23 +107,23 @@ def sequence_logps(
     average_log_prob: bool = True,
     **options: Unpack[LogitsKeywords],
 ) -> Tensor:  # [B], or [S]
-    """Log-probability of each sequence: the mean of its valid tokens', or their sum.
+    """Log-probability of each sequence: the mean over its valid tokens, or their sum.
 
     Args:
-        logits: [B, T, V], as for :func:`token_logps`, as are all arguments not listed here.
+        logits: [B, T, V]; see :func:`token_logps`.
         labels: [B, T].
         cu_seqlens: See :func:`token_logps`.
-        average_log_prob: True: the mean over valid tokens, which is SimPO's; False: the sum.
+        average_log_prob: True (default): the mean over valid tokens, as in SimPO. False: the sum.
         **options: See :class:`simpo_ext.options.LogitsKeywords`.
 
     Returns:
-        [B], or [S], float32 (float64 for float64 logits). NaN for a sequence without a valid token:
-        not 0, which would be the highest log-probability there is.
+        [B], or [S], float32 (float64 for float64 logits). NaN for a sequence without a valid token,
+        since 0 would be the highest possible log-probability.
 
     Raises:
-        TypeError: As :func:`token_logps`.
-        ValueError: As :func:`token_logps`.
-        IndexError: As :func:`token_logps`.
+        TypeError: See :func:`token_logps`.
+        ValueError: See :func:`token_logps`.
+        IndexError: See :func:`token_logps`.
     """
     average_log_prob = check_bool("average_log_prob", average_log_prob)
     call = resolve_token_options(LogitsKeywords, **options)
@@ -150,7 +149,7 @@ def simpo_loss_from_logps(
 ) -> tuple[Tensor, Tensor, Tensor]:  # [P], [P], [P]
     """The preference loss of each pair, from sequence log-probabilities.
 
-    See :func:`simpo_loss` for the formula; it is the same kernel. Signature and result are those of
+    :func:`simpo_loss` has the formula and uses the same kernel. Signature and result are those of
     ``simpo_loss`` in Princeton's SimPOTrainer.
 
     Args:
@@ -165,8 +164,8 @@ def simpo_loss_from_logps(
         alpha: See :func:`simpo_loss`.
 
     Returns:
-        losses [P], chosen_rewards [P] and rejected_rewards [P] (both beta * r, detached); float32,
-        or float64 if either input is.
+        losses [P], chosen_rewards [P] and rejected_rewards [P]; the rewards are beta * r, detached.
+        float32, or float64 if an input is float64.
 
     Raises:
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
@@ -214,7 +213,7 @@ def simpo_loss(
 ) -> SimPOOutput:
     r"""SimPO's loss from the logits of chosen and rejected completions.
 
-    With l the mean (or sum) log-probability of a completion's valid tokens, of each pair
+    Let l be the mean (or sum) log-probability of a completion's valid tokens. For each pair
 
         r = l, or, with an alpha, (1 - exp(l)^-alpha) / alpha
         z = (r_chosen - r_rejected) - gamma_beta_ratio
@@ -234,11 +233,11 @@ def simpo_loss(
         cu_seqlens: [S + 1], for packed logits [N, V] and labels [N]: see :func:`token_logps`.
             Chosen sequences come first, unless ``pairs`` are given.
         pairs: [P, 2] of an integer dtype: the chosen and the rejected sequence of each pair, as
-            indices of rows or of packed sequences. A sequence may be in several pairs, which each
-            count it, or in none. May lie on the CPU beside logits on a GPU.
-        pair_weight: [P] real constants. A factor on a pair's loss and SFT term, not on what they
-            are divided by: ``normalizer=pair_weight.sum()`` makes it a weighted mean. A weight of
-            0 leaves a pair's loss out, be it NaN.
+            indices of rows or of packed sequences. A sequence may be in no pair or in several, and
+            each of them counts it. It may be on the CPU while the logits are on a GPU.
+        pair_weight: [P] real constants. A factor on a pair's loss and SFT term. It does not change
+            the denominator; ``normalizer=pair_weight.sum()`` gives a weighted mean. A pair with
+            weight 0 is left out, even if its loss is NaN.
         **options: See :class:`simpo_ext.options.LossKeywords`.
 
     Returns:
@@ -248,10 +247,10 @@ def simpo_loss(
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
         ValueError: A shape, a device, a number or a combination does not fit, or ``cu_seqlens`` on
             the CPU decrease or leave [0, N].
-        IndexError: Of CPU tensors, a label is neither ``ignore_index`` nor in [0, V), or one of
-            ``pairs`` is of a sequence that is not there. On a GPU, which is not waited for, what is
-            wrong with values makes NaN instead: of a position, a sequence or a pair. Under
-            ``torch.compile`` errors of values may come as a RuntimeError.
+        IndexError: In CPU tensors, a label is neither ``ignore_index`` nor in [0, V), or one of
+            ``pairs`` names a sequence that does not exist. The host does not wait for a GPU: there,
+            a wrong value makes its position, sequence or pair NaN. Under ``torch.compile``, errors
+            of values may come as a RuntimeError.
     """
     normalizer = options.pop("normalizer", None)
     call = resolve_loss_options(LossKeywords, **options)
@@ -288,16 +287,18 @@ def simpo_loss_from_token_logps(
     pair_weight: Tensor | None = None,  # [P]
     **options: Unpack[PreferenceKeywords],
 ) -> SimPOOutput:
-    """SimPO's loss from token log-probabilities, wherever they come from.
+    """SimPO's loss from token log-probabilities of any origin.
 
-    :func:`simpo_loss` after its first step, :func:`token_logps`, for log-probabilities that a
-    vocabulary-parallel lm_head or a kernel of one's own computes.
+    This is the part of :func:`simpo_loss` that follows :func:`token_logps`. Use it if a
+    vocabulary-parallel lm_head or your own kernel computes the log-probabilities.
 
     Args:
-        token_logps: [2P, T], or packed [N] or [1, N], float32 or float64; not read where masked.
-        labels: As of ``token_logps``: what says where that is. Their values are not looked at
-            otherwise.
-        cu_seqlens: See :func:`simpo_loss`, as for all arguments not listed here.
+        token_logps: [2P, T], or packed [N] or [1, N], float32 or float64. Masked positions are not
+            read. With ``shift``, the entry at t belongs to ``labels[:, t + 1]``, as
+            :func:`token_logps` returns it.
+        labels: The same shape as ``token_logps``. They say which positions are masked; their other
+            values are not read.
+        cu_seqlens: See :func:`simpo_loss`.
         pairs: See :func:`simpo_loss`.
         pair_weight: See :func:`simpo_loss`.
         **options: See :class:`simpo_ext.options.PreferenceKeywords`.
@@ -306,9 +307,9 @@ def simpo_loss_from_token_logps(
         A :class:`SimPOOutput`.
 
     Raises:
-        TypeError: As :func:`simpo_loss`.
-        ValueError: As :func:`simpo_loss`.
-        IndexError: As :func:`simpo_loss`, but for labels.
+        TypeError: See :func:`simpo_loss`.
+        ValueError: See :func:`simpo_loss`.
+        IndexError: See :func:`simpo_loss`; labels are not checked.
     """
     normalizer = options.pop("normalizer", None)
     loss_options = resolve_loss_options(PreferenceKeywords, **options).loss
@@ -332,25 +333,26 @@ def count_pairs(
     ignore_index: int = -100,
     shift: bool = True,
 ) -> PairCounts:
-    """What :func:`simpo_loss` divides by: the number of counted pairs, and of their chosen tokens.
+    """The denominators of :func:`simpo_loss`: counted pairs, and their chosen tokens.
 
-    Of several micro-batches or ranks, :func:`simpo_ext.distributed.global_normalizer` adds them up.
+    :func:`simpo_ext.distributed.global_normalizer` adds up those of micro-batches and ranks.
 
     Args:
-        labels: [2P, T], or packed [N] or [1, N]; their values are not checked.
+        labels: [2P, T], or packed [N] or [1, N]. Their values are not checked.
         cu_seqlens: See :func:`simpo_loss`.
         pairs: See :func:`simpo_loss`.
-        empty: ``"drop"``: a pair is counted if both completions have a valid token; ``"nan"``: all.
+        empty: ``"drop"``: a pair counts if both completions have a valid token. ``"nan"``: every
+            pair counts.
         ignore_index: See :func:`token_logps`.
         shift: See :func:`token_logps`.
 
     Returns:
-        :class:`PairCounts` of tensors on the device of ``labels``, which is not waited for.
+        :class:`PairCounts` on the device of ``labels``. The host does not wait for the device.
 
     Raises:
-        TypeError: As :func:`simpo_loss`.
-        ValueError: As :func:`simpo_loss`.
-        IndexError: As :func:`simpo_loss`, but for labels.
+        TypeError: See :func:`simpo_loss`.
+        ValueError: See :func:`simpo_loss`.
+        IndexError: See :func:`simpo_loss`; labels are not checked.
     """
     batch = labels_batch(labels, cu_seqlens).paired(pairs, None)
     check_choice("empty", empty, ENUMS["empty"])

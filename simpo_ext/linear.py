@@ -67,38 +67,39 @@ def linear_token_logps(
 ) -> Tensor:  # [B, T]
     """Log-probability of each label, from hidden states and lm_head.
 
-    :func:`token_logps` of ``logits = hidden @ weight.T + bias``, rounded to the dtype of
-    ``hidden``, without ever holding all of them. Masked positions cost nothing: the R valid ones
-    are put together first. The vocabulary is worked on in chunks of at most 4096 columns (8192 on
-    a GPU), of which as many are kept for the backward as the budget allows; the others are computed
-    again there. Without a gradient to come nothing is kept, and nothing else is done for one.
+    The result is that of :func:`token_logps` for ``logits = hidden @ weight.T + bias``, rounded to
+    the dtype of ``hidden``. The logits are never all in memory. Masked positions cost nothing,
+    since the R valid positions are gathered first. The vocabulary is processed in chunks of at most
+    4096 columns (8192 on a GPU). The budget limits how many chunks of logits are kept for the
+    backward; the backward recomputes the others. If no gradient is needed, nothing is kept.
 
-    With logits [R, V] of e bytes, forward and backward cost 6 R V H operations, and 2 R V H more
-    for the part that is not kept. Memory, besides arguments and gradients: the logits that the
-    budget allows, one chunk at least, and three times [R, H] (twice on a GPU), one of them float32.
+    Forward and backward cost 6 R V H operations, and 2 R V H more for logits that are not kept.
+    Besides arguments and gradients, they need memory for the kept logits, at least one chunk, and
+    for three arrays [R, H] (two on a GPU), one of them float32.
 
     Args:
-        hidden: [B, T, H] float64, float32, bfloat16 or float16: the last hidden states, as they go
-            into lm_head. Any strides, though a last dimension that is not contiguous is copied.
-        weight: [V, H] of the dtype of ``hidden``: lm_head's. Any strides.
+        hidden: [B, T, H] float64, float32, bfloat16 or float16: the input of lm_head. Any strides;
+            hidden states whose last dimension is not contiguous are copied.
+        weight: [V, H] of the dtype of ``hidden``: the weight of lm_head. Any strides.
         labels: [B, T] of an integer dtype, each ``ignore_index`` or in [0, V).
         bias: [V] of the dtype of ``hidden``, or None.
         cu_seqlens: [S + 1], for packed hidden states [N, H] or [1, N, H] and labels [N] or [1, N]:
             see :func:`token_logps`.
 
-    Under ``torch.autocast``, ``hidden``, ``weight`` and ``bias`` take its dtype, unless they are
-    float64.
+    Under ``torch.autocast``, ``hidden``, ``weight`` and ``bias`` are cast to its dtype, unless they
+    are float64.
         **options: See :class:`simpo_ext.options.LinearKeywords`.
 
     Returns:
-        [B, T], or the shape of packed labels, float32 (float64 for float64 arguments), at the
-        position of the hidden state; 0 where masked.
+        [B, T], or the shape of packed labels, float32 (float64 for float64 arguments). The entry at
+        t belongs to the hidden state at t; it is 0 where masked.
 
     Raises:
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
-        ValueError: A shape, a device or a number does not fit; on CPUs, there are more valid tokens
-            than ``num_valid_tokens``. On a GPU, log-probabilities of those too many are NaN.
-        IndexError: As :func:`token_logps`, as are all errors not listed here.
+        ValueError: A shape, a device or a number does not fit, or CPU tensors have more valid
+            tokens than ``num_valid_tokens``. On a GPU, the log-probabilities of the excess tokens
+            are NaN.
+        IndexError: See :func:`token_logps`, also for other errors.
     """
     num_valid_tokens = options.pop("num_valid_tokens", None)
     call = resolve_token_options(LinearKeywords, **options).with_count(num_valid_tokens)
@@ -122,19 +123,22 @@ def linear_simpo_loss(
     pair_weight: Tensor | None = None,  # [P]
     **options: Unpack[LinearLossKeywords],
 ) -> SimPOOutput:
-    """SimPO's loss from hidden states and lm_head, without their logits in memory.
+    """SimPO's loss from hidden states and lm_head, without the logits in memory.
 
-    :func:`simpo_loss` of ``logits = hidden @ weight.T + bias``; formulas, options and result are
-    its. How the logits are gone through is :func:`linear_token_logps`'s.
+    Formula, options and result are those of :func:`simpo_loss` for ``logits = hidden @ weight.T +
+    bias``. :func:`linear_token_logps` describes how the logits are processed, and the memory for
+    it.
+
+    ``report`` with ``"logits_all"`` forms no logits of masked positions: the means of ``hidden``
+    and ``weight`` give the result, and are read once more for it. It does not work with a softcap.
 
     Args:
-        hidden: [2P, T, H]; chosen rows first. See :func:`linear_token_logps`, as for all arguments
-            of its.
+        hidden: [2P, T, H]; chosen rows first. See :func:`linear_token_logps`.
         weight: [V, H].
         labels: [2P, T] of an integer dtype; ``ignore_index`` at prompt and padding.
         bias: [V], or None.
         cu_seqlens: See :func:`linear_token_logps`.
-        pairs: See :func:`simpo_loss`, as for all arguments not listed here.
+        pairs: See :func:`simpo_loss`.
         pair_weight: See :func:`simpo_loss`.
         **options: See :class:`simpo_ext.options.LinearLossKeywords`.
 
@@ -142,9 +146,9 @@ def linear_simpo_loss(
         A :class:`SimPOOutput`.
 
     Raises:
-        TypeError: As :func:`linear_token_logps` and :func:`simpo_loss`.
-        ValueError: As these.
-        IndexError: As these.
+        TypeError: See :func:`linear_token_logps` and :func:`simpo_loss`.
+        ValueError: See these.
+        IndexError: See these.
     """
     normalizer = options.pop("normalizer", None)
     num_valid_tokens = options.pop("num_valid_tokens", None)

@@ -73,9 +73,9 @@ def with_preset(
     empty: EmptyPolicy | None = None,
     shift: bool | None = None,
 ) -> Semantics:
-    r"""Fills in what is None: with a trainer's defaults, or with simpo_ext's own.
+    r"""Replaces None by a trainer's defaults, or by those of simpo_ext.
 
-    With l the mean log-probability of a completion's valid tokens, delta = l_chosen - l_rejected,
+    Let l be the mean log-probability of a completion's valid tokens, delta = l_chosen - l_rejected,
     s = label_smoothing and
 
         S(x) = -logsigmoid(x) (1 - s) - logsigmoid(-x) s
@@ -90,8 +90,8 @@ def with_preset(
         "hinge"              mean(relu(1 - beta (delta - gamma_beta_ratio))) + sft_weight nll
         beta 2, gamma_beta_ratio 0.25, label_smoothing 0, sft_weight 0
 
-    ``"trl"``: CPOTrainer (trl/experimental/cpo of trl 1.16), whose ``cpo_alpha`` is ``sft_weight``
-    and whose ``simpo_gamma`` is ``gamma``; ``loss_type`` in its words::
+    ``"trl"``: CPOTrainer (trl/experimental/cpo of trl 1.16). Its ``cpo_alpha`` is ``sft_weight``,
+    its ``simpo_gamma`` is ``gamma``, and ``loss_type`` takes its names::
 
         "simpo" (default)    mean(S(beta delta - gamma)) + sft_weight nll
         "alphapo"            the same with sft_weight 0, for use with ``alpha``
@@ -101,34 +101,35 @@ def with_preset(
         beta 0.1, gamma 0.5, label_smoothing 0, sft_weight 1
 
     where Delta is the difference of the summed, not averaged, log-probabilities. CPOConfig's own
-    default is "sigmoid", which is CPO. An ``alpha`` other than 0 acts on each, as in the trainer.
+    default is "sigmoid", which is CPO. An ``alpha`` other than 0 acts on all of them, as in the
+    trainer.
 
-    ``"liger"``: LigerFusedLinearSimPOLoss (liger_kernel/chunked_loss of liger-kernel 0.8.5), whose
-    ``alpha`` is ``sft_weight``; ``shift`` is False, since the caller aligns the labels::
+    ``"liger"``: LigerFusedLinearSimPOLoss (liger_kernel/chunked_loss of liger-kernel 0.8.5). Its
+    ``alpha`` is ``sft_weight``. ``shift`` is False, since the caller aligns the labels::
 
         "sigmoid"            mean(S(beta delta - gamma)) + sft_weight nll
         beta 0.1, gamma 0.5, label_smoothing 0, sft_weight 1 (0: compute_nll_loss=False)
 
-    ``"llamafactory"``: ``pref_loss: simpo`` of LLaMA-Factory
-    (src/llamafactory/train/dpo/trainer.py of github.com/hiyouga/LLaMA-Factory), whose ``pref_beta``
-    is ``beta``, ``simpo_gamma`` is ``gamma`` and ``pref_ftx`` is ``sft_weight``. What it calls
-    "sigmoid" itself is DPO, with a reference model::
+    ``"llamafactory"``: ``pref_loss: simpo`` of LLaMA-Factory (src/llamafactory/train/dpo/trainer.py
+    of github.com/hiyouga/LLaMA-Factory). Its ``pref_beta`` is ``beta``, its ``simpo_gamma`` is
+    ``gamma``, and its ``pref_ftx`` is ``sft_weight``. Its own "sigmoid" is DPO with a reference
+    model::
 
         "simpo" or "sigmoid"  mean(S(beta delta - gamma) - sft_weight l_chosen), with s = 0
         beta 0.1, gamma 0.5, sft_weight 0
 
-    A completion without a valid token makes the loss of each NaN, as 0 / 0 does in the trainer.
-    Of TRL's sums that is not so: they take such a completion's log-probability for 0, the highest
-    there is, where the loss here is NaN all the same.
+    With each preset, a completion without a valid token makes the loss NaN, as 0 / 0 does in the
+    trainer. TRL's sums differ: the trainer takes the log-probability of such a completion to be 0,
+    the highest possible. Here, the loss is NaN in this case, too.
 
     Args:
         preset: One of these; None: ``loss_type`` "sigmoid", "hinge" or "ipo", ``beta`` 2,
             ``gamma_beta_ratio`` 0.5 (0 for "ipo"), no label smoothing and no SFT term
             (``sft_reduction`` "sequence"), averages, ``empty`` "drop" and ``shift`` True.
-        loss_type: As the trainer calls it; the result's is simpo_ext's.
-        beta: This and the rest as of :func:`simpo_ext.functional.simpo_loss`; what is given wins.
-        gamma_beta_ratio: Given, it takes the place of the preset's margin.
-        gamma: The same.
+        loss_type: The trainer's name for it. The result has simpo_ext's name.
+        beta: See :func:`simpo_ext.functional.simpo_loss`. A keyword that is given wins.
+        gamma_beta_ratio: If given, it replaces the preset's margin.
+        gamma: If given, it replaces the preset's margin.
         label_smoothing: See :func:`simpo_ext.functional.simpo_loss`.
         sft_weight: See :func:`simpo_ext.functional.simpo_loss`.
         sft_reduction: See :func:`simpo_ext.functional.simpo_loss`.
@@ -137,8 +138,8 @@ def with_preset(
         shift: See :func:`simpo_ext.functional.simpo_loss`.
 
     Returns:
-        The keywords, of which ``gamma_beta_ratio`` or ``gamma`` alone may be None. Those given are
-        not checked, but for ``preset`` and ``loss_type``.
+        The keywords. One of ``gamma_beta_ratio`` and ``gamma`` is None. Only ``preset`` and
+        ``loss_type`` are checked.
 
     Raises:
         TypeError: ``preset`` or ``loss_type`` is not a string.

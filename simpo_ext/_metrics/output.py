@@ -1,4 +1,4 @@
-"""What the losses return, and how it comes from the outputs of the preference_loss op."""
+"""What the losses return, made from the outputs of the preference_loss op."""
 
 from __future__ import annotations
 
@@ -37,29 +37,30 @@ class SimPOOutput(NamedTuple):
     """[9], or more with a ``report``, float64, detached: what :meth:`metrics` reads."""
 
     def metrics(self) -> dict[str, float]:
-        """The training metrics as floats, for one device-to-host copy.
+        """The training metrics as floats. This makes one copy from the device to the host.
 
-        Over the counted pairs of this batch: ``rewards/chosen``, ``rewards/rejected`` (means of
-        beta * logps), ``rewards/accuracies`` (share with chosen > rejected, strictly),
-        ``rewards/margins`` (mean difference, gamma left out), ``logps/chosen``, ``logps/rejected``
-        (means), ``num_pairs``, ``dropped_pairs`` and ``num_tokens`` (scored tokens of both sides).
-        The means are NaN where no pair was counted. Then those that ``report`` asked for.
+        They cover the counted pairs of this batch: ``rewards/chosen`` and ``rewards/rejected``
+        (means of beta * logps), ``rewards/accuracies`` (the share with chosen > rejected),
+        ``rewards/margins`` (mean difference, without gamma), ``logps/chosen`` and
+        ``logps/rejected`` (means), ``num_pairs``, ``dropped_pairs`` and ``num_tokens`` (scored
+        tokens of both sides). Means are NaN if no pair was counted. The metrics that ``report``
+        names follow.
         """
         values = self.metrics_values.tolist()
         return dict(zip(metric_names(values), values, strict=False))
 
 
 class Report(NamedTuple):
-    """What was asked for besides the loss, and of which tokens."""
+    """The metrics to add to those of the loss, and the tokens that they are about."""
 
     names: tuple[str, ...]
     labels: Tensor  # [B, T]
     layout: Layout
-    # [B, T]: the mean logit of every position, where that is not the forward's mean_logit.
+    # [B, T]: the mean logit of every position, if the forward's mean_logit does not have it.
     all_mean_logits: Tensor | None = None
 
     def values(self, out: LossOutputs, options: LossOptions) -> Tensor:
-        """What ``names`` add to the metrics."""
+        """The values of ``names``, and which names these are."""
         of_all = out.mean_logit if self.all_mean_logits is None else self.all_mean_logits
         values = {"logits": out.mean_logit, "logits_all": of_all, "entropy": out.entropy}
         means = report_values(
@@ -81,11 +82,11 @@ def compose_output(
     loss: Callable[[LossOptions], LossOutputs],
     report: Report | None = None,
 ) -> SimPOOutput:
-    """SimPOOutput of a loss; ``denominators``, if given, take the place of those it would count."""
+    """The SimPOOutput of a loss. ``denominators`` replace those that the loss counts itself."""
     if denominators is None:
         out = loss(options)
     else:
-        # Outside the op, whose floats are constants to torch.compile, while these vary by step.
+        # Outside the op: torch.compile takes an op's floats for constants, and these vary by step.
         out = loss(options._replace(reduction="sum", sft_weight=0.0))
         total = (out.loss / denominators[0]).to(out.loss.dtype)
         sft_loss = (out.sft_loss / denominators[1]).to(out.loss.dtype)

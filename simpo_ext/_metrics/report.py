@@ -1,8 +1,8 @@
 """Metrics on request: from values of tokens to means over the chosen and the rejected side.
 
-The values are mean logits and entropies as the forward reports them, [B, T], or [N] where sequences
-are packed. First they are added up by sequence, then sequences by side. Nothing here waits for a
-device.
+The values are mean logits and entropies as the forward reports them, [B, T], or [N] for packed
+sequences. They are added up by sequence, and sequences are added up by side. The host does not wait
+for a device.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ ReportName = Literal["logits", "logits_all", "entropy"]
 REPORTS: tuple[ReportName, ...] = get_args(ReportName)
 SIDES = ("chosen", "rejected")
 
-# Elements that a reduction in another dtype may copy at once: on a CPU, what stays in its caches.
+# Elements that a reduction in another dtype may copy at once. On a CPU they stay in its caches.
 _CHUNK_ELEMENTS = 1 << 20
 _CHUNK_ELEMENTS_OF_GPUS = 1 << 24
 
 
 def check_report(argument: str, report: object) -> tuple[ReportName, ...]:
-    """The names asked for, each once, in the order of :data:`REPORTS`."""
+    """The option ``report``: its names, each once, in the order of :data:`REPORTS`."""
     expected = ", ".join(repr(name) for name in REPORTS)
-    # A string is a collection, too: of its letters.
+    # A string is a collection of its letters.
     if isinstance(report, str) or not isinstance(report, Collection):
         raise TypeError(
             f"{argument}: expected a sequence of names out of {expected}, got "
@@ -46,14 +46,15 @@ def check_report(argument: str, report: object) -> tuple[ReportName, ...]:
 
 
 def asked_for(report: tuple[str, ...], like: Tensor) -> Tensor:  # [3]
-    """Which of :data:`REPORTS` a report has, for :func:`metric_names`: 1 or 0."""
-    return torch.cat([like.new_full((1,), float(name in report)) for name in REPORTS])
+    """For :func:`metric_names`: 1 for each of :data:`REPORTS` that a report has, and 0 for
+    others.""" return torch.cat([like.new_full((1,), float(name in report)) for name in REPORTS])
 
 
 def metric_names(values: Sequence[float]) -> tuple[str, ...]:
-    """Of the metrics [9], those that a report adds, and its :func:`asked_for` [3] if there is one.
+    """The names of metric values, in their order.
 
-    The names of all but the last, in their order.
+    The values are the metrics [9] and, with a report, those that it adds and its
+    :func:`asked_for` [3], which has no names.
     """
     if len(values) == len(METRIC_NAMES):
         return METRIC_NAMES
@@ -73,8 +74,8 @@ def mean_logits(
 ) -> Tensor:  # [...]
     """Mean over the vocabulary of ``logit_scale * (hidden @ weight.T + bias)``, without logits.
 
-    It is linear, so that the weight's mean is all that is needed of it. float32, or float64 for
-    float64 arguments.
+    The mean is linear, so the mean row of the weight suffices. float32, or float64 for float64
+    arguments.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     hidden, weight = hidden.detach(), weight.detach()
@@ -91,13 +92,13 @@ def row_means(logits: Tensor) -> Tensor:  # [B, ...] -> [B]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if logits.dtype == dtype or logits.is_cuda or logits.numel() == 0:
         return logits.flatten(1).mean(1, dtype=dtype) if logits.dim() > 1 else logits.to(dtype)
-    # A row at a time: on a CPU, a mean in another dtype is one of a copy.
+    # One row at a time: on a CPU, a mean in another dtype copies its argument.
     return torch.stack([row.mean(dtype=dtype) for row in logits])
 
 
 def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the first dimension in ``dtype``, without a copy of it all in that dtype."""
-    # On GPUs, sums convert as they go, and a compiler fuses the conversion.
+    """Sum over the first dimension in ``dtype``, without a copy of the whole matrix in it."""
+    # On GPUs, a sum converts each element as it reads it, and a compiler fuses the conversion.
     if matrix.dtype == dtype or matrix.is_cuda or torch.compiler.is_compiling():
         return matrix.sum(0, dtype=dtype)
     total = matrix.new_zeros(matrix.shape[1:], dtype=dtype)
@@ -107,7 +108,7 @@ def _sum_of_rows(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dot_products(rows: Tensor, vector: Tensor) -> Tensor:
-    """``rows @ vector`` in the vector's dtype; not as a product, which autocast would round."""
+    """``rows @ vector`` in the vector's dtype. Autocast would round a matrix product."""
     if torch.compiler.is_compiling():
         return (rows.to(vector.dtype) * vector).sum(-1)
     products = [(chunk * vector).sum(-1) for chunk in _chunks(rows)]
@@ -115,7 +116,7 @@ def _dot_products(rows: Tensor, vector: Tensor) -> Tensor:
 
 
 def _chunks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Of so many rows that a copy of a chunk is small."""
+    """Chunks with few enough rows that a copy of one is small."""
     elements = _CHUNK_ELEMENTS_OF_GPUS if matrix.is_cuda else _CHUNK_ELEMENTS
     rows = max(1, elements // max(1, matrix.shape[1]))
     chunks: tuple[Tensor, ...] = torch.split(matrix, rows)
@@ -161,10 +162,10 @@ def sequence_sums(
         counted = torch.ones_like(values)
     else:
         counted = is_counted.to(torch.float64)
-        values = torch.where(is_counted, values, 0.0)  # of what is not counted NaN must not count
+        values = torch.where(is_counted, values, 0.0)  # drops NaN, too
     if cu_seqlens is None:
         return values.sum(-1), counted.sum(-1)
-    # One entry more at both ends, for positions outside.
+    # The first and the last entry are for positions outside of all sequences.
     sequence = _sequence_of_position(values.numel(), cu_seqlens)
     nothing = values.new_zeros(cu_seqlens.shape[0] + 1)
     sums = nothing.index_add(0, sequence, values.flatten())
@@ -176,13 +177,13 @@ def sequence_sums(
 
 
 def _sides(of_sequences: Tensor, pairs: Tensor | None) -> Tensor:
-    """[S] -> [2, P]: that of each pair's chosen sequence, and of its rejected one."""
+    """[S] -> [2, P]: the values of each pair's chosen and rejected sequence."""
     if pairs is None:
         return of_sequences.view(2, -1)
     last = of_sequences.shape[0] - 1
     if last < 0:
         return of_sequences.new_zeros((2, pairs.shape[0]))
-    # On a GPU, an index that is out of range has made the loss NaN, and must not stop the device.
+    # An index out of range has made the loss NaN on a GPU. It must not stop the device here.
     return of_sequences[pairs.clamp(0, last).t()]
 
 
@@ -191,7 +192,7 @@ def counted_pairs(
     empty: EmptyPolicy,
     pairs: Tensor | None = None,  # [P, 2]
 ) -> Tensor | None:  # [P], bool; None: all of them
-    """Those of which neither completion is empty, where such are dropped."""
+    """The pairs that count: all of them, or with "drop" those without an empty completion."""
     if empty != "drop":
         return None
     return (_sides(num_valid, pairs) > 0).all(0)
@@ -225,7 +226,7 @@ def side_means(
     pairs: Tensor | None = None,  # [P, 2]; None: (p, P + p)
     is_counted: Tensor | None = None,  # [P], bool; None: all of them
 ) -> Tensor:  # [2]
-    """Mean over all values of the chosen sequences, and of the rejected; NaN without any.
+    """Mean over all values of the chosen and of the rejected sequences; NaN if there are none.
 
     A sequence counts once for each of its pairs.
     """
