@@ -46,8 +46,8 @@ def check_report(argument: str, report: object) -> tuple[ReportName, ...]:
 
 
 def asked_for(report: tuple[str, ...], like: Tensor) -> Tensor:  # [3]
-    """For :func:`metric_names`: 1 for each of :data:`REPORTS` that a report has, and 0 for
-    others.""" return torch.cat([like.new_full((1,), float(name in report)) for name in REPORTS])
+    """1 for each of :data:`REPORTS` that a report has, else 0; :func:`metric_names` reads it."""
+    return torch.cat([like.new_full((1,), float(name in report)) for name in REPORTS])
 
 
 def metric_names(values: Sequence[float]) -> tuple[str, ...]:
