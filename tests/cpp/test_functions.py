@@ -184,6 +184,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return build_under
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("level", _C.cpu_capabilities())
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_the_kernels_of_every_level_run_clean_under_a_sanitizer(

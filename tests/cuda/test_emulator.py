@@ -37,6 +37,10 @@ EMULATOR_FLAGS = {
 }
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 
+ASAN = pytest.param("asan", marks=pytest.mark.exhaustive)
+TSAN = pytest.param("tsan", marks=pytest.mark.exhaustive)
+UCONTEXT = pytest.param("ucontext", marks=pytest.mark.exhaustive)
+
 Run = Callable[[str, str], "subprocess.CompletedProcess[str]"]
 
 
@@ -88,7 +92,7 @@ MESSAGES = {
 }
 
 
-@pytest.mark.parametrize("checker", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("checker", ["plain", ASAN, TSAN])
 @pytest.mark.parametrize("fault", MESSAGES)
 def test_the_emulator_names_the_fault_the_thread_and_the_line(
     fault: str, checker: str, run: Run
@@ -102,6 +106,7 @@ def test_the_emulator_names_the_fault_the_thread_and_the_line(
         assert place in done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -121,6 +126,7 @@ def test_an_access_out_of_bounds_is_reported_by_address_sanitizer(
     assert place in done.stderr
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "fault",
     [
@@ -151,7 +157,7 @@ def test_reading_shared_memory_that_the_block_has_not_written_gives_nan(
     assert re.match(r"sum -?nan", run("plain", fault).stdout)
 
 
-@pytest.mark.parametrize("checker", ["plain", "ucontext", "asan", "tsan"])
+@pytest.mark.parametrize("checker", ["plain", UCONTEXT, ASAN, TSAN])
 @pytest.mark.parametrize(
     "program", ["reductions", "shuffles", "concurrent-launches", "refused-launches", "arithmetic"]
 )
@@ -161,7 +167,7 @@ def test_kernels_without_a_fault_pass_every_checker(program: str, checker: str, 
 
 
 # Not with TSan: the kernel that records the order races on purpose.
-@pytest.mark.parametrize("checker", ["plain", "asan"])
+@pytest.mark.parametrize("checker", ["plain", ASAN])
 def test_threads_and_blocks_run_in_the_order_that_was_chosen(checker: str, run: Run) -> None:
     done = run(checker, "schedules")
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
