@@ -383,6 +383,7 @@ def test_a_worker_that_dies_says_why(load) -> None:
     worker.close()
 
 
+@pytest.mark.exhaustive
 def test_the_quick_run_goes_all_the_way(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     program = (sys.executable, "-m", "bench.logits")

@@ -49,21 +49,28 @@ def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def program_of(plain_install: Path, tmp_path_factory: pytest.TempPathFactory) -> Programs:
+def program_of(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Programs:
     """The example, built with one of the two installs at its first use."""
-    prefixes = {"wheel": simpo_ext.cmake_prefix_path(), "plain install": plain_install}
 
     @cache
     def build_against(install: str) -> Path:
         folder = tmp_path_factory.mktemp("example")
-        prefix_path = f"-DCMAKE_PREFIX_PATH={TORCH};{prefixes[install]}"
+        prefix = (
+            simpo_ext.cmake_prefix_path()
+            if install == "wheel"
+            else request.getfixturevalue("plain_install")
+        )
+        prefix_path = f"-DCMAKE_PREFIX_PATH={TORCH};{prefix}"
         build(EXAMPLE, folder, *WITHOUT_DEBUG_INFO, prefix_path)
         return folder / "linear_head"
 
     return build_against
 
 
-@pytest.fixture(params=["wheel", "plain install"])
+# The plain install compiles the library once more.
+@pytest.fixture(params=["wheel", pytest.param("plain install", marks=pytest.mark.exhaustive)])
 def program(request: pytest.FixtureRequest, program_of: Programs) -> Path:
     """The example, built with each of the two installs."""
     return program_of(request.param)
@@ -167,6 +174,7 @@ def test_errors_end_the_program_with_their_message(program: Path, tmp_path: Path
     assert "SIMPO_CPU_CAPABILITY: expected one of" in failure(program, SIMPO_CPU_CAPABILITY="486")
 
 
+@pytest.mark.exhaustive
 def test_an_install_has_no_path_of_the_machine_that_built_it(plain_install: Path) -> None:
     files = [path for path in plain_install.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".so", ".h", ".cmake"}
@@ -177,6 +185,7 @@ def test_an_install_has_no_path_of_the_machine_that_built_it(plain_install: Path
         assert not [place for place in places if os.fsencode(place) in content], file
 
 
+@pytest.mark.exhaustive
 def test_the_cmake_package_says_what_the_library_has(plain_install: Path) -> None:
     info = simpo_ext.build_info()
     has_cuda = {PACKAGE: bool(info["cuda_runtime_version"]), plain_install: False}
@@ -190,6 +199,7 @@ def library_in(folder: Path) -> Path:
     return next(folder.rglob("libsimpo_ext.so"))
 
 
+@pytest.mark.exhaustive
 def test_two_copies_in_one_process_leave_the_first_at_work_and_the_second_with_a_message(
     plain_install: Path,
 ) -> None:
@@ -214,6 +224,7 @@ print(simpo_ext.token_logps(torch.zeros(1, 1, 4), torch.zeros(1, 1).long(), shif
     assert float(logp) == pytest.approx(-1.3862944)
 
 
+@pytest.mark.exhaustive
 def test_a_program_that_links_a_copy_beside_another_one_works_with_the_first(
     program_of: Programs, plain_install: Path
 ) -> None:
