@@ -58,7 +58,7 @@ import torch
 from tqdm import tqdm
 
 import simpo_ext
-from bench import linear_floor, linear_goals, linear_laps, linear_memory, linear_report, program
+from bench import linear_floor, linear_laps, linear_memory, linear_report, program
 from bench.floor import FloorError, Probes
 from bench.gate import SAMPLES_PER_TURN, Gate, GatedTimes
 from bench.linear_floor import Floor
@@ -238,7 +238,6 @@ def measure(plan: Plan, kind: str, output: Path) -> dict[str, Any]:
                     result = run.measure(laps, case, widest)
                     widest = widest or result
                     results["cases"].append(result)
-                    results["goals"] = linear_goals.evaluate(results)
                     results["canaries"] = {"kept": run.gate.kept, "dropped": run.gate.dropped}
                     results["seconds"] = time.monotonic() - began
                     _write(results, output)

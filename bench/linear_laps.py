@@ -16,7 +16,6 @@ from bench.gate import Gate, GatedTimes, Samples, Turn
 from bench.laps import WAKE_ELEMENTS_PER_THREAD
 from bench.linear_batch import LinearBatch, make_tensors
 from bench.linear_floor import Floor
-from bench.linear_goals import chunk_bytes
 from bench.linear_reference import LinearReference, Truth
 from bench.linear_subjects import LIGER_COMPILED, LinearCandidate
 from bench.workers import first_line
@@ -120,9 +119,6 @@ class LinearLaps:
 def describe(each: LinearBatch, device: torch.device) -> dict[str, Any]:
     """The geometry of a case, as its results hold it."""
     batch = each.batch
-    chunk, all_chunks = chunk_bytes(
-        batch.valid_rows, batch.vocabulary, batch.element_size, device.type
-    )
     return {
         "name": each.name,
         "batch": batch.batch,
@@ -137,8 +133,6 @@ def describe(each: LinearBatch, device: torch.device) -> dict[str, Any]:
         "logits_bytes": batch.logits_bytes,
         "gradient_bytes": each.hidden_bytes + each.weight_bytes,
         "compacted_bytes": each.compacted_bytes,
-        "chunk_bytes": chunk,
-        "all_chunks_bytes": all_chunks,
         "default_budget": default_logits_budget(device),
     }
 

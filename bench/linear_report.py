@@ -8,16 +8,13 @@ from typing import Any
 
 from rich import box
 
-from bench.linear_goals import row_of
 from bench.linear_subjects import BUDGETS, OURS
 from bench.logits_report import (
     PHASES,
     PLOT_DPI,
     digits,
     heading,
-    markdown_goals,
     milliseconds,
-    print_goals,
 )
 from bench.report import console, make_table, number, print_table
 
@@ -37,6 +34,11 @@ FEATURED = (
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {"ours": "#0072B2", "peer": "#E69F00"}
 PLOT_INCHES = (14.0, 4.6)
+
+
+def row_of(case: Case, name: str) -> Row:
+    """A candidate's row, or an empty one."""
+    return next((row for row in case["rows"] if row["name"] == name), {})
 
 
 def add_derived(case: Case) -> None:
@@ -122,11 +124,11 @@ def print_case(case: Case) -> None:
 
 
 def print_summary(results: Results) -> None:
-    """The goals, and how long it took."""
+    """How long it took, and how many samples were kept."""
     canaries = results["canaries"]
-    note = f"samples kept {canaries['kept']}, dropped {canaries['dropped']}"
-    print_goals(results["goals"], f"{note}; {results['seconds'] / 60:.1f} minutes")
-    console.print()
+    kept, dropped = canaries["kept"], canaries["dropped"]
+    minutes = results["seconds"] / 60
+    console.print(f"\nsamples kept {kept}, dropped {dropped}; {minutes:.1f} minutes")
 
 
 # ---- README ----------------------------------------------------------------------------------
@@ -195,7 +197,7 @@ def _markdown_memory(cases: Sequence[Case]) -> list[str]:
 
 
 def markdown(results: Results) -> str:
-    """Tables of the featured cases and the goals."""
+    """Tables of the featured cases."""
     machine, software = results["machine"], results["software"]
     liger = software["liger-kernel"]
     cases = featured(results)
@@ -209,7 +211,6 @@ def markdown(results: Results) -> str:
     for phase in reversed(PHASES):
         lines += _markdown_times(cases, phase)
     lines += _markdown_memory(cases)
-    lines += markdown_goals(results["goals"])
     return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import simpo_ext
-from bench import goals, logits_report, memory, overhead, program
+from bench import logits_report, memory, overhead, program
 from bench.cases import Batch
 from bench.floor import FloorError, Probes, Rates
 from bench.gate import Gate, Turn, take_turns
@@ -299,7 +299,6 @@ def measure(plan: Plan, kind: str) -> dict[str, Any]:
         "overhead": overhead.measure(plan.overhead_samples),
         "cases": run.cases,
     }
-    results["goals"] = goals.evaluate(results)
     return results
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from rich import box
 
 from bench.floor import Rates, make_floor
-from bench.goals import best_row
 from bench.report import console, make_table, number, print_table
 
 Results = dict[str, Any]
@@ -48,7 +47,7 @@ def add_derived(case: Case, rates: Rates) -> None:
         "forward_backward_inplace_ms": floor.forward_backward_inplace_ms,
     }
     size = case["valid_rows"] * case["vocabulary"] * case["element_size"]
-    ours = best_row(case)
+    ours = next((row for row in case["rows"] if row["kind"] == "ours" and row["is_best"]), None)
     for row in case["rows"]:
         inplace = "_inplace" if row["kind"] == "ours in place" else ""
         floors = {
@@ -137,7 +136,7 @@ def print_case(case: Case) -> None:
 
 
 def print_summary(results: Results) -> None:
-    """Rates, canaries, overhead and goals."""
+    """Rates, canaries and overhead."""
     rates = make_table("machine", "median", "min", "max")
     for name, rate in results["rates"].items():
         unit = "Gelem/s" if name.startswith("exp") else "GB/s"
@@ -156,20 +155,6 @@ def print_summary(results: Results) -> None:
             f"eager {overhead['eager_us']:.0f} us; out of cold caches "
             f"{overhead['simpo_ext_cold_us']:.0f} us and {overhead['eager_cold_us']:.0f} us"
         )
-    print_goals(results["goals"])
-
-
-def print_goals(found: Sequence[dict[str, Any]], note: str = "") -> None:
-    """What was reached, and where it was nearest to failing."""
-    goals = make_table("goal", "", "worst", "met")
-    goals.columns[2].overflow = "fold"
-    for goal in found:
-        state = {True: "reached", False: "missed", None: "-"}[goal["reached"]]
-        style = {True: "green", False: "bold red", None: None}[goal["reached"]]
-        goals.add_row(
-            goal["text"], state, goal["worst"], f"{goal['met']}/{goal['of']}", style=style
-        )
-    print_table("Goals", goals, note)
 
 
 # ---- README ----------------------------------------------------------------------------------
@@ -250,17 +235,8 @@ def _markdown_memory(cases: Sequence[Case]) -> list[str]:
     return [*lines, ""]
 
 
-def markdown_goals(found: Sequence[dict[str, Any]]) -> list[str]:
-    """print_goals for README."""
-    lines = ["| goal | | worst case | met |", "|---|---|---|---|"]
-    for goal in found:
-        state = {True: "reached", False: "missed", None: "not measured"}[goal["reached"]]
-        lines.append(f"| {goal['text']} | {state} | {goal['worst']} | {goal['met']}/{goal['of']} |")
-    return lines
-
-
 def markdown(results: Results) -> str:
-    """Tables of the featured cases and the goals."""
+    """Tables of the featured cases."""
     machine, software = results["machine"], results["software"]
     lines = [
         f"{machine['name']}, {software['threads']} threads, {software['level']}, torch "
@@ -276,7 +252,6 @@ def markdown(results: Results) -> str:
             for phase in PHASES:
                 lines += _markdown_table(cases, phase)
     lines += _markdown_memory(featured(results, "default"))
-    lines += markdown_goals(results["goals"])
     return "\n".join(lines) + "\n"
 
 

@@ -344,7 +344,7 @@ def test_a_wrong_loss_is_refused_before_it_is_timed(load, fault: str, key: str) 
     json.dumps(result, allow_nan=False)
 
 
-def test_goals_name_the_worst_case(load) -> None:
+def test_ratios_and_shares_of_the_floor_follow_from_medians(load) -> None:
     def row(kind: str, name: str, milliseconds: float) -> dict:
         times = {"median_ms": milliseconds, "disturbed": False}
         return {"name": name, "kind": kind, "is_best": True, "level": "", "status": "right",
@@ -363,15 +363,6 @@ def test_goals_name_the_worst_case(load) -> None:
         load("logits_report").add_derived(each, rates)
     assert cases[0]["rows"][0]["forward"]["percent_of_floor"] == pytest.approx(50.0)
     assert cases[0]["rows"][1]["forward"]["x_ours"] == pytest.approx(4.0)
-    found = {goal["text"]: goal for goal in load("goals").evaluate({"cases": cases})}
-    floor = found["forward >= 90 % of the floor, float32"]
-    assert (floor["reached"], floor["met"], floor["of"]) == (False, 1, 2)
-    assert floor["worst"] == "50 % at n 100%"
-    compiled = found["forward >= 3x torch.compile"]
-    assert (compiled["reached"], compiled["worst"]) == (False, "2.5x at n 40%, torch.compile")
-    assert found["no extra memory in the forward"]["reached"]
-    assert not found["extra memory out of place: the gradient of valid rows"]["reached"]
-    assert found["a call costs <= 1.0x the eager formula's"]["reached"] is None
 
 
 def test_a_worker_that_dies_says_why(load) -> None:
@@ -413,4 +404,3 @@ def test_the_quick_run_goes_all_the_way(tmp_path: Path) -> None:
     readme = run(*program, "--readme", output)
     assert readme.returncode == 0, readme.stderr
     assert "| **simpo_ext** |" in readme.stdout
-    assert "| goal |" in readme.stdout
