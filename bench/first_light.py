@@ -1,6 +1,6 @@
 """First light: every op in every dtype, forward and backward, against float64.
 
-    python -m bench.first_light [--device cuda|cpu] [--select sanitizer] [--record FILE.jsonl]
+    python -m bench first-light [--device cuda|cpu] [--select sanitizer] [--record FILE.jsonl]
 
 When a case (first_light_cases.py) ends, the program prints one line of JSON: the error of each
 output and gradient, and the largest error allowed. The exit status is 0 if all cases are right.
@@ -74,7 +74,7 @@ def _is_usable(device: torch.device) -> bool:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.first_light", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench first-light", description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(
         "--select", choices=("all", "sanitizer"), default="all", help="sanitizer: fewer layouts"

@@ -89,7 +89,7 @@ def times_forward(name: str, lap_ms: float) -> bool:
 
 
 def _cases(shape: LinearBatch) -> tuple[Case, ...]:
-    """What is measured on a shape of the full plan; bench_linear.py says what is left out."""
+    """What is measured on a shape of the full plan; linear.py says what is left out."""
     batch = shape.batch
     ours = frozenset(BUDGETS)
     peers = frozenset((EAGER, TORCH, LIGER))

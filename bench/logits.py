@@ -1,7 +1,7 @@
 """Measures the loss from logits on this machine's CPU, beside its peers and beside the floor.
 
-    python -m bench.logits [--quick] [--samples N] [--cases TEXT ...] [--output FILE.json]
-    python -m bench.logits --readme FILE.json
+    python -m bench logits [--quick] [--samples N] [--cases TEXT ...] [--output FILE.json]
+    python -m bench logits --readme FILE.json
 
 One piece of work for all: mean log-probabilities of the completions, SimPO's loss of the pairs, and
 the gradient of the logits (trainers.py). A candidate is verified against float64 before it is
@@ -303,7 +303,7 @@ def measure(plan: Plan, kind: str) -> dict[str, Any]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = program.make_parser("bench.logits", "Times the loss from logits beside its peers.")
+    parser = program.make_parser("bench logits", "Times the loss from logits beside its peers.")
     options = program.parse(parser, arguments)
     if options.quick:
         plan = quick_plan(options.samples or QUICK_SAMPLES)

@@ -1,6 +1,6 @@
 """What the metrics on request cost: the forward of a loss with and without its report.
 
-    python -m bench.metrics [--rounds N] [--device cpu|cuda] [--small]
+    python -m bench metrics [--rounds N] [--device cpu|cuda] [--small]
 
 At [2, 512, 128256] in bfloat16 and [4, 512, 32000] in float32, by way of logits, and at the first
 from hidden states of 1024. All positions but the first tenth, a prompt, are scored. First the

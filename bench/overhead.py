@@ -4,7 +4,7 @@ At [2, 8, 64] there is no work to speak of; what is left is Python, dispatch and
 again and again, their code and data stay in the caches; between two steps of a training loop
 something else goes through them, so a call is also timed after a buffer larger than they are.
 
-    python -m bench.overhead SAMPLES
+    python -m bench overhead [SAMPLES]
 """
 
 from __future__ import annotations
@@ -98,4 +98,4 @@ def _measure(samples: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure(int(sys.argv[1]))))
+    print(json.dumps(_measure(int(sys.argv[1]) if sys.argv[1:] else SAMPLES)))

@@ -1,7 +1,7 @@
 """Predicts from machine code how fast the streaming kernels could be on GPUs.
 
-    python -m bench.predicted [FILE ...] [--mix]
-    python -m bench.predicted [FILE ...] --record
+    python -m bench predicted [FILE ...] [--mix]
+    python -m bench predicted [FILE ...] --record
 
 FILE is a library, an object file or a cubin; the default is the installed library. The program
 prints the table of csrc/README.md: instructions and special functions per logit of each main loop,
@@ -37,7 +37,7 @@ from bench.loop_counts import (
 from bench.machine_code import Kernel, compilers, kernels
 
 README = Path(__file__).resolve().parent.parent / "csrc" / "README.md"
-BEGIN = "<!-- from here: python -m bench.predicted --record -->"
+BEGIN = "<!-- from here: python -m bench predicted --record -->"
 END = "<!-- to here -->"
 
 # Threads per clock and multiprocessor, for compute capability 9.0 and 10.0: "Throughput of Native
@@ -173,7 +173,7 @@ def record(files: Sequence[Path], counts: Mapping[Subject, Counts]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table for the given files."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.predicted", description="Predicted share of copy bandwidth."
+        prog="python -m bench predicted", description="Predicted share of copy bandwidth."
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     parser.add_argument("--mix", action="store_true", help="print the opcodes of each main loop")

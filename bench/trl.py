@@ -1,7 +1,7 @@
 """Measures steps of TRL's CPOTrainer and of this project's SimPOTrainer on this machine's CPU.
 
-    python -m bench.trl [--quick] [--samples N] [--cases TEXT ...] [--output FILE.json]
-    python -m bench.trl --readme FILE.json
+    python -m bench trl [--quick] [--samples N] [--cases TEXT ...] [--output FILE.json]
+    python -m bench trl --readme FILE.json
 
 Subjects (trl_subjects.py): stock CPOTrainer, SimPOTrainer from logits, and SimPOTrainer from hidden
 states and lm_head, all on one small Llama with V = 128256, H = 512 and 2 layers, and on one batch
@@ -130,7 +130,7 @@ def measure(options: argparse.Namespace, output: Path) -> dict[str, Any]:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = program.make_parser(
-        "bench.trl", "Times steps of TRL's trainer and of this project's.", has_plot=False
+        "bench trl", "Times steps of TRL's trainer and of this project's.", has_plot=False
     )
     options = program.parse(parser, arguments)
     geometries = QUICK_CASES if options.quick else CASES

@@ -4,7 +4,7 @@
 
 The default is an output layer of Llama-3-8B's size, in bfloat16. The results for each share of
 scored tokens are recorded as soon as they are measured. The candidates, their verification and the
-bare products are those of bench_linear.py, plus the peers that need a GPU. This project is told the
+bare products are those of linear.py, plus the peers that need a GPU. This project is told the
 number of scored tokens, which a trainer's collator knows. CUDA events time whole phases, and
 torch's allocator counts the peak memory of each. --device cpu only checks that the program works.
 """

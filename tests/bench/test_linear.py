@@ -202,7 +202,7 @@ def test_a_stored_run_is_shown(load, tmp_path: Path, capsys: pytest.CaptureFixtu
     report, found = load("linear_report"), results(load)
     stored = tmp_path / "results.json"
     stored.write_text(json.dumps(found))
-    assert load("bench_linear").main(["--readme", str(stored)]) == 0
+    assert load("linear").main(["--readme", str(stored)]) == 0
     printed = capsys.readouterr().out
     assert "| **simpo_ext** | 105 (1.05x) | 115 (1.15x) |" in printed
     assert "| of these, the gradients | 20 | 20 |" in printed
@@ -249,7 +249,7 @@ def test_the_plan_is_the_issues_and_takes_about_half_an_hour(load) -> None:
 
 def test_the_quick_run_goes_all_the_way(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    result = run(sys.executable, "-m", "bench.bench_linear", "--quick", "--output", output)
+    result = run(sys.executable, "-m", "bench", "linear", "--quick", "--output", output)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(output.read_text())
     assert found["kind"] == "quick"

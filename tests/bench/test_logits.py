@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -377,7 +378,7 @@ def test_a_worker_that_dies_says_why(load) -> None:
 @pytest.mark.exhaustive
 def test_the_quick_run_goes_all_the_way(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    program = (sys.executable, "-m", "bench.logits")
+    program = (sys.executable, "-m", "bench", "logits")
     result = run(*program, "--quick", "--output", output)
     assert result.returncode == 0, result.stdout + result.stderr
     results = json.loads(output.read_text())
@@ -404,3 +405,19 @@ def test_the_quick_run_goes_all_the_way(tmp_path: Path) -> None:
     readme = run(*program, "--readme", output)
     assert readme.returncode == 0, readme.stderr
     assert "| **simpo_ext** |" in readme.stdout
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 0), (["nonsense"], 2)])
+def test_the_program_lists_its_commands(
+    load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments, status
+) -> None:
+    main = load("__main__")
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    assert main.main() == status
+    printed = "".join(capsys.readouterr())
+    assert all(f"  {name} " in printed for name in main.COMMANDS)
+
+
+def test_every_command_is_a_module(load) -> None:
+    for module, _ in load("__main__").COMMANDS.values():
+        assert importlib.util.find_spec(module) is not None

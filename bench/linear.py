@@ -1,7 +1,7 @@
 """Measures the loss from hidden states on this machine's CPU, beside its peers and the floor.
 
-    python -m bench.bench_linear [--quick] [--samples N] [--cases TEXT ...] [--output FILE.json]
-    python -m bench.bench_linear --readme FILE.json
+    python -m bench linear [--quick] [--samples N] [--cases TEXT ...] [--output FILE.json]
+    python -m bench linear --readme FILE.json
 
 Subjects (linear_subjects.py): this project's linear_simpo_loss with the default budget of logits,
 with none and with no limit; F.linear and the trainers' formula; F.linear_cross_entropy; Liger's
@@ -254,7 +254,7 @@ def measure(plan: Plan, kind: str, output: Path) -> dict[str, Any]:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = program.make_parser(
-        "bench.bench_linear", "Times the loss from hidden states beside its peers."
+        "bench linear", "Times the loss from hidden states beside its peers."
     )
     options = program.parse(parser, arguments)
     if options.quick:
