@@ -14,7 +14,11 @@ DOCUMENTS = (
     "simpo_ext/distributed/README.md",
     "csrc/README.md",
     "tests/README.md",
+    "tests/cuda/emulation/README.md",
+    "tests/cuda/ptx/README.md",
     "bench/README.md",
+    "bench/data/README.md",
+    "CHANGELOG.md",
 )
 
 
