@@ -32,7 +32,7 @@ def check_options(fused_linear: object, empty: object, logits_budget_bytes: int 
 
 
 class FusedTier:
-    """Scores tokens without logits, and falls back to logits for good if the model needs them.
+    """Scores tokens without logits, and permanently falls back to logits if the model needs them.
 
     Args:
         fused_linear: None: falls back with a warning that gives the reason. True: raises an error
