@@ -1,7 +1,7 @@
-"""Numerical checks of the installed build against float64, on the CPU and the GPU, if there is one.
+"""Numerical checks of the installed build, on the CPU and on a GPU if there is one.
 
-Gradients are compared with central differences of the loss; values and gradients in every dtype
-with the same loss written out in PyTorch, in float64.
+One check compares float64 gradients with central differences of the loss. The others compare values
+and gradients in every dtype with the same loss in plain PyTorch operations and float64.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import build_info, functional
 
-# Of the result: float32 sums of a few thousand terms, and one rounding to the gradient's dtype.
+# Relative bounds for float32 sums of a few thousand terms and one rounding to the gradient's dtype.
 _LOSS_TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -41,7 +41,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Check(NamedTuple):
-    """One comparison: it passes where error <= bound."""
+    """One comparison. It passes if error <= bound."""
 
     name: str
     error: float
@@ -49,7 +49,7 @@ class Check(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """NaN fails."""
+        """Whether the error is within the bound. NaN is not."""
         return self.error <= self.bound
 
 
@@ -109,7 +109,8 @@ def _finite_differences(name: str, options: dict[str, Any], device: str) -> Chec
         step.view(-1)[index] = 1e-5
         differences.view(-1)[index] = (loss(logits + step) - loss(logits - step)).item() / 2e-5
     error = (gradient - differences).abs().max() / gradient.abs().max()
-    # Rounding of the loss over the step, 1e-16 / 1e-5, and the third derivative times 1e-10.
+    # The differences have two errors: the rounding of the loss divided by the step, 1e-16 / 1e-5,
+    # and the third derivative times the squared step, 1e-10.
     return Check(f"{device}: gradient and central differences, {name}", error.item(), 1e-8)
 
 
@@ -161,7 +162,7 @@ def _value_and_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tup
 def _against_float64(
     name: str, options: dict[str, Any], dtype: torch.dtype, device: str
 ) -> Iterator[Check]:
-    logits, labels = _batch(dtype, 2051, device)  # several blocks and a tail
+    logits, labels = _batch(dtype, 2051, device)  # several blocks and a partial one
     value, gradient = _value_and_gradient(
         lambda x: functional.simpo_loss(x, labels, **options).loss, logits
     )
@@ -200,7 +201,7 @@ def _linear(dtype: torch.dtype, device: str) -> Iterator[Check]:
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = F.linear(*exact)
     expected = torch.autograd.grad(_written_out(logits, labels), exact)
-    # Logits, their gradient and its products are each rounded to the dtype.
+    # The logits, their gradient and its products are each rounded to the dtype.
     bound = 4 * _GRADIENT_TOLERANCE[dtype]
     where = str(dtype).removeprefix("torch.")
     for name, ours, theirs in zip(("hidden", "weight"), gradients, expected, strict=True):

@@ -1,4 +1,4 @@
-"""A report of this build and of the machine it finds itself on."""
+"""A report of this build and this machine."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """SimPO across ranks.
 
-The denominators of a mean over the pairs of all ranks: :func:`global_normalizer`. And
-log-probabilities of a vocabulary whose logits, or whose lm_head, are divided over the ranks of a
-group: :func:`vocab_parallel_token_logps` and :func:`vocab_parallel_linear_token_logps`. The loss is
-:func:`simpo_ext.simpo_loss_from_token_logps` of what they return.
+:func:`global_normalizer` gives the denominators of a mean over the pairs of all ranks.
+
+:func:`vocab_parallel_token_logps` and :func:`vocab_parallel_linear_token_logps` compute
+log-probabilities when the logits or lm_head are sharded over the vocabulary. Pass their result to
+:func:`simpo_ext.simpo_loss_from_token_logps` for the loss.
 """
 
 from __future__ import annotations

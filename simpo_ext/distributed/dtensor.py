@@ -1,6 +1,7 @@
-"""What a DTensor says of a vocabulary that is sharded over a mesh.
+"""The layout of a DTensor whose vocabulary is sharded over a mesh.
 
-Which labels this rank has, which group has the others, and how what belongs to its rows has to lie.
+It gives this rank's labels, the group of ranks with the other labels, and the placements that the
+other arguments must have.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def _is_plain(placement: Placement) -> bool:
-    """Not a sum that is pending, nor a shard of which the labels are not consecutive."""
+    """Whether the placement is neither a pending sum nor a shard with gaps between its labels."""
     return placement.is_replicate() or placement.is_shard()
 
 
 class VocabLayout:
-    """Of the DTensor ``name``, whose vocabulary is dimension ``dim``."""
+    """The layout of the DTensor ``name``, whose vocabulary is dimension ``dim``."""
 
     def __init__(self, name: str, tensor: Tensor, dim: int, shard: VocabShard | None) -> None:
         from torch.distributed.tensor import Replicate
 
         if shard is not None:
             raise ValueError(
-                f"shard: expected None beside {name} that are a DTensor, which says what this rank "
-                f"has, got {type(shard).__name__}"
+                f"shard: expected None beside {name} that are a DTensor, whose placements give the "
+                f"labels of this rank, got {type(shard).__name__}"
             )
         self._tensor = cast("DTensor", tensor)
         self._name = name
@@ -48,13 +49,13 @@ class VocabLayout:
                 f"dimension, got {self._layout()}"
             )
         self._over = over[0]
-        # As torch.chunk cuts.
+        # DTensor splits a dimension like torch.chunk.
         vocabulary, ranks = tensor.shape[dim], self.mesh.size(self._over)
         width = -(-vocabulary // ranks)
         first = min(self.mesh.get_local_rank(self._over) * width, vocabulary)
         size = min(width, vocabulary - first)
         self.shard = VocabShard.on_group(first, vocabulary, size, self.mesh.get_group(self._over))
-        #: How the rows of labels and hidden states lie.
+        #: The placements that labels and hidden states must have.
         self.rows: tuple[Placement, ...] = (Replicate(),) * self.mesh.ndim
 
     def _layout(self, tensor: Tensor | None = None) -> str:
@@ -62,9 +63,10 @@ class VocabLayout:
         return f"placements {list(tensor.placements)} of shape {list(tensor.shape)}"
 
     def take_rows_of(self, name: str, tensor: Tensor, shift: bool, is_packed: bool) -> None:
-        """Rows lie as those of ``tensor``, [B, T, ...], other than over the vocabulary's ranks.
+        """Takes the placements of the rows from ``tensor`` [B, T, ...].
 
-        Packed sequences lie in one row, of which every rank needs all.
+        The ranks that share the vocabulary have the same rows. Packed sequences are one row, and
+        every rank needs all of it.
         """
         from torch.distributed.tensor import Replicate
 
@@ -85,14 +87,14 @@ class VocabLayout:
             if not allowed:
                 raise ValueError(
                     f"{name}: expected to be replicated over the mesh dimension that shards the "
-                    "vocabulary, and over others replicated or sharded by sequences (by positions "
-                    "only with shift=False, and packed sequences not at all), got "
+                    "vocabulary, and replicated or sharded by sequences over others (with "
+                    "shift=False also by positions; packed sequences must be replicated), got "
                     f"{self._layout(tensor)}"
                 )
         self.rows = tuple(rows)
 
     def check_replicated(self) -> None:
-        """Of lm_head: not sharded over anything else."""
+        """Raises ValueError if lm_head is sharded over another mesh dimension, too."""
         others = [p for d, p in enumerate(self.placements) if d != self._over]
         if not all(placement.is_replicate() for placement in others):
             raise ValueError(
@@ -101,7 +103,7 @@ class VocabLayout:
             )
 
     def local(self, name: str, tensor: Tensor) -> Tensor:
-        """This rank's part of the vocabulary, of a tensor that lies as the layout's own."""
+        """This rank's shard of a tensor that has the layout's own placements."""
         from torch.distributed.tensor import Partial
 
         if not is_dtensor(tensor):
@@ -112,7 +114,7 @@ class VocabLayout:
                 f"{name}: expected the layout of {self._name}, {self._layout()}, got "
                 f"{self._layout(tensor)}"
             )
-        # Of lm_head, where ranks have rows of their own, each has a part of the gradient's sum.
+        # Ranks with different rows each compute a term of the sum that is lm_head's gradient.
         gradient = [
             Partial() if placement.is_replicate() and not row.is_replicate() else placement
             for placement, row in zip(self.placements, self.rows, strict=True)
@@ -120,7 +122,7 @@ class VocabLayout:
         return cast(Tensor, dtensor.to_local(grad_placements=gradient))
 
     def local_rows(self, name: str, tensor: Tensor) -> Tensor:
-        """This rank's rows."""
+        """This rank's rows of labels or hidden states."""
         if not is_dtensor(tensor):
             return tensor
         dtensor: Any = tensor
@@ -133,7 +135,10 @@ class VocabLayout:
 
 
 def replicated(name: str, tensor: Tensor) -> Tensor:
-    """A plain tensor, or what every rank has of a DTensor, beside a plain shard."""
+    """The local tensor of an argument beside a plain shard of the vocabulary.
+
+    Such an argument is the same on every rank: a plain tensor or a replicated DTensor.
+    """
     if not is_dtensor(tensor):
         return tensor
     dtensor: Any = tensor

@@ -21,7 +21,7 @@ GradientReduction = Literal["mean", "sum"]
 
 
 class PairCounts(NamedTuple):
-    """What the means of a loss divide by; it can be passed as ``normalizer`` as it is."""
+    """The denominators of a loss's means. It can be passed as ``normalizer``."""
 
     pairs: Tensor
     """[] float64: the number of counted pairs."""
@@ -35,35 +35,36 @@ def global_normalizer(
     group: ProcessGroup | None = None,
     gradients: GradientReduction = "mean",
 ) -> PairCounts:
-    """The ``normalizer`` with which the gradients of micro-batches and ranks add up to the mean.
+    """Computes the ``normalizer`` for a mean over the pairs of all micro-batches and ranks.
 
-    A mean of means is not the mean where micro-batches or ranks differ in their number of pairs.
-    With this ``normalizer`` each loss is ``backward()``ed as it is, not divided by the number of
-    micro-batches: what accumulates, and is then reduced over the ranks, is the gradient of one
-    batch of all their pairs. Nothing is read on the host.
+    Averaging the means of micro-batches or ranks is wrong if they have different numbers of pairs.
+    Pass this ``normalizer`` to the loss of each micro-batch and call ``backward()`` without a
+    division by the number of micro-batches. The accumulated and reduced gradient is then the
+    gradient of one batch of all pairs. The host does not wait for the GPU.
 
-    Every rank of the group has to call it, one without a single counted pair too: one all_reduce
-    of two numbers. Without ``group``, the default group where torch.distributed is initialised,
-    and no communication where it is not.
+    Every rank of the group must call this function, even a rank without counted pairs, because it
+    makes one all_reduce of two numbers. The default ``group`` is the default group of
+    torch.distributed. If torch.distributed is not initialised, there is no communication.
 
     Args:
-        counts: What ``count_pairs`` says of the micro-batches of one optimizer step on this rank:
-            one :class:`PairCounts` each, or the only one.
-        group: The ranks that the gradients are reduced over; of several dimensions of parallelism,
-            those that have different pairs.
-        gradients: What becomes of the gradients of the ranks. ``"mean"``: they are averaged, as DDP
-            and FSDP do, and the result is divided by the number of ranks to make up for it. The
-            mean over the ranks of their losses then is the loss of the whole batch. ``"sum"``: they
-            are added up, as are the losses.
+        counts: The results of ``count_pairs`` for the micro-batches of one optimizer step on this
+            rank: one :class:`PairCounts`, or an iterable with one for each micro-batch.
+        group: The ranks whose gradients are reduced. With several dimensions of parallelism, it is
+            the group of the ranks that have different pairs.
+        gradients: How the ranks' gradients are reduced. ``"mean"``: DDP and FSDP average them. To
+            compensate, this function divides its result by the number of ranks, and the mean of
+            the ranks' losses is the loss of the whole batch. ``"sum"``: they are added, and the sum
+            of the ranks' losses is the loss of the whole batch.
 
     Returns:
-        Sums over micro-batches and ranks, at least 1 each, so that a step of dropped pairs alone
-        has gradient 0; divided by the number of ranks with ``gradients="mean"``. On the device of
-        ``counts``.
+        The sums over micro-batches and ranks, at least 1 each, so that the gradient is 0 if all
+        pairs are dropped. With ``gradients="mean"`` they are divided by the number of ranks. They
+        are on the device of ``counts``.
 
     Raises:
-        TypeError: ``counts`` are something else, or ``group`` is no process group this rank is in.
-        ValueError: There are no ``counts``, they are not of dimension 0 or on different devices, or
+        TypeError: ``counts`` has the wrong type, or ``group`` is not a process group that this rank
+            is in.
+        ValueError: ``counts`` is empty, its tensors have dimensions or are on different devices, or
             ``gradients`` is neither ``"mean"`` nor ``"sum"``.
     """
     gradients_are_averaged = check_choice("gradients", gradients, ("mean", "sum")) == "mean"
@@ -79,7 +80,7 @@ def global_normalizer(
 
 
 def _check_counts(counts: Iterable[PairCounts]) -> list[Tensor]:
-    """Pairs and tokens in turn, [] float64 each and on one device."""
+    """The pairs and tokens of each item in turn, [] float64 and on one device."""
     if isinstance(counts, Tensor) or not isinstance(counts, Iterable):
         raise TypeError(f"counts: expected PairCounts, one or several, got {type(counts).__name__}")
     values: list[Tensor] = []
@@ -91,10 +92,10 @@ def _check_counts(counts: Iterable[PairCounts]) -> list[Tensor]:
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
             if value.dim() != 0:
-                raise ValueError(f"{name}: expected no dimension, got shape {list(value.shape)}")
+                raise ValueError(f"{name}: expected shape [], got {list(value.shape)}")
             if values and value.device != values[0].device:
                 raise ValueError(
-                    f"{name}: expected device {values[0].device} as of counts[0].pairs, "
+                    f"{name}: expected device {values[0].device} like counts[0].pairs, "
                     f"got {value.device}"
                 )
             values.append(value.detach().to(torch.float64))
@@ -104,10 +105,12 @@ def _check_counts(counts: Iterable[PairCounts]) -> list[Tensor]:
 
 
 def _ranks(group: ProcessGroup | None) -> int:
-    """How many ranks there are to reduce over."""
+    """The number of ranks to reduce over."""
     if not dist.is_available():
         if group is not None:
-            raise TypeError("group: expected None, as this torch has no torch.distributed")
+            raise TypeError(
+                f"group: expected None without torch.distributed, got {type(group).__name__}"
+            )
         return 1
     if group is None:
         return dist.get_world_size() if dist.is_initialized() else 1

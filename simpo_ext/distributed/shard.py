@@ -1,4 +1,4 @@
-"""Which labels a rank has, and the collectives that bring the ranks' parts together.
+"""A rank's shard of the vocabulary, and the collectives that combine the shards.
 
 Public as part of :mod:`simpo_ext.distributed`.
 """
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The labels whose logits this rank has, and the collectives of the ranks that have the others.
+    """The labels whose logits this rank has, and the collectives that reach the other ranks.
 
-    :meth:`of_group` makes one for a group of ``torch.distributed``; callables make one for any
-    other way to communicate. Every rank calls them in the same order, with equal shapes: ``labels``
-    and all options have to be the same on every rank.
+    :meth:`of_group` makes one for a group of ``torch.distributed``. For other communication
+    libraries, pass your own callables. Every rank calls them in the same order and with equal
+    shapes, so ``labels`` and all options must be the same on every rank.
     """
 
     first_label: int
     """The label of this rank's first logit."""
     vocab_size: int
-    """The labels of all ranks together: [0, vocab_size)."""
+    """The number of labels of all ranks together. Labels are in [0, vocab_size)."""
     all_gather: Callable[[Tensor], Tensor]
-    """[...] -> [K, ...]: the tensors of all K ranks, ordered alike on every rank."""
+    """[...] -> [K, ...]: the tensors of all K ranks, in the same order on every rank."""
     all_reduce: Callable[[Tensor], Tensor]
     """The sum of the tensors of all ranks, the same bits on every rank. May overwrite its
     argument."""
     size: int | None = None
-    """How many labels this rank has, or None: not checked."""
+    """The number of labels of this rank. If it is None, it is not checked."""
 
     def __post_init__(self) -> None:
         check_count("first_label", self.first_label)
@@ -52,15 +52,15 @@ class VocabShard:
         self.check(0 if self.size is None else check_count("size", self.size))
 
     def check(self, columns: int) -> None:
-        """ValueError unless ``columns`` logits are those of this shard."""
+        """Raises ValueError if ``columns`` is not the number of this shard's logits."""
         if self.size is not None and columns != self.size:
             raise ValueError(
-                f"shard: expected the logits of {self.size} labels, which this rank was said to "
-                f"have, got {columns}"
+                f"shard: expected the logits of {self.size} labels, the size of this rank's shard, "
+                f"got {columns}"
             )
         if self.first_label + columns > self.vocab_size:
             raise ValueError(
-                f"shard: expected labels within [0, {self.vocab_size}), got {columns} from "
+                f"shard: expected labels within [0, {self.vocab_size}), got {columns} labels from "
                 f"{self.first_label} on"
             )
 
@@ -68,23 +68,24 @@ class VocabShard:
     def of_group(
         cls, shard_size: int, group: ProcessGroup | None = None, *, vocab_size: int | None = None
     ) -> VocabShard:
-        """The shard of a rank that has ``shard_size`` labels, after those of the ranks before it.
+        """Makes this rank's shard. The labels of a rank follow the labels of the rank before it.
 
-        Every rank of ``group`` calls this once; sizes are exchanged here and not in each step. They
-        may differ, and be 0.
+        Every rank of ``group`` calls this method once, because the ranks exchange their sizes. The
+        sizes may differ, and a size may be 0.
 
-        On CPUs, each gathering sends the shapes first, so that ranks that disagree on them raise a
-        ValueError where gloo would end the process. On a GPU nothing is waited for, and
-        disagreement is whatever it is to the backend.
+        If ranks later pass tensors of different shapes, CPU tensors raise a ValueError on every
+        rank: the ranks compare the shapes before they gather, because gloo would end the process.
+        For GPU tensors, the comparison would make the host wait for the GPU. So the shapes are not
+        compared, and the backend defines what happens.
 
         Args:
-            shard_size: How many labels this rank has.
-            group: Default: that of all ranks.
-            vocab_size: What the sizes add up to, if that is to be checked.
+            shard_size: The number of labels of this rank.
+            group: Default: the group of all ranks.
+            vocab_size: The expected sum of the sizes. Default: the sum is not checked.
 
         Raises:
-            TypeError: An argument is of the wrong type.
-            ValueError: The sizes are not those of a vocabulary; the message has all of them.
+            TypeError: An argument has the wrong type.
+            ValueError: The sizes of the ranks do not add up to ``vocab_size``, or add up to 0.
             RuntimeError: ``torch.distributed`` is not initialised, or this rank is not in the
                 group.
         """
@@ -100,17 +101,20 @@ class VocabShard:
             vocab_size = check_count("vocab_size", vocab_size)
         rank = dist.get_rank(group)
         if rank < 0:
-            raise RuntimeError("group: expected a group that this rank is in, got another")
+            raise RuntimeError(
+                "group: expected a group that this rank is in, got one without this rank"
+            )
         exchanged: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(exchanged, (shard_size, vocab_size), group)
         sizes = [size for size, _ in exchanged]
         total = sum(sizes)
-        # On every rank, whoever was told of a vocabulary: none is left waiting for another.
+        # Every rank raises, even a rank without vocab_size. Otherwise it would wait for the others
+        # in its next collective.
         if total == 0 or any(told not in (None, total) for _, told in exchanged):
-            told = "; vocab_size is " + ", ".join(str(told) for _, told in exchanged)
+            told_by_rank = [told for _, told in exchanged]
             raise ValueError(
-                "shard_size: expected the sizes of all ranks to add up to those of a vocabulary, "
-                f"got {sizes}, which is {total}{told}"
+                "shard_size: expected the sizes of all ranks to add up to vocab_size, at least 1, "
+                f"got {sizes} with the sum {total} and vocab_size {told_by_rank}"
             )
         return cls.on_group(sum(sizes[:rank]), total, shard_size, group or dist.group.WORLD)
 
@@ -118,12 +122,12 @@ class VocabShard:
     def on_group(
         cls, first_label: int, vocab_size: int, size: int, group: ProcessGroup | None
     ) -> VocabShard:
-        """A shard known without an exchange."""
+        """Makes a shard without an exchange, for a caller that knows all sizes."""
         name = cast(Any, group).group_name
         return cls(first_label, vocab_size, partial(_gather, name), partial(_reduce, name), size)
 
 
-# ---- collectives of torch.distributed, which a compiler can trace --------------------------------
+# ---- collectives of torch.distributed that torch.compile can trace -------------------------------
 
 
 def _gather(group: str, tensor: Tensor) -> Tensor:
@@ -155,7 +159,7 @@ def _check_shapes(group: str, tensor: Tensor) -> None:
         for shape in _gather_alike(group, torch.tensor(shape)).tolist()
     ]
     if any(shape != shapes[0] for shape in shapes):
-        rows = "R valid tokens" if tensor.dim() == 2 else "B sequences of T tokens"
+        rows = "R scored tokens" if tensor.dim() == 2 else "B sequences of T tokens"
         listed = ", ".join(f"{shape[1:]} on rank {rank}" for rank, shape in enumerate(shapes))
         raise ValueError(
             f"labels: expected the same {rows} on every rank of the group, got {listed}"

@@ -1,4 +1,4 @@
-"""Log-probabilities of a vocabulary that is divided over ranks.
+"""Log-probabilities of a vocabulary that is sharded over ranks.
 
 Public as part of :mod:`simpo_ext.distributed`.
 """
@@ -21,10 +21,10 @@ __all__ = ["VocabShard", "vocab_parallel_linear_token_logps", "vocab_parallel_to
 
 
 def _checked_shard(shard: object, name: str, columns: int) -> VocabShard:
-    """A shard that ``columns`` of the vocabulary, those of ``name``, belong to."""
+    """The shard, after a check that ``name`` has its number of labels, ``columns``."""
     if not isinstance(shard, VocabShard):
         raise TypeError(
-            f"shard: expected a VocabShard beside {name} that are no DTensor (see "
+            f"shard: expected a VocabShard beside {name} that are not a DTensor (see "
             f"simpo_ext.distributed.VocabShard.of_group), got {type(shard).__name__}"
         )
     shard.check(columns)
@@ -40,34 +40,35 @@ def vocab_parallel_token_logps(
     cu_seqlens: Tensor | None = None,  # [S + 1]
     **options: Unpack[LogitsKeywords],
 ) -> Tensor:  # [B, T]
-    """:func:`simpo_ext.token_logps` of logits of whose vocabulary each rank has a part.
+    """Computes :func:`simpo_ext.token_logps` from logits that are sharded over the vocabulary.
 
-    Ranks exchange three float64 numbers of each token, once, in the forward; the gradient of a
-    rank's logits needs no exchange. Every rank gets the same bits, and they differ from those of
-    the whole vocabulary by rounding alone.
+    The forward exchanges three float64 numbers for each token, in one step. The backward exchanges
+    nothing. Every rank gets the same bits. They differ from the result for unsharded logits only by
+    rounding.
 
     Args:
-        logits: [B, T, V_k], this rank's part; or a DTensor [B, T, V] whose vocabulary is sharded
-            over one dimension of its mesh. Over others its batch may be sharded, and what is
-            returned is then that of this rank's sequences. V_k may differ between ranks, and be 0.
-        labels: [B, T], of the whole vocabulary, the same on every rank; or a DTensor that is
-            replicated where the vocabulary is sharded, and else laid out as ``logits``.
-        shard: Which labels this rank has, and how it reaches the others; None with a DTensor, which
-            says so itself.
-        cu_seqlens: See :func:`simpo_ext.token_logps`; the same on every rank. Packed rows of
-            DTensors must not be sharded.
+        logits: [B, T, V_k], this rank's shard. V_k may differ between ranks and may be 0. Or a
+            DTensor [B, T, V] whose vocabulary is sharded over one dimension of its mesh. Other mesh
+            dimensions may shard its batch, and each rank then gets the result of its sequences.
+        labels: [B, T], labels of the whole vocabulary, the same on every rank. Or a DTensor that is
+            replicated over the mesh dimension of the vocabulary, with the placements of ``logits``
+            over the others.
+        shard: The labels of this rank, and the collectives. None with a DTensor.
+        cu_seqlens: See :func:`simpo_ext.token_logps`; the same on every rank. With ``cu_seqlens``,
+            the rows of a DTensor must not be sharded.
         **options: See :class:`simpo_ext.options.LogitsKeywords`.
 
     Returns:
-        [B, T] float32 (float64 for float64 logits), a plain tensor; 0 where masked. NaN where
-        ranks disagree on the label.
+        [B, T] float32 (float64 for float64 logits), a plain tensor; 0 at masked positions, and NaN
+        at positions whose label differs between ranks.
 
     Raises:
-        TypeError: As :func:`simpo_ext.token_logps`; or plain ``logits`` came without a ``shard``.
-        ValueError: As :func:`simpo_ext.token_logps`; or the layout of a DTensor does not fit,
-            ``logits`` are not those of ``shard``, or ranks disagree on B and T (see
+        TypeError: See :func:`simpo_ext.token_logps`; or ``logits`` is a plain tensor and ``shard``
+            is None.
+        ValueError: See :func:`simpo_ext.token_logps`; or the placements of a DTensor do not fit; or
+            V_k does not fit ``shard``; or ranks have different B or T (see
             :meth:`VocabShard.of_group`).
-        IndexError: As :func:`simpo_ext.token_logps`, as are all errors not listed here.
+        IndexError: See :func:`simpo_ext.token_logps`. The same holds for all other errors.
     """
     call = resolve_token_options(LogitsKeywords, **options)
     if is_dtensor(logits):
@@ -97,35 +98,35 @@ def vocab_parallel_linear_token_logps(
     cu_seqlens: Tensor | None = None,  # [S + 1]
     **options: Unpack[LinearKeywords],
 ) -> Tensor:  # [B, T]
-    """:func:`simpo_ext.linear_token_logps` with an lm_head of which each rank has a part.
+    """Computes :func:`simpo_ext.linear_token_logps` with an lm_head sharded over the vocabulary.
 
-    Ranks exchange three float64 numbers of each valid token in the forward and, in the backward,
-    add up the gradients of the valid tokens' hidden states: [R, H] float32 (float64 for float64
-    arguments), which are rounded once, after that. Every rank gets the same bits of both. Gradients
-    of ``weight`` and ``bias`` need no exchange.
+    The forward exchanges three float64 numbers for each scored token. The backward adds up the
+    ranks' gradients of the scored tokens' hidden states, [R, H] float32 (float64 for float64
+    arguments), and rounds the sum once. Every rank gets the same bits of both. The gradients of
+    ``weight`` and ``bias`` need no exchange.
 
     Args:
-        hidden: [B, T, H], the same on every rank; its gradient is that of all ranks' logits
-            together, so that it must not be added up once more. Or a DTensor that is replicated
-            where the vocabulary is sharded.
-        weight: [V_k, H], this rank's rows of lm_head; or a DTensor [V, H], ``Shard(0)`` over one
-            dimension of its mesh and replicated over others. Its gradient has the same layout; if
-            the batch of ``hidden``, a DTensor, is sharded over one of the others, it is ``Partial``
-            there.
-        labels: [B, T], of the whole vocabulary, the same on every rank; or a DTensor laid out as
-            ``hidden``.
+        hidden: [B, T, H], the same on every rank. Its gradient is already the sum over the ranks:
+            do not reduce it again. Or a DTensor that is replicated over the mesh dimension of the
+            vocabulary.
+        weight: [V_k, H], this rank's rows of lm_head. Or a DTensor [V, H], ``Shard(0)`` over one
+            dimension of its mesh and replicated over the others. Its gradient has the same
+            placements, with one exception: it is ``Partial`` over a mesh dimension that shards the
+            batch of a DTensor ``hidden``.
+        labels: [B, T], labels of the whole vocabulary, the same on every rank. Or a DTensor with
+            the placements of ``hidden``.
         shard: See :func:`vocab_parallel_token_logps`.
-        bias: [V_k], or a DTensor sharded as ``weight``, or None.
+        bias: [V_k], or a DTensor with the placements of ``weight``, or None.
         cu_seqlens: See :func:`vocab_parallel_token_logps`.
         **options: See :class:`simpo_ext.options.LinearKeywords`.
 
     Returns:
-        As :func:`vocab_parallel_token_logps`.
+        See :func:`vocab_parallel_token_logps`.
 
     Raises:
-        TypeError: As :func:`simpo_ext.linear_token_logps` and :func:`vocab_parallel_token_logps`.
-        ValueError: As these.
-        IndexError: As these.
+        TypeError: See :func:`simpo_ext.linear_token_logps` and :func:`vocab_parallel_token_logps`.
+        ValueError: See the same functions.
+        IndexError: See the same functions.
     """
     num_valid_tokens = options.pop("num_valid_tokens", None)
     call = resolve_token_options(LinearKeywords, **options).with_count(num_valid_tokens)

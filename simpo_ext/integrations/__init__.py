@@ -1,1 +1,1 @@
-"""simpo_ext in the trainers in use, a module for each; nothing here is imported unasked."""
+"""One module for each supported trainer. ``import simpo_ext`` imports none of them."""

@@ -1,4 +1,4 @@
-"""SimPO in axolotl (``rl: simpo``), as a plugin of it.
+"""An axolotl plugin that trains with SimPO (``rl: simpo``).
 
 In the YAML::
 
@@ -8,16 +8,17 @@ In the YAML::
     cpo_alpha: 0.0
     plugins:
       - simpo_ext.integrations.axolotl.SimPOPlugin
-    simpo_fused_linear: true  # this and what follows may be left out
+    simpo_fused_linear: true  # optional, like the next two
     simpo_empty: drop
     simpo_logits_budget_bytes: 1073741824
 
-The trainer is then axolotl's own AxolotlCPOTrainer with
-:class:`simpo_ext.integrations.trl.SimPOMixin` before it, of which ``simpo_fused_linear``,
-``simpo_empty`` and ``simpo_logits_budget_bytes`` are the options without their prefix. Any other
-``rl`` is left alone. For axolotl 0.15 to 0.21, whose classes this module makes its own from when
-they are asked for: ``SimPOPlugin``, of axolotl's BasePlugin and :class:`PluginHooks`, and
-``SimPOArgs``, a pydantic model of the three options.
+The trainer then derives from :class:`simpo_ext.integrations.trl.SimPOMixin` and axolotl's
+AxolotlCPOTrainer. ``simpo_fused_linear``, ``simpo_empty`` and ``simpo_logits_budget_bytes`` are the
+mixin's options with a prefix. The plugin does not change any other ``rl``.
+
+Supports axolotl 0.15 to 0.21. The module makes two classes on first access, because they need
+axolotl or pydantic: ``SimPOPlugin`` derives from :class:`PluginHooks` and axolotl's BasePlugin, and
+``SimPOArgs`` is a pydantic model of the three options.
 """
 
 from __future__ import annotations
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["PluginHooks", "SimPOArgs", "SimPOPlugin"]
 
 _PREFIX = "simpo_"
-# Of each option, as SimPOMixin has them, what the YAML may hold; left out, its default is the
-# mixin's.
+# SimPOMixin's options and the types that the YAML may hold. None means the mixin's default.
 _OPTIONS: dict[str, Any] = {
     "fused_linear": bool | None,
     "empty": Literal["drop", "nan"] | None,
@@ -42,20 +42,20 @@ _OPTIONS: dict[str, Any] = {
 
 
 class PluginHooks:
-    """What SimPOPlugin has that BasePlugin has not.
+    """The hooks that SimPOPlugin adds to BasePlugin.
 
-    axolotl's builder of RL trainers gives a class that comes from a plugin no model. The model is
-    kept from the hook before the trainer is made, until it is.
+    axolotl does not pass the model to a trainer class that comes from a plugin. A hook that runs
+    before axolotl makes the trainer therefore keeps the model for it.
     """
 
     _model: Any = None
 
     def get_input_args(self) -> str:
-        """Where the options' pydantic model is found."""
+        """The import path of the options' pydantic model."""
         return f"{__name__}.SimPOArgs"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """Keeps the model for the trainer, which is made next.
+        """Keeps the model for the trainer, which axolotl makes next.
 
         Args:
             cfg: axolotl's configuration.
@@ -69,29 +69,29 @@ class PluginHooks:
         return []
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
-        """The trainer's class.
+        """Makes the trainer's class.
 
         Args:
             cfg: axolotl's configuration.
 
         Returns:
-            A class made of SimPOMixin and AxolotlCPOTrainer, or None if ``rl`` is not simpo.
+            A subclass of SimPOMixin and AxolotlCPOTrainer, or None if ``rl`` is not simpo.
 
         Raises:
-            ValueError: ``simpo_gamma`` is missing, which axolotl passes on as None in place of any
-                default; or there is a ``trainer_cls``, which it would ignore.
+            ValueError: ``simpo_gamma`` is missing, and axolotl would pass None to the trainer; or
+                ``trainer_cls`` is set, and axolotl would ignore it.
         """
         if not _is_simpo(cfg):
             return None
         if cfg.simpo_gamma is None:
             raise ValueError(
-                "simpo_gamma: expected a number, the target margin of the loss, for which axolotl "
-                "has no default, got None"
+                "simpo_gamma: expected a number (the target margin of the loss; axolotl has no "
+                "default), got None"
             )
         if cfg.trainer_cls:
             raise ValueError(
-                "trainer_cls: expected none beside simpo_ext's plugin, in whose favour axolotl "
-                f"ignores it, got {cfg.trainer_cls!r}"
+                "trainer_cls: expected no value, because axolotl ignores it if it uses simpo_ext's "
+                f"plugin, got {cfg.trainer_cls!r}"
             )
         from axolotl.core.trainers import AxolotlCPOTrainer
 
@@ -109,13 +109,13 @@ class PluginHooks:
         )
 
     def _take_model(self) -> Any:
-        """The kept model, which is the trainer's from then on."""
+        """Returns the kept model and drops the reference to it."""
         model, self._model = self._model, None
         return model
 
 
 class _FromPlugin:
-    """Before SimPOMixin in the bases: what axolotl does not pass to its ``__init__``."""
+    """Passes SimPOMixin the model and the options, which axolotl does not pass."""
 
     plugin: PluginHooks
     options: dict[str, Any]
@@ -149,7 +149,7 @@ def _simpo_args() -> type:
 
 
 def __getattr__(name: str) -> type:
-    """SimPOPlugin and SimPOArgs, which axolotl looks up here by name."""
+    """Makes SimPOPlugin or SimPOArgs when axolotl looks it up by name."""
     if name == "SimPOPlugin":
         return _simpo_plugin()
     if name == "SimPOArgs":

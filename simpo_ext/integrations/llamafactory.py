@@ -1,6 +1,6 @@
 """SimPO in LLaMA-Factory (``stage: dpo``, ``pref_loss: simpo``).
 
-A file that calls :func:`patch` takes the place of ``llamafactory-cli train``::
+Run a file that calls :func:`patch` instead of ``llamafactory-cli train``::
 
     from simpo_ext.integrations import llamafactory
 
@@ -9,9 +9,10 @@ A file that calls :func:`patch` takes the place of ``llamafactory-cli train``::
 
     run_exp()  # python this_file.py config.yaml, or torchrun with it
 
-Or put the functions in by hand: :func:`get_batch_logps` and :func:`simpo_loss` have the signatures
-of those that CustomDPOTrainer calls, and :class:`SimPOMixin` is what stands before it in the bases
-of a class. For LLaMA-Factory 0.9.3 to 0.9.5, and the trainer of its main branch since.
+The parts can also be used on their own. :func:`get_batch_logps` and :func:`simpo_loss` have the
+signatures of the functions that CustomDPOTrainer calls. :class:`SimPOMixin` goes before
+CustomDPOTrainer in the bases of a class. Supports LLaMA-Factory 0.9.3 to 0.9.5 and the later
+trainer of its main branch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ._fused.tier import FusedTier, check_options
 __all__ = ["PairForward", "SimPOMixin", "get_batch_logps", "patch", "simpo_loss", "simpo_trainer"]
 
 _IGNORE_INDEX = -100  # CustomDPOTrainer's own
-# What a batch of text has. A model that takes more may not be run with less, to be probed.
+# The inputs of a text-only batch. A model with other inputs cannot run on the probe's two tokens.
 _TEXT_INPUTS = {"attention_mask", "input_ids", "labels", "position_ids"}
 
 
@@ -44,26 +45,28 @@ def get_batch_logps(
     *,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """``get_batch_logps`` of llamafactory.train.trainer_utils: sums over tokens, and their number.
+    """Replaces ``get_batch_logps`` of llamafactory.train.trainer_utils.
 
     Args:
-        logits: [B, T, V] float64, float32, bfloat16 or float16, as the model returns them: there is
-            nothing to gain from a float32 copy.
-        labels: [B, T] of an integer dtype; those at t + 1 are scored with the logits at t.
+        logits: [B, T, V] float64, float32, bfloat16 or float16. They need no conversion to float32,
+            because the kernels compute in float32 anyway.
+        labels: [B, T] of an integer dtype. The logits at t score the label at t + 1.
         label_pad_token_id: The label of positions that are not scored. Default -100.
-        ld_alpha: Factor in [0, 1] of LD-DPO (arXiv 2409.06411) on the tokens of a completion past
-            the length of its pair's shorter one; rows 0..B/2-1 are then chosen and the others
-            rejected. None: 1.
+        ld_alpha: LD-DPO's factor in [0, 1] (arXiv 2409.06411) for the tokens of a completion past
+            the length of the shorter completion of its pair. Rows 0..B/2-1 must be the chosen
+            completions, and the others the rejected ones. None: 1.
         inplace_backward: See :func:`simpo_ext.functional.token_logps`.
 
     Returns:
-        The sums [B], float32 (float64 for float64 logits), and the number of scored tokens [B],
-        int64. Both are 0 for a completion without any, as in LLaMA-Factory, whose average is NaN.
+        The sum of each completion's log-probabilities, [B] float32 (float64 for float64 logits),
+        and its number of scored tokens, [B] int64. Both are 0 for a completion without scored
+        tokens, so that LLaMA-Factory's average is NaN.
 
     Raises:
-        TypeError: As :func:`simpo_ext.functional.token_logps`; or ``ld_alpha`` is not a number.
-        ValueError: The same; ``ld_alpha`` is not in [0, 1], or given for an odd B.
-        IndexError: As :func:`simpo_ext.functional.token_logps`.
+        TypeError: See :func:`simpo_ext.functional.token_logps`; or ``ld_alpha`` is not a number.
+        ValueError: See :func:`simpo_ext.functional.token_logps`; or ``ld_alpha`` is not in [0, 1];
+            or ``ld_alpha`` is given and B is odd.
+        IndexError: See :func:`simpo_ext.functional.token_logps`.
     """
     token_logps = functional.token_logps(
         logits, labels, ignore_index=label_pad_token_id, inplace_backward=inplace_backward
@@ -72,7 +75,7 @@ def get_batch_logps(
 
 
 def _sequence_sums(
-    token_logps: Tensor,  # [B, T], 0 where nothing is scored
+    token_logps: Tensor,  # [B, T], 0 at positions that are not scored
     labels: Tensor,  # [B, T]
     label_pad_token_id: int,
     ld_alpha: float | None,
@@ -82,7 +85,7 @@ def _sequence_sums(
     if ld_alpha is not None:
         ld_alpha = check_number("ld_alpha", ld_alpha, at_least=0.0, at_most=1.0)
         shorter = valid_length.view(2, _num_pairs("logits", labels)).amin(0).repeat(2)
-        # The common length is measured in positions from the first that is scored.
+        # LLaMA-Factory counts the common length from the first scored position.
         end = is_scored.to(torch.int8).argmax(-1) + shorter
         is_past = torch.arange(labels.shape[1], device=labels.device) >= end.unsqueeze(1)
         token_logps = torch.where(is_past, ld_alpha * token_logps, token_logps)
@@ -94,20 +97,22 @@ def simpo_loss(
     chosen_logps: Tensor,  # [P]
     rejected_logps: Tensor,  # [P]
 ) -> Tensor:  # [P]
-    """``CustomDPOTrainer.simpo_loss``: -logsigmoid(beta (chosen - rejected) - simpo_gamma).
+    """Replaces ``CustomDPOTrainer.simpo_loss``.
+
+    The loss of a pair is -logsigmoid(beta (chosen - rejected) - simpo_gamma).
 
     Args:
-        trainer: What has ``beta`` (``pref_beta``) and ``simpo_gamma`` (itself): the trainer, as
-            whose method this can be put in.
-        chosen_logps: [P] floating-point, means over tokens.
-        rejected_logps: [P].
+        trainer: An object with ``beta`` (LLaMA-Factory's ``pref_beta``) and ``simpo_gamma``. It is
+            the trainer if this function is one of its methods.
+        chosen_logps: [P] floating-point, mean log-probabilities of the chosen completions.
+        rejected_logps: [P], the same of the rejected completions.
 
     Returns:
         The loss [P] of each pair, without the SFT term; float32, or float64 if either input is.
 
     Raises:
-        TypeError: As :func:`simpo_ext.functional.simpo_loss_from_logps`.
-        ValueError: The same.
+        TypeError: See :func:`simpo_ext.functional.simpo_loss_from_logps`.
+        ValueError: See :func:`simpo_ext.functional.simpo_loss_from_logps`.
     """
     losses, _, _ = functional.simpo_loss_from_logps(
         chosen_logps, rejected_logps, beta=trainer.beta, gamma=trainer.simpo_gamma
@@ -116,54 +121,58 @@ def simpo_loss(
 
 
 class PairForward(NamedTuple):
-    """What ``concatenated_forward`` returns: a tuple as to 0.9.3, read by key as a dict since.
+    """The results of ``concatenated_forward``.
 
-    Of P pairs, or of those that are counted.
+    LLaMA-Factory 0.9.3 reads a tuple, and later versions read a dict by key. P is the number of
+    pairs without the dropped ones.
     """
 
     chosen_logps: Tensor
     """[P] mean log-probability of each chosen completion."""
     rejected_logps: Tensor
-    """[P] the same of each rejected completion."""
+    """[P] mean log-probability of each rejected completion."""
     chosen_logits: Tensor
-    """Mean of the chosen logits, detached: a scalar, which is all that the trainer logs of them."""
+    """Mean of the chosen logits, a detached scalar. The trainer logs only this mean."""
     rejected_logits: Tensor
-    """The same of the rejected logits."""
+    """Mean of the rejected logits, a detached scalar."""
     chosen_logps_avg: Tensor
-    """[P] ``chosen_logps``, which are averages already."""
+    """[P], the same tensor as ``chosen_logps``, which are means already."""
 
     def __getitem__(self, key: Any) -> Any:
-        """The tensor at an index, or of a name."""
+        """The tensor at an index or with a name."""
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
 
 class SimPOMixin:
-    """Before CustomDPOTrainer in the bases of a class: its reference-free losses on the kernels.
+    """Computes CustomDPOTrainer's reference-free losses with the kernels of this package.
 
-    ``concatenated_forward`` is that of ``pref_loss: simpo`` and ``orpo``. Where the model allows
-    it, log-probabilities come from the last hidden states and lm_head, and there are no logits in
-    memory (:func:`simpo_ext.linear_token_logps`). Otherwise they come from the logits as the model
-    returns them: without a float32 copy, or one of their log-softmax. (Under ``bf16: true``,
-    accelerate has made a float32 copy already, but not under ``pure_bf16: true``.) Labels do not go
-    into the model, which would compute a loss of its own. Any other ``pref_loss`` has a reference
-    model and stays LLaMA-Factory's.
+    The mixin goes before CustomDPOTrainer in the bases of a class. It replaces the forward of
+    ``pref_loss: simpo`` and ``orpo``. Any other ``pref_loss`` has a reference model, and
+    LLaMA-Factory's own code computes it.
+
+    If the model allows it, log-probabilities come from the last hidden states and lm_head, and the
+    logits are never in memory (:func:`simpo_ext.linear_token_logps`). Otherwise they come from the
+    model's logits, without a float32 copy and without a copy of the log-softmax. (With
+    ``bf16: true``, accelerate makes a float32 copy of the logits; with ``pure_bf16: true``, it does
+    not.) The model gets no labels, because with labels it would compute a loss of its own.
     """
 
     fused_linear: bool | None = None
-    """Whether to do without logits. None: where the model allows it; otherwise a warning says why
-    not. True: an error does. False: no. A batch of more than text has logits."""
+    """Whether to train without logits. None: if the model allows it; otherwise a warning gives the
+    reason. True: if the model does not allow it, an error gives the reason. False: never. A batch
+    with more inputs than text always needs logits."""
     empty: EmptyPolicy = "drop"
-    """What becomes of a pair with a completion that has no token to score. ``"drop"``: it is left
-    out of the loss, its mean and the metrics, for a synchronization with the device; where no pair
-    is left, these are NaN and gradients 0. ``"nan"``: as in LLaMA-Factory, it makes the loss NaN.
-    """
+    """What happens to a pair with a completion without scored tokens. ``"drop"``: the loss and the
+    metrics leave the pair out. To find such pairs, the host waits for the GPU. If no pair is left,
+    the loss and the metrics are NaN and the gradients are 0. ``"nan"``: the loss is NaN, as in
+    LLaMA-Factory."""
     logits_budget_bytes: int | None = None
-    """Where there are no logits: see :func:`simpo_ext.linear_token_logps`."""
+    """Used without logits only; see :func:`simpo_ext.linear_token_logps`."""
     inplace_backward: bool = False
-    """Where there are logits: whether the backward overwrites them with their gradient. See
+    """Used with logits only: whether their gradient overwrites them in the backward. See
     :func:`simpo_ext.functional.token_logps`."""
 
-    # CustomDPOTrainer's.
+    # Attributes of CustomDPOTrainer.
     accelerator: Any
     args: Any
     finetuning_args: Any
@@ -176,22 +185,22 @@ class SimPOMixin:
     def concatenated_forward(
         self, model: Any, batch: Mapping[str, Any], is_ref_model: bool = False
     ) -> Any:
-        """Log-probabilities of the pairs of a batch.
+        """Computes the log-probabilities of a batch of pairs.
 
         Args:
-            model: A causal language model, called with the batch.
-            batch: ``input_ids``, ``attention_mask`` and ``labels``, all [2P, T] and chosen first,
-                and what else the model takes; left as it is.
+            model: A causal language model.
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, all [2P, T] with the chosen
+                rows first, and other inputs of the model. The method does not modify it.
             is_ref_model: Whether ``model`` is the reference model.
 
         Returns:
-            A :class:`PairForward`, or what CustomDPOTrainer returns if there is a reference model.
+            A :class:`PairForward`. With a reference model, CustomDPOTrainer's own result.
 
         Raises:
-            TypeError: As :func:`get_batch_logps`.
-            ValueError: The same; the rows of the batch are odd in number; or ``fused_linear`` is
-                True and the model does not allow it.
-            IndexError: As :func:`get_batch_logps`.
+            TypeError: See :func:`get_batch_logps`.
+            ValueError: See :func:`get_batch_logps`; or the number of rows is odd; or
+                ``fused_linear`` is True and the model does not allow it.
+            IndexError: See :func:`get_batch_logps`.
         """
         if self.finetuning_args.use_ref_model:
             return super().concatenated_forward(  # type: ignore[misc]
@@ -214,7 +223,7 @@ class SimPOMixin:
     def _score(
         self, model: nn.Module, batch: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:  # [2P, T], [2P]
-        """Log-probabilities of tokens, 0 where nothing is scored, and each row's mean logit."""
+        """Token log-probabilities, 0 where they are not scored, and the mean logit of each row."""
         if self._tier is None:
             self._tier = FusedTier(self.fused_linear)
         inputs = {**batch, "return_dict": True, "use_cache": False}
@@ -225,14 +234,14 @@ class SimPOMixin:
             model,
             input_ids,
             labels,
-            f"the model takes more than text: {', '.join(others)}" if others else None,
+            f"the batch has inputs other than text: {', '.join(others)}" if others else None,
             self.logits_budget_bytes,
             **inputs,
         )
         if isinstance(outputs, FusedOutput):
             return outputs.token_logps, outputs.mean_logits
         logits = outputs.logits
-        mean_logits = row_means(logits)  # before a backward overwrites them
+        mean_logits = row_means(logits)  # now, because inplace_backward overwrites the logits
         token_logps = functional.token_logps(logits, labels, inplace_backward=self.inplace_backward)
         return token_logps, mean_logits
 
@@ -247,26 +256,27 @@ def simpo_trainer(
     logits_budget_bytes: int | None = None,
     inplace_backward: bool = False,
 ) -> type:
-    """The subclass of a CustomDPOTrainer that has :class:`SimPOMixin` before it.
+    """Makes a class that derives from :class:`SimPOMixin` and a CustomDPOTrainer.
 
     Args:
-        trainer_class: CustomDPOTrainer, or a subclass; of what this function has returned before,
-            the class it was made of is taken.
+        trainer_class: CustomDPOTrainer or a subclass. If this function made the class, the result
+            derives from the original class instead.
         fused_linear: See :attr:`SimPOMixin.fused_linear`.
         empty: See :attr:`SimPOMixin.empty`.
         logits_budget_bytes: See :attr:`SimPOMixin.logits_budget_bytes`.
         inplace_backward: See :attr:`SimPOMixin.inplace_backward`.
 
     Returns:
-        A class of the same name.
+        A class with the name of ``trainer_class``.
 
     Raises:
-        TypeError: An argument is of the wrong type, or the class has no ``concatenated_forward``.
-        ValueError: One is out of range.
+        TypeError: An argument has the wrong type, or ``trainer_class`` has no
+            ``concatenated_forward``.
+        ValueError: An argument is out of range.
     """
     if not (isinstance(trainer_class, type) and hasattr(trainer_class, "concatenated_forward")):
         raise TypeError(
-            "trainer_class: expected LLaMA-Factory's CustomDPOTrainer, with a "
+            "trainer_class: expected LLaMA-Factory's CustomDPOTrainer, a class with "
             f"concatenated_forward, got {trainer_class!r}"
         )
     check_options(fused_linear, empty, logits_budget_bytes)
@@ -290,9 +300,9 @@ def patch(
     logits_budget_bytes: int | None = None,
     inplace_backward: bool = False,
 ) -> type:
-    """Has LLaMA-Factory train with :func:`simpo_trainer` of its CustomDPOTrainer.
+    """Replaces LLaMA-Factory's CustomDPOTrainer by the result of :func:`simpo_trainer`.
 
-    To be called before training starts. What is called last holds.
+    Call it before training starts. A second call overrides the options of the first.
 
     Args:
         fused_linear: See :attr:`SimPOMixin.fused_linear`.
@@ -301,12 +311,12 @@ def patch(
         inplace_backward: See :attr:`SimPOMixin.inplace_backward`.
 
     Returns:
-        The class, in the place of ``llamafactory.train.dpo.trainer.CustomDPOTrainer``.
+        The class that replaces ``llamafactory.train.dpo.trainer.CustomDPOTrainer``.
 
     Raises:
         ImportError: LLaMA-Factory is not installed.
-        TypeError: As :func:`simpo_trainer`.
-        ValueError: The same.
+        TypeError: See :func:`simpo_trainer`.
+        ValueError: See :func:`simpo_trainer`.
     """
     from llamafactory.train.dpo import trainer, workflow
 
@@ -318,16 +328,16 @@ def patch(
         inplace_backward=inplace_backward,
     )
     trainer.CustomDPOTrainer = patched
-    if hasattr(workflow, "CustomDPOTrainer"):  # from 0.9.4 on, it is imported where it is used
+    if hasattr(workflow, "CustomDPOTrainer"):  # since 0.9.4, workflow imports it inside a function
         workflow.CustomDPOTrainer = patched
     return patched
 
 
 def _num_pairs(name: str, rows: Tensor) -> int:
-    """P, of rows 0..P-1 that are chosen and rows P..2P-1 that are rejected."""
+    """The number of pairs P. Rows 0..P-1 are the chosen completions, the others the rejected."""
     pairs, is_odd = divmod(rows.shape[0], 2)
     if is_odd:
         raise ValueError(
-            f"{name}: expected chosen rows and as many rejected ones, got {rows.shape[0]} rows"
+            f"{name}: expected chosen rows and as many rejected rows, got {rows.shape[0]} rows"
         )
     return pairs

@@ -1,4 +1,4 @@
-"""SimPO for TRL: its CPOTrainer, on the kernels of this package.
+"""TRL's CPOTrainer on the kernels of this package.
 
 ::
 
@@ -38,13 +38,13 @@ __all__ = ["SimPOMixin", "SimPOTrainer"]
 
 _logger = logging.getLogger(__name__)
 
-_LABEL_PAD_TOKEN_ID = -100  # CPOTrainer's own
+_LABEL_PAD_TOKEN_ID = -100  # the value in CPOTrainer
 
 
 class SimPOMixin:
-    """What turns a CPOTrainer into a :class:`SimPOTrainer`; it goes before it among the bases."""
+    """Makes :class:`SimPOTrainer` from CPOTrainer. It goes before CPOTrainer in the bases."""
 
-    if TYPE_CHECKING:  # of CPOTrainer
+    if TYPE_CHECKING:  # attributes of CPOTrainer
         accelerator: Any
         args: Any
         model: nn.Module
@@ -77,8 +77,8 @@ class SimPOMixin:
         self._has_warned_of_dropped_pairs = False
         super().__init__(*args, **kwargs)
         nothing = torch.zeros(0)
-        self.cpo_loss(nothing, nothing)  # checks its options, before a model has been run
-        # What kind of model it is, is no error of the caller's.
+        self.cpo_loss(nothing, nothing)  # checks the loss options before the model runs
+        # fused_linear=True raises no error for an encoder-decoder, which always needs logits.
         self._tier = FusedTier(None if self.is_encoder_decoder and fused_linear else fused_linear)
         self._tier.check(self, self.model, self._obstacle())
 
@@ -86,7 +86,7 @@ class SimPOMixin:
     def fused_linear(self) -> bool:
         """Whether the log-probabilities come from hidden states and lm_head, without logits.
 
-        Before the first batch, as far as can be told from the model without running it.
+        The first batch may change True to False, because the trainer has not run the model before.
         """
         return self._tier.is_in_use
 
@@ -94,7 +94,7 @@ class SimPOMixin:
         return "the model is an encoder-decoder" if self.is_encoder_decoder else None
 
     def _semantics(self) -> F.Semantics:
-        """What loss_type and its parameters are to this package."""
+        """The trainer's loss options in the parameters of this package."""
         gamma = self.simpo_gamma if self.loss_type == "simpo" else None
         loss_type = cast("TrainerLossType", self.loss_type)
         return F.with_preset("trl", loss_type=loss_type, beta=self.beta, gamma=gamma)
@@ -107,22 +107,22 @@ class SimPOMixin:
         label_pad_token_id: int | bool = _LABEL_PAD_TOKEN_ID,
         is_encoder_decoder: bool = False,
     ) -> Tensor:  # [B]
-        """Sum, or mean, of each sequence's token log-probabilities.
+        """Computes the sum or mean of each sequence's token log-probabilities.
 
-        Takes the arguments of both trainers in use: as the fourth, Princeton's SimPOTrainer has
-        ``label_pad_token_id``, and TRL's CPOTrainer ``is_encoder_decoder``, which is a bool.
+        The fourth argument may be an integer or a bool. Princeton's SimPOTrainer passes
+        ``label_pad_token_id`` there, and TRL's CPOTrainer passes ``is_encoder_decoder``.
 
         Args:
             logits: [B, T, V]; see :func:`simpo_ext.token_logps`.
-            labels: [B, T]; ``label_pad_token_id`` where nothing is scored.
-            average_log_prob: The mean over valid tokens instead of their sum.
-            label_pad_token_id: Default -100; or ``is_encoder_decoder``.
-            is_encoder_decoder: The logits at t are scored with ``labels[:, t]``; otherwise with
-                ``labels[:, t + 1]``.
+            labels: [B, T]; ``label_pad_token_id`` for positions that are not scored.
+            average_log_prob: Whether to return the mean over scored tokens instead of the sum.
+            label_pad_token_id: Default -100. A bool is taken as ``is_encoder_decoder``.
+            is_encoder_decoder: If True, the logits at t score ``labels[:, t]``; if False, they
+                score ``labels[:, t + 1]``.
 
         Returns:
-            [B], float32 (float64 for float64 logits); NaN for a sequence without a valid token,
-            where TRL has 0 for a sum.
+            [B] float32 (float64 for float64 logits). A sequence without scored tokens has NaN; TRL
+            returns 0 for its sum.
         """
         if isinstance(label_pad_token_id, bool):
             is_encoder_decoder = label_pad_token_id
@@ -140,10 +140,10 @@ class SimPOMixin:
         policy_chosen_logps: Tensor,  # [P]
         policy_rejected_logps: Tensor,  # [P]
     ) -> tuple[Tensor, Tensor, Tensor]:  # [P], [P], [P]
-        """The preference loss of each pair and the rewards, by the trainer's ``loss_type``.
+        """Computes each pair's preference loss and rewards with the trainer's ``loss_type``.
 
-        As CPOTrainer's: ``label_smoothing`` is without effect on "hinge" and "ipo", ``simpo_gamma``
-        on all but "simpo".
+        As in CPOTrainer, "hinge" and "ipo" ignore ``label_smoothing``, and only "simpo" uses
+        ``simpo_gamma``.
         """
         semantics = self._semantics()
         is_smooth = semantics.loss_type == "sigmoid"
@@ -162,10 +162,10 @@ class SimPOMixin:
         """Runs the model on chosen and rejected completions together.
 
         Returns:
-            chosen_logps [P], rejected_logps [P], chosen_logits, rejected_logits, nll_loss [] and,
-            of a model with an auxiliary loss, that. The logits are [P, T, V], or, where they have
-            not been formed, the detached mean of each row's, [P]: under a softcap that of the
-            completion only.
+            chosen_logps [P], rejected_logps [P], chosen_logits, rejected_logits, nll_loss [] and
+            the auxiliary loss of a model that has one. chosen_logits and rejected_logits are
+            [P, T, V], or [P] if the logits are never in memory: each row's mean logit, detached.
+            With a softcap, that mean is over the scored tokens only.
         """
         inputs = self.concatenated_inputs(
             batch,
@@ -198,7 +198,7 @@ class SimPOMixin:
             out = F.simpo_loss(outputs.logits, labels, **options)
             logits = outputs.logits
         pairs = batch["chosen_labels"].shape[0]
-        # Without a weight there is no term, not one of weight 0: it may be NaN.
+        # The term may be NaN, and 0 * NaN is NaN. So the term is 0 if its weight is 0.
         nll = out.sft_loss if self.cpo_alpha != 0.0 else torch.zeros_like(out.sft_loss)
         aux_loss = (outputs.aux_loss,) if self.aux_loss_enabled else ()
         return out.chosen_logps, out.rejected_logps, logits[:pairs], logits[pairs:], nll, *aux_loss
@@ -209,9 +209,9 @@ class SimPOMixin:
         batch: dict[str, Any],
         train_eval: Literal["train", "eval"] = "train",
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a batch, and its metrics under CPOTrainer's names.
+        """Computes the loss of a batch and its metrics under CPOTrainer's names.
 
-        All metrics of all processes come to the host in one copy.
+        One copy brings all metrics of all processes to the host.
         """
         output = self.concatenated_forward(model, batch)
         chosen_logps, rejected_logps, chosen_logits, rejected_logits, nll, *aux_losses = output
@@ -247,7 +247,7 @@ class SimPOMixin:
         return loss, {f"{prefix}{name}": value for name, value in values.items()}
 
     def _counted_pairs(self, batch: dict[str, Any]) -> Tensor:  # [P], bool
-        """Those that are not dropped."""
+        """Which pairs of a batch are not dropped."""
         shift = not self.is_encoder_decoder
         sides: tuple[Tensor, ...] = batch["chosen_labels"], batch["rejected_labels"]
         num_valid = [valid_tokens(side, _LABEL_PAD_TOKEN_ID, shift).sum(1) for side in sides]
@@ -258,12 +258,13 @@ class SimPOMixin:
 
     def _read(
         self,
-        by_pair: dict[str, Tensor],  # [P] each, 0 of pairs that are not counted
+        by_pair: dict[str, Tensor],  # [P] each, 0 for dropped pairs
         by_batch: dict[str, Tensor],  # [] each
         is_counted: Tensor,  # [P]
     ) -> dict[str, float]:
-        """Means over the counted pairs, and over the batches, of all processes."""
-        # Two tensors, as accelerate cuts off what fills up an evaluation's last batch by rows.
+        """Means over the counted pairs and over the batches of all processes."""
+        # accelerate pads the last batch of an evaluation and cuts the padding off by rows. Values
+        # with a row for each pair and values with a row for each batch need a tensor each.
         batch = [value.unsqueeze(0) for value in by_batch.values()]
         tables = self.accelerator.gather_for_metrics(
             (
@@ -279,8 +280,9 @@ class SimPOMixin:
         if dropped and not self._has_warned_of_dropped_pairs:
             self._has_warned_of_dropped_pairs = True
             _logger.warning(
-                "%d of %d pairs are left out of a batch's loss and metrics, and so are others from "
-                "here on: a completion of theirs has no token left; see max_length",
+                "SimPOTrainer drops %d of %d pairs from the loss and metrics of a batch, because a "
+                "completion of each has no scored tokens; a larger max_length may keep them. Later "
+                "batches drop such pairs without a warning.",
                 dropped,
                 num_pairs,
             )
@@ -288,7 +290,7 @@ class SimPOMixin:
 
 
 def _table(columns: list[Tensor], is_counted: Tensor) -> Tensor:
-    """[R, C + 1] of columns [R], 0 in rows that are not counted, and of whether they are."""
+    """Stacks columns [R] and the mask to [R, C + 1], with 0 in rows that are not counted."""
     values = torch.stack([column.detach().double() for column in columns], 1)
     is_counted = is_counted.unsqueeze(1)
     return torch.cat((torch.where(is_counted, values, 0.0), is_counted.double()), 1)
@@ -297,30 +299,31 @@ def _table(columns: list[Tensor], is_counted: Tensor) -> Tensor:
 class SimPOTrainer(SimPOMixin, CPOTrainer):  # type: ignore[misc]
     """TRL's CPOTrainer on simpo_ext's kernels.
 
-    The same losses, gradients and metrics, to rounding, with the same arguments; ``CPOConfig`` has
-    the options of the loss. Its ``loss_type`` is "sigmoid" unless told otherwise, which is CPO:
-    SimPO is ``loss_type="simpo"``, and ``cpo_alpha=0.0`` unless the cross entropy of the chosen
-    completions is to be added.
+    Losses, gradients and metrics equal CPOTrainer's up to rounding, and the arguments are the same.
+    ``CPOConfig`` has the options of the loss. Its default ``loss_type="sigmoid"`` is CPO. Set
+    ``loss_type="simpo"`` and ``cpo_alpha=0.0`` for SimPO. Any other ``cpo_alpha`` adds the cross
+    entropy of the chosen completions.
 
-    There are two tiers. In the fused one, token log-probabilities come from the last hidden states
-    and lm_head, and there are no logits in memory (:func:`simpo_ext.linear_token_logps`). It is
-    for causal language models with an ``nn.Linear`` for lm_head, be there a bias, a factor or a
-    softcap on the logits, tied embeddings, an auxiliary loss, or PEFT adapters on other layers. In
-    the other one the model forms its logits, and all else is the same.
+    By default, token log-probabilities come from the last hidden states and lm_head, and the logits
+    are never in memory (:func:`simpo_ext.linear_token_logps`). This works for causal language
+    models whose lm_head is an ``nn.Linear``, with or without a bias. It supports a scale or softcap
+    of the logits, tied embeddings, an auxiliary loss, and PEFT adapters on other layers. For other
+    models, the model computes its logits, and everything else stays the same.
 
     Args:
-        args: As of ``trl.experimental.cpo.CPOTrainer``, and ``kwargs``.
-        fused_linear: None (default): the fused tier where the model allows it; otherwise a warning
-            says why not. True: an error does, but for encoder-decoders. False: the logits tier.
-        empty: What becomes of a pair with a completion of which truncation has left no token.
-            ``"drop"`` (default): it is left out of loss, gradient and metrics, with a warning the
-            first time. ``"nan"``: its loss is NaN, as CPOTrainer's is for averages.
-        logits_budget_bytes: Of the fused tier; see :func:`simpo_ext.linear_token_logps`.
+        args: Like ``kwargs``, arguments of ``trl.experimental.cpo.CPOTrainer``.
+        fused_linear: Whether to train without logits. None (default): if the model allows it;
+            otherwise a warning gives the reason. True: if the model does not allow it, an error
+            gives the reason, except for an encoder-decoder. False: never.
+        empty: What happens to a pair if truncation leaves no token of a completion. ``"drop"``
+            (default): the loss, its gradient and the metrics leave the pair out, with one warning.
+            ``"nan"``: the pair's loss is NaN, as in CPOTrainer for means over tokens.
+        logits_budget_bytes: Used without logits only; see :func:`simpo_ext.linear_token_logps`.
 
     Raises:
-        TypeError: ``fused_linear``, ``empty`` or ``logits_budget_bytes`` is of the wrong type.
-        ValueError: One of them is out of range; ``fused_linear=True`` does not fit the model, which
-            may show at the first batch only; or as CPOTrainer.
+        TypeError: ``fused_linear``, ``empty`` or ``logits_budget_bytes`` has the wrong type.
+        ValueError: One of them is out of range; or the model does not allow ``fused_linear=True``,
+            which the first batch may find; or CPOTrainer raises it.
     """
 
     _tag_names = ["trl", "cpo", "simpo_ext"]  # noqa: RUF012

@@ -398,13 +398,13 @@ def test_ranks_that_disagree_are_told_so() -> None:
     fewer = int((batches()[1].labels[1:, 1:] >= 0).sum())
     for messages in run_on_ranks(2, disagreements):
         assert messages == [
-            "shard_size: expected the sizes of all ranks to add up to those of a vocabulary, got "
-            "[25, 25], which is 50; vocab_size is None, 51",
-            "shard_size: expected the sizes of all ranks to add up to those of a vocabulary, got "
-            "[0, 0], which is 0; vocab_size is None, None",
+            "shard_size: expected the sizes of all ranks to add up to vocab_size, at least 1, got "
+            "[25, 25] with the sum 50 and vocab_size [None, 51]",
+            "shard_size: expected the sizes of all ranks to add up to vocab_size, at least 1, got "
+            "[0, 0] with the sum 0 and vocab_size [None, None]",
             "labels: expected the same B sequences of T tokens on every rank of the group, got "
             "[4, 8] on rank 0, [4, 7] on rank 1",
-            "labels: expected the same R valid tokens on every rank of the group, got "
+            "labels: expected the same R scored tokens on every rank of the group, got "
             f"[{count}] on rank 0, [{fewer}] on rank 1",
             "True",
         ]

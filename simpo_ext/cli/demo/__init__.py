@@ -1,6 +1,6 @@
 """`python -m simpo_ext demo`: train a small byte-level model by SimPO, then time the loss.
 
-Importing this package is cheap; what the demo needs is imported when it runs.
+The package is cheap to import: the demo imports torch and its other dependencies when it runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Preference pairs as token ids: bytes with begin, end and padding, in the rows the loss takes."""
+"""Encodes preference pairs as token ids: bytes, and tokens for begin, end and padding."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ VOCAB_SIZE = 259
 IGNORE_INDEX = -100
 
 HELD_OUT = 0.1
-MOST_HELD_OUT = 256  # the held-out pairs are evaluated several times in a run
+MOST_HELD_OUT = 256  # bounds the time, because a run evaluates the held-out pairs several times
 
 
 @dataclass(frozen=True)
 class Pair:
-    """After `prompt`, `chosen` is to be preferred to `rejected`."""
+    """A prompt and two completions. `chosen` is the better one."""
 
     prompt: str
     chosen: str
@@ -40,10 +40,10 @@ class Example:
 
 
 def encode_pair(pair: Pair, context: int) -> Example:
-    """Encode a pair so that prompt and longest completion fit `context` tokens.
+    """Encode a pair so that the prompt and the longer completion fit `context` tokens.
 
-    A prompt keeps its end and at least a quarter of the room; a completion keeps its start, and
-    has no EOS once it is cut.
+    A truncated prompt keeps its end and gets at least a quarter of the context. A truncated
+    completion keeps its start and has no EOS.
     """
     prompt = list(pair.prompt.encode())
     chosen = [*pair.chosen.encode(), EOS]
@@ -62,24 +62,26 @@ def encode_pair(pair: Pair, context: int) -> Example:
 
 
 def encode(pairs: Iterable[Pair], context: int) -> list[Example]:
-    """Encode pairs; those whose completions differ only past the context are left out."""
+    """Encode pairs. Leave out pairs whose truncated completions are equal."""
     examples = [encode_pair(pair, context) for pair in pairs]
     distinct = [example for example in examples if example.chosen != example.rejected]
     same = len(examples) - len(distinct)
     if same:
-        print(f"{count(same, 'pair')} left out, differing only past the context of {context} bytes")
+        print(
+            f"{count(same, 'pair')} left out: completions equal within {context} bytes (--context)"
+        )
     return distinct
 
 
 def split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """Split into training and held-out examples; those with the same prompt stay together."""
+    """Split into training and held-out examples. Examples with the same prompt stay together."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(" ".join(example.text.split()), []).append(example)
     if len(groups) < 2:
         raise DemoError(
             f"too few pairs: {len(examples)} usable, with {count(len(groups), 'distinct prompt')}; "
-            "at least 2 prompts are needed, to train on one and hold one out"
+            "the demo needs at least 2 prompts, one to train on and one to hold out"
         )
     order = list(groups.values())
     random.Random(seed).shuffle(order)
@@ -98,8 +100,8 @@ def split(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[E
 def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """Stack P examples as ids and labels, both [2P, T]: chosen rows first, then rejected.
 
-    Prompt and padding are labelled IGNORE_INDEX. Labels stand at their own token: the loss does
-    the shift.
+    The labels of prompt and padding are IGNORE_INDEX. The labels are not shifted, because the loss
+    shifts them.
     """
     rows = [(e.prompt, e.chosen) for e in examples] + [(e.prompt, e.rejected) for e in examples]
     longest = max(len(prompt) + len(completion) for prompt, completion in rows)

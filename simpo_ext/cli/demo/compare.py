@@ -1,7 +1,8 @@
-"""Time and peak memory of the loss beside the eager formula.
+"""Compares time and peak memory of the loss with the eager formula.
 
-`python -m simpo_ext.demo.compare VARIANT THREADS` measures the peak memory of one variant and
-prints it as JSON: a process remembers its peak, so each variant gets a process of its own.
+`python -m simpo_ext.cli.demo.compare VARIANT THREADS 2P T V` measures the peak memory of one
+variant and prints it as JSON. Each variant needs its own process, because a process cannot reset
+its peak.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CHILD_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class Comparison:
-    """Median seconds and peak bytes beyond the logits by variant; None where unmeasurable."""
+    """Median seconds and peak bytes beyond the logits by variant; None if not measured."""
 
     shape: tuple[int, int, int]
     logits_bytes: int
@@ -47,7 +48,7 @@ class Comparison:
 
 
 def eager(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss as trainers write it: logits [2P, T, V], labels [2P, T] -> 0-d."""
+    """The loss as trainers compute it, from logits [2P, T, V] and labels [2P, T] to a scalar."""
     labels = labels[:, 1:]
     counted = labels != IGNORE_INDEX
     token_logps = (
@@ -76,7 +77,7 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def compare(shape: tuple[int, int, int] = SHAPE) -> Comparison:
-    """Verify that the variants agree, then measure them; DemoError where they differ."""
+    """Measure the variants. Raise DemoError if their results differ."""
     seconds = _median_seconds(shape)
     with ThreadPoolExecutor(len(VARIANTS)) as pool:
         peaks = pool.map(lambda variant: _peak_in_child(variant, shape), VARIANTS)
@@ -92,12 +93,12 @@ def compare(shape: tuple[int, int, int] = SHAPE) -> Comparison:
 
 
 def _median_seconds(shape: tuple[int, int, int]) -> dict[str, float]:
-    """Forward and backward of the variants, timed in turn once they are known to agree."""
+    """Check that the variants agree, then time forward and backward of each in turn."""
     source, labels = _inputs(shape)
     buffer = torch.empty_like(source)
 
     def once(variant: str) -> tuple[float, Tensor, Tensor]:
-        buffer.copy_(source)  # in place, the gradient has overwritten it
+        buffer.copy_(source)  # the in-place variant has overwritten it
         logits = _as_model_output(buffer)
         started = time.perf_counter()
         loss = VARIANTS[variant](logits, labels)
@@ -105,7 +106,7 @@ def _median_seconds(shape: tuple[int, int, int]) -> dict[str, float]:
         return time.perf_counter() - started, loss.detach(), gradient
 
     _, true_loss, true_gradient = once("eager")
-    for variant in ("simpo_ext", "inplace"):  # which also warms them up
+    for variant in ("simpo_ext", "inplace"):  # these calls also warm them up
         _, loss, gradient = once(variant)
         _check_agreement(variant, loss, true_loss, gradient, true_gradient)
     del true_gradient, gradient
@@ -130,9 +131,9 @@ def _check_agreement(
 
 
 def _inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Logits [2P, T, V] and labels [2P, T], the latter ignored over the prompt."""
+    """Random logits [2P, T, V] and labels [2P, T], with IGNORE_INDEX over the prompt."""
     generator = torch.Generator().manual_seed(0)
-    # Filled in place: a temporary would raise the peak before it is measured.
+    # A temporary would raise the peak before the measurement, so this fills in place.
     logits = torch.empty(shape).normal_(std=2.0, generator=generator)
     labels = torch.randint(shape[2], shape[:2], generator=generator)
     labels[:, : min(PROMPT_TOKENS, shape[1] // 4)] = IGNORE_INDEX
@@ -140,14 +141,14 @@ def _inputs(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
 
 
 def _as_model_output(logits: Tensor) -> Tensor:
-    """Make `logits` part of a graph without a copy, as a leaf may not be overwritten."""
+    """Make `logits` a non-leaf of a graph without a copy: autograd forbids overwriting a leaf."""
     return logits.detach().add_(torch.zeros((), requires_grad=True))
 
 
 def _peak_in_child(variant: str, shape: tuple[int, int, int]) -> int | None:
     if _status_bytes("VmHWM") is None:
         return None
-    # The child is to find this very package, however sys.path came by it.
+    # The child must import this copy of the package, even if sys.path was changed at run time.
     path = os.pathsep.join(entry for entry in sys.path if entry)
     command = [sys.executable, "-m", __name__, variant, str(torch.get_num_threads())]
     try:
@@ -160,14 +161,14 @@ def _peak_in_child(variant: str, shape: tuple[int, int, int]) -> int | None:
         )
         peak = json.loads(child.stdout)["peak_bytes"]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
-        print(f"peak memory of {variant} not measured: {error}", file=sys.stderr)
+        print(f"cannot measure the peak memory of {variant}: {error}", file=sys.stderr)
         return None
     return None if peak is None else int(peak)
 
 
 def peak_bytes(variant: str, shape: tuple[int, int, int]) -> int | None:
-    """The growth of this process's memory over the logits' at the peak of one run."""
-    # Whatever a first call loads or allocates once is no part of the loss.
+    """The peak of this process's memory during one run, minus its memory with the logits."""
+    # The first call loads libraries and allocates once. That memory is not part of the loss.
     small, small_labels = _inputs((2, 4, 64))
     small = _as_model_output(small)
     torch.autograd.grad(VARIANTS[variant](small, small_labels), small)
@@ -176,7 +177,7 @@ def peak_bytes(variant: str, shape: tuple[int, int, int]) -> int | None:
     logits = _as_model_output(logits)
     before = _status_bytes("VmRSS")
     torch.autograd.grad(VARIANTS[variant](logits, labels), logits)
-    # The high-water mark of this address space. That of getrusage starts from the parent's.
+    # VmHWM is the peak of this address space. The peak of getrusage starts at the parent's value.
     peak = _status_bytes("VmHWM")
     return None if before is None or peak is None else peak - before
 

@@ -1,4 +1,4 @@
-"""Preference pairs from the English text in every CPython: the topics behind `help()`."""
+"""Makes preference pairs from the English text of `help()`, which every CPython contains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHINGLE = 40
 
 @dataclass(frozen=True)
 class Split:
-    """Pairs to train on and pairs of other topics, held out."""
+    """Training pairs, and held-out pairs from other topics."""
 
     train: list[Pair]
     held_out: list[Pair]
@@ -28,17 +28,17 @@ class Split:
 
 
 def pairs(seed: int) -> Split:
-    """Make the pairs, and split them by topic.
+    """Make the pairs and split them by topic.
 
-    The chosen completion of a passage's opening words is the rest of the passage, the rejected
-    one the same words in another order: the same bytes, so that only their order tells.
+    The prompt is the start of a passage, and the chosen completion is the rest of it. The rejected
+    completion has the same words in another order, so only the order distinguishes the two.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise DemoError(
-            f"this Python comes without its help() topics ({error}); "
-            "bring your own pairs with --data FILE.jsonl"
+            f"this Python has no help() topics ({error}); "
+            "pass your own pairs with --data FILE.jsonl"
         ) from error
 
     rng = random.Random(seed)
@@ -53,8 +53,8 @@ def pairs(seed: int) -> Split:
             held_out_names.add(name)
             held_out.update(dict.fromkeys(passages[name]))
 
-    # Topics quote each other, at times with a word changed: whatever shares a run of characters
-    # with a held-out passage is left out of training.
+    # Topics quote each other, sometimes with a word changed. A passage that shares SHINGLE
+    # consecutive characters with a held-out passage is therefore not used for training.
     seen = {shingle for passage in held_out for shingle in _shingles(passage)}
     train = dict.fromkeys(
         passage
@@ -65,7 +65,7 @@ def pairs(seed: int) -> Split:
     )
     if not train or not held_out:
         raise DemoError(
-            "this Python's help() topics hold no text; bring pairs with --data FILE.jsonl"
+            "this Python's help() topics have no text; pass your own pairs with --data FILE.jsonl"
         )
     return Split(
         [_pair(passage, rng) for passage in train],
@@ -76,7 +76,7 @@ def pairs(seed: int) -> Split:
 
 
 def _passages(text: str) -> Iterator[str]:
-    """Yield runs of prose of at most PASSAGE_BYTES, cut between words."""
+    """Yield passages of prose of at most PASSAGE_BYTES, cut between words."""
     for paragraph in text.split("\n\n"):
         words = paragraph.split()
         flat = " ".join(words)
@@ -101,7 +101,7 @@ def _usable(passage: str) -> bool:
 
 
 def _cut(passage: str) -> tuple[str, str]:
-    """Split off the opening words; the rest starts with its space."""
+    """Split off the first words. The rest starts with a space."""
     end = max(passage.rfind(" ", 0, PROMPT_BYTES), 0)
     return passage[:end], passage[end:]
 

@@ -1,4 +1,4 @@
-"""Reading the user's own preference pairs from a JSONL file."""
+"""Reads the user's own preference pairs from a JSONL file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MOST_SHOWN = 20
 
 
 def read(path: Path, skip_bad: bool) -> list[Pair]:
-    """Read the pairs of `path`; bad lines are named on stderr, and are an error or left out."""
+    """Read the pairs of `path`. Report bad lines on stderr, and skip them if `skip_bad`."""
     pairs: list[Pair] = []
     bad = 0
     try:
         with path.open("rb") as file:
-            # Splitting bytes at \n alone keeps the line numbers those of an editor: text mode
-            # would decode a whole block at once, and fail without saying where.
+            # Text mode decodes a block at a time, and its errors have no line number. Bytes split
+            # at \n give the line numbers of an editor.
             for number, line in enumerate(file, start=1):
                 raw = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not raw.strip():
@@ -40,7 +40,7 @@ def read(path: Path, skip_bad: bool) -> list[Pair]:
     if bad and not skip_bad:
         raise DemoError(
             f"{path} has {count(bad, 'bad line')} and {len(pairs)} good; "
-            "mend the bad ones, or leave them out with --skip-bad"
+            "fix the bad ones, or skip them with --skip-bad"
         )
     if bad:
         print(
@@ -53,14 +53,14 @@ def read(path: Path, skip_bad: bool) -> list[Pair]:
 
 
 def parse(line: bytes) -> Pair:
-    """Parse one line; ValueError says what is wrong with it."""
+    """Parse one line. The message of the ValueError gives its fault."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply, a number too long
+    except (RecursionError, ValueError) as error:  # the JSON is too deep, or a number is too long
         raise ValueError(f"not usable JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {_kind(record)}")
@@ -103,15 +103,17 @@ def _check(field: str, value: object) -> None:
 
 
 def _check_encodable(where: str, text: str) -> None:
-    # JSON's \u escapes can spell half of a surrogate pair, which has no UTF-8.
+    # A \u escape in JSON can encode half of a surrogate pair, which UTF-8 cannot encode.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: holds half of a surrogate pair") from None
+        raise ValueError(
+            f"{where}: expected text that UTF-8 can encode, got half of a surrogate pair"
+        ) from None
 
 
 def _without_prompt(completion: Any, prompt: Any) -> Any:
-    """Drop the prompt's messages from a completion that repeats the whole conversation."""
+    """Drop the prompt's messages from a completion that repeats them."""
     opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if isinstance(completion, list) and completion[: len(opening)] == opening:
         return completion[len(opening) :]

@@ -1,4 +1,4 @@
-"""What the demo tells its user: errors, packages that are missing, counts."""
+"""The demo's errors, including missing packages, and the wording of counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 class DemoError(Exception):
-    """A problem the user can act on: printed as `error: ...`, never as a traceback."""
+    """An error that the user can fix. The demo prints it as `error: ...` without a traceback."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -26,5 +26,5 @@ def require(module: str) -> ModuleType:
 
 
 def count(number: int, noun: str) -> str:
-    """Number and noun: 1 pair, 2 pairs."""
+    """Format a number with its noun: 1 pair, 2 pairs."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

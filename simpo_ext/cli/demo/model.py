@@ -27,7 +27,7 @@ class Block(nn.Module):
         batch, time, width = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, width / heads]
-        # Rows are padded on the right: causality alone keeps padding out of what is scored.
+        # Rows are padded on the right, so the causal mask keeps padding from scored tokens.
         attended = scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, time, width))
         out: Tensor = x + self.mlp(self.norm2(x))
@@ -41,8 +41,8 @@ class ByteTransformer(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(VOCAB_SIZE, width)
         self.positions = nn.Embedding(context, width)
-        # Attention finds the preceding bytes only after many steps; a causal convolution hands
-        # them over at once, and the model spells within the minute this demo has.
+        # Attention learns to find the preceding bytes only after many steps. With a causal
+        # convolution, the model learns to spell within the minute that this demo takes.
         self.nearby = nn.Conv1d(width, width, kernel_size=4)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)

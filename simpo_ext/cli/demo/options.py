@@ -1,4 +1,4 @@
-"""The demo's command line: its options, what is refused, and the order of what happens."""
+"""The demo's command line: its options, their checks, and the steps of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .batches import Example
 
 PLOT_SUFFIXES = (".png", ".pdf", ".svg")
-INTERRUPTED = 130  # what a shell reports for a command stopped by Ctrl-C
+INTERRUPTED = 130  # the exit code that shells report after Ctrl-C
 
 
 def _integer(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
@@ -75,9 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RATIO",
         help="target margin over beta (default: %(default)s)",
     )
-    margin.add_argument(
-        "--gamma", type=_number(low=0), help="target margin itself, instead of the ratio"
-    )
+    margin.add_argument("--gamma", type=_number(low=0), help="target margin, instead of the ratio")
     loss.add_argument(
         "--loss-type",
         choices=("sigmoid", "hinge"),
@@ -96,8 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_number(low=0),
         default=1.0,
         metavar="WEIGHT",
-        help="weight of the language-modelling term on chosen texts; the model starts from "
-        "random weights, so it needs one (default: %(default)s)",
+        help="weight of the language-modelling term on chosen texts; the model needs this term "
+        "because it starts from random weights (default: %(default)s)",
     )
 
     training = parser.add_argument_group("training")
@@ -122,8 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_integer(16, 8192),
         default=128,
         metavar="BYTES",
-        help="longest text; a longer prompt loses its start, a longer completion its end "
-        "(default: %(default)s)",
+        help="longest text; the demo cuts the start of a longer prompt and the end of a longer "
+        "completion (default: %(default)s)",
     )
     training.add_argument(
         "--seed", type=_integer(0, 2**32 - 1), default=0, metavar="N", help="default: %(default)s"
@@ -137,12 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="FILE.jsonl",
-        help="your own pairs, one JSON object a line with the fields prompt, chosen and rejected; "
-        "each a string, or a list of messages with role and content, read as lines "
-        "'role: content'",
+        help="your own pairs: one JSON object on each line, with the fields prompt, chosen and "
+        "rejected; a field is a string, or a list of messages with role and content, which "
+        "become lines 'role: content'",
     )
     files.add_argument(
-        "--skip-bad", action="store_true", help="leave out bad lines of --data instead of stopping"
+        "--skip-bad", action="store_true", help="skip bad lines of --data instead of stopping"
     )
     files.add_argument(
         "--plot",
@@ -153,7 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo with parsed options; the exit code."""
+    """Run the demo with parsed options. Return the exit code."""
     try:
         return _run(args)
     except DemoError as error:
@@ -166,10 +164,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.loss_type == "hinge" and args.label_smoothing > 0:
-        raise DemoError("--label-smoothing is for --loss-type sigmoid, not hinge", code=2)
+        raise DemoError(
+            "--label-smoothing: expected 0 with --loss-type hinge; it needs sigmoid", code=2
+        )
     if args.skip_bad and args.data is None:
         raise DemoError("--skip-bad goes with --data", code=2)
-    # What could fail for want of a package or a place to write fails now, not after training.
+    # A missing package or an unwritable plot should fail now, not after training.
     for module in ("tqdm", "rich"):
         require(module)
     if args.plot is not None:
@@ -236,7 +236,7 @@ def _train_and_report(args: argparse.Namespace) -> int:
 
 
 def _examples(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
-    """The encoded training and held-out pairs, with a word on where they come from."""
+    """Return the encoded training and held-out pairs, and print their source."""
     from . import batches, documentation, jsonl
 
     if args.data is None:
@@ -247,7 +247,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
             f"data: Python's help() texts, {split.held_out_topics} of {split.topics} topics held "
             "out;\nrejected completions have their words shuffled:"
         )
-        # Plain ASCII, as the terminal may know nothing else.
+        # The terminal may support ASCII only.
         sample = next((p for p in split.held_out if p.chosen.isascii()), split.train[0])
         for field in ("prompt", "chosen", "rejected"):
             print(f"  {field:8} {getattr(sample, field)!a}")

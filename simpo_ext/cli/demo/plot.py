@@ -1,4 +1,4 @@
-"""The margin and accuracy curves."""
+"""Plots the margin and accuracy of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAINING, HELD_OUT, REFERENCE = "#9aa5b1", "#c2410c", "#6b7280"
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The exponential moving average, corrected for its start at zero."""
+    """The exponential moving average, with a correction for its start at zero."""
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
         average = SMOOTHING * average + (1 - SMOOTHING) * value
@@ -24,8 +24,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw the course of a run into the file `path`."""
-    # Not pyplot: a figure of its own needs no display and leaves no global state.
+    """Draw the margin and accuracy of a run into the file `path`."""
+    # pyplot would need a display and change global state; a Figure does neither.
     figure = require("matplotlib.figure").Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = range(1, result.steps + 1)
@@ -68,7 +68,7 @@ def draw(result: Result, path: Path) -> None:
 
 
 def _reference(axes: Any, level: float, name: str, side: str) -> None:
-    """Draw a level, named under its end on the side that the curves leave free."""
+    """Draw a horizontal line with its name under one end, on the side without curves."""
     axes.axhline(level, color=REFERENCE, linewidth=1, linestyle="--", zorder=1)
     axes.annotate(
         name,

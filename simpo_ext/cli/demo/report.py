@@ -1,4 +1,4 @@
-"""The closing tables."""
+"""Prints the tables at the end of the demo."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .train import Result
 
 
 def print_training(result: Result) -> None:
-    """Print the held-out scores before and after."""
+    """Print the held-out scores before and after training."""
     settings = result.settings
     table = require("rich.table").Table()
     table.add_column("")
@@ -35,7 +35,7 @@ def print_training(result: Result) -> None:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print the loss beside the eager formula."""
+    """Print time and memory of the loss and of the eager formula."""
     shape = ", ".join(map(str, comparison.shape))
     table = require("rich.table").Table()
     table.add_column("")
@@ -58,7 +58,7 @@ def print_comparison(comparison: Comparison) -> None:
         f"SimPO loss on logits [{shape}] float32, {comparison.logits_bytes / 1e6:.0f} MB",
         table,
         f"loss and gradient agree; median of {comparison.repeats} interleaved runs with "
-        f"{count(comparison.threads, 'thread')};\nmemory beyond the logits, a process each",
+        f"{count(comparison.threads, 'thread')};\nmemory beyond the logits, a process for each",
     )
 
 

@@ -1,4 +1,4 @@
-"""Training by SimPO from random weights, with held-out evaluation before, during and after."""
+"""Trains by SimPO from random weights, and evaluates before, during and after training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVALUATION_PAIRS = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is determined by, besides its data and the number of threads."""
+    """The options that determine a run, together with its data and the number of threads."""
 
     steps: int
     batch_pairs: int
@@ -49,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scores:
-    """Averages over pairs; log-probabilities are per byte, the loss has no SFT term."""
+    """Means over pairs. Log-probabilities are per byte, and the loss has no SFT term."""
 
     accuracy: float
     margin: float
@@ -60,7 +60,7 @@ class Scores:
 
 @dataclass
 class Result:
-    """The course of a run; scores[i] were measured after scored_steps[i] steps."""
+    """The metrics of a run. scores[i] were measured after scored_steps[i] steps."""
 
     settings: Settings
     margins: list[float] = field(default_factory=list)  # of the training batches
@@ -79,7 +79,7 @@ class Result:
 def train(
     model: nn.Module, training: Sequence[Example], held_out: Sequence[Example], settings: Settings
 ) -> Result:
-    """Train `model` in place; Ctrl-C ends the training, not the program."""
+    """Train `model` in place. Ctrl-C ends the training, not the program."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _learning_rate(step, settings.steps)
@@ -87,7 +87,7 @@ def train(
     loss_function = settings.loss_function()
     result = Result(settings)
     started = time.perf_counter()
-    # In a log file, where a bar cannot be redrawn, a line now and then is enough.
+    # A log file gets a new line for each update of the bar, so it needs fewer updates.
     interval = 0.1 if sys.stderr.isatty() else 15.0
     with require("tqdm").tqdm(
         total=settings.steps, unit="step", dynamic_ncols=True, mininterval=interval
@@ -139,7 +139,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, examples: Sequence[Example], settings: Settings) -> Scores:
-    """Score the pairs under `model`; the loss is the preference term alone."""
+    """Score the pairs with `model`. The loss is the preference term alone."""
     loss_function = settings.loss_function()
     chosen, rejected, losses = [], [], []
     for start in range(0, len(examples), EVALUATION_PAIRS):
@@ -159,7 +159,7 @@ def evaluate(model: nn.Module, examples: Sequence[Example], settings: Settings) 
 
 
 def _batches(examples: Sequence[Example], settings: Settings) -> Iterator[list[Example]]:
-    """Yield a batch a step: passes over the pairs, each in a new order."""
+    """Yield a batch for each step. Each pass over the pairs has a new order."""
     generator = torch.Generator().manual_seed(settings.seed)
     size = min(settings.batch_pairs, len(examples))
     order: list[int] = []
@@ -171,7 +171,7 @@ def _batches(examples: Sequence[Example], settings: Settings) -> Iterator[list[E
 
 
 def _learning_rate(step: int, steps: int) -> float:
-    """The share of the peak: a linear warm-up, then half a cosine down to a twentieth."""
+    """The factor of the peak rate: a linear warm-up, then half a cosine down to a twentieth."""
     warmup = min(WARMUP_STEPS, steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,1 +1,1 @@
-"""How the integrations score tokens from hidden states and lm_head, without logits."""
+"""Token log-probabilities for the integrations from hidden states and lm_head, without logits."""

@@ -1,10 +1,10 @@
 """Token log-probabilities from a causal language model's own forward, without its logits.
 
-The model is called as it is, wrapped by DDP, FSDP or DeepSpeed or not, so that their hooks see
-every call that they wait for. Only lm_head is another one meanwhile: in place of the logits of the
-hidden states it returns :class:`LazyLogits`, which carry the log-probabilities of the labels and
-tell what the model does to the logits. The kernels have to know that before: a forward of two
-tokens finds it out, and every other one confirms it.
+The trainer's model is called as it is, including any DDP, FSDP or DeepSpeed wrapper, so that the
+hooks of these wrappers run. During the call, lm_head's forward is replaced: it returns
+:class:`LazyLogits` instead of logits. They carry the log-probabilities of the labels, and they
+record what the model does to the logits. The kernels need this transform before they run, so a
+probe forward of two tokens finds it first. Every later forward checks it.
 """
 
 from __future__ import annotations
@@ -28,59 +28,58 @@ __all__ = ["CannotFuseError", "FusedHead", "FusedOutput", "find_head"]
 
 
 class CannotFuseError(ValueError):
-    """The log-probabilities do not follow from hidden states and lm_head in a way known here.
+    """The kernels cannot compute this model's log-probabilities from hidden states and lm_head.
 
-    Of a forward that has been run, ``outputs`` are the model's, with logits.
+    If the model's forward has run already, ``outputs`` is what it returned, with logits.
     """
 
     outputs: Any = None
 
 
 class FusedOutput(NamedTuple):
-    """What a forward without logits comes to."""
+    """The results of a forward without logits."""
 
     token_logps: Tensor
-    """[B, T] as of :func:`simpo_ext.token_logps` with ``shift=True``."""
+    """[B, T], the values of :func:`simpo_ext.token_logps` with ``shift=True``."""
     mean_logits: Tensor
-    """[B] mean of each row's logits, detached, over the vocabulary and all positions; under a
-    softcap over those that are scored, and NaN without any."""
+    """[B] mean of each row's logits over the vocabulary and all positions, detached. With a
+    softcap, the mean is over the scored positions, and NaN for a row without any."""
     outputs: Any
-    """The model's own output, with log-probabilities [B, T, 1] for logits."""
+    """The model's own output, with log-probabilities [B, T, 1] in place of the logits."""
 
 
 def find_head(model: nn.Module) -> nn.Linear:
-    """The lm_head of a model, which may be wrapped by PEFT.
+    """Returns the lm_head of a model, which may be wrapped by PEFT.
 
     Raises:
-        CannotFuseError: It is not one whose product with the hidden states is all it does.
+        CannotFuseError: The lm_head is missing, or it is not a plain ``nn.Linear``.
     """
     peft_config: Any = getattr(model, "active_peft_config", None)
     if peft_config is not None and peft_config.is_prompt_learning:
         raise CannotFuseError(
-            f"PEFT's prompt learning ({peft_config.peft_type.value}) gives the model tokens that "
-            "have no labels"
+            f"PEFT's prompt learning ({peft_config.peft_type.value}) adds tokens without labels"
         )
     get_output_embeddings = getattr(_causal_lm_of(model), "get_output_embeddings", None)
     head = None if get_output_embeddings is None else get_output_embeddings()
     if head is None:
-        raise CannotFuseError("the model has no output embeddings (get_output_embeddings())")
+        raise CannotFuseError("the model's get_output_embeddings() returns no output embeddings")
     kind = type(head)
     if kind.__module__.startswith("peft."):
         raise CannotFuseError(
-            f"PEFT has wrapped the output embeddings in {kind.__name__}, so that their weight "
-            "alone does not make the logits; leave them out of target_modules and modules_to_save"
+            f"PEFT has wrapped the output embeddings in {kind.__name__}, and the kernels read only "
+            "their weight; leave them out of target_modules and modules_to_save"
         )
     if not isinstance(head, nn.Linear) or kind.forward is not nn.Linear.forward:
         raise CannotFuseError(
-            f"the output embeddings are not a plain nn.Linear, but {kind.__qualname__}"
+            f"the output embeddings are {kind.__qualname__}, not a plain nn.Linear"
         )
     if "forward" in vars(head):
-        raise CannotFuseError("the forward of the output embeddings has been replaced")
+        raise CannotFuseError("another library has replaced the forward of the output embeddings")
     return head
 
 
 class FusedHead:
-    """The lm_head of one model, and what the model does to its output."""
+    """The lm_head of one model, and the transform that the model applies to its logits."""
 
     def __init__(self, causal_lm: nn.Module, head: nn.Linear, transform: Transform) -> None:
         self.causal_lm = causal_lm
@@ -96,18 +95,18 @@ class FusedHead:
         input_ids: Tensor,  # [B, T]
         **kwargs: Any,
     ) -> FusedHead:
-        """Finds out what the model does to its logits.
+        """Finds the model's transform of its logits with one forward of two tokens.
 
         Args:
-            model: As it is called in training; it is called once here, without a gradient.
-            unwrapped: The same without what wraps it for several devices.
-            head: Its lm_head, as :func:`find_head` finds it.
-            input_ids: [B, T] of any batch, of which two tokens are taken.
-            **kwargs: What else the forward is called with.
+            model: The model as the trainer calls it. The probe computes no gradient.
+            unwrapped: The same model without DDP, FSDP or DeepSpeed.
+            head: The lm_head that :func:`find_head` returns.
+            input_ids: [B, T] of any batch. The probe takes two tokens of it.
+            **kwargs: Other arguments of the model's forward.
 
         Raises:
-            CannotFuseError: Something else than to multiply them and to cap them; or it does not
-                call lm_head once, with the hidden states of all tokens.
+            CannotFuseError: The model does more to its logits than multiply and softcap them, or
+                it does not call lm_head exactly once with the hidden states of all tokens.
         """
         causal_lm = _causal_lm_of(unwrapped)
         input_ids = input_ids[:1, :2]
@@ -138,7 +137,7 @@ class FusedHead:
         devices = [input_ids.device] if input_ids.device.type == "cuda" else []
         with (
             torch.no_grad(),
-            torch.random.fork_rng(devices),  # dropout goes on with the numbers it would have had
+            torch.random.fork_rng(devices),  # the probe must not change the dropout of training
             _forward_replaced(head, forward),
             _output_changed(causal_lm, look),
         ):
@@ -156,21 +155,21 @@ class FusedHead:
         logits_budget_bytes: int | None = None,
         **kwargs: Any,
     ) -> FusedOutput:
-        """The model's forward, with log-probabilities in place of logits.
+        """Runs the model's forward, with log-probabilities in place of logits.
 
         Args:
-            model: As it is called in training.
-            labels: [B, T] beside ``input_ids``, not shifted; -100 where nothing is scored.
+            model: The model as the trainer calls it.
+            labels: [B, T] like ``input_ids``, not shifted; -100 for positions that are not scored.
             input_ids: [B, T], the model's first argument.
             logits_budget_bytes: See :func:`simpo_ext.linear_token_logps`.
-            **kwargs: What else the model is called with.
+            **kwargs: Other arguments of the model's forward.
 
         Raises:
-            CannotFuseError: It does something else to its logits than :meth:`of` has found; they
-                have been formed, and the error has the model's output.
+            CannotFuseError: The model's transform differs from the one that :meth:`of` found. If
+                the forward has computed the logits, the error carries the model's output.
         """
         is_scored = valid_tokens(labels, -100, shift=True)
-        # Here, as it waits for a GPU: before the forward has been given to it.
+        # This read makes the host wait for the GPU, so it comes before the forward is launched.
         count = int(is_scored.sum())
         logit_scale, softcap = self.transform
         seen = _Seen()
@@ -193,7 +192,7 @@ class FusedHead:
             if scored.all_mean_logits is not None:
                 means.append(scored.all_mean_logits.mean(1))
             else:
-                assert scored.mean_logit is not None  # 0 where nothing is scored
+                assert scored.mean_logit is not None  # 0 at positions that are not scored
                 means.append(scored.mean_logit.sum(1) / is_scored.sum(1))
             return seen.made(
                 LazyLogits.instead_of(
@@ -220,25 +219,25 @@ class FusedHead:
 
 
 class _Seen:
-    """What became of lm_head's output in one forward."""
+    """What one forward of the model did with lm_head's output."""
 
     def __init__(self) -> None:
         self.obstacle = ""
-        self.transform: Transform | None = None  # None: none that the kernels know
+        self.transform: Transform | None = None  # None: the kernels do not support it
         self._lazy: list[LazyLogits] = []
 
     @property
     def calls(self) -> int:
-        """Of lm_head."""
+        """How often the model called lm_head."""
         return len(self._lazy)
 
     def made(self, lazy: LazyLogits) -> LazyLogits:
-        """One of what it returned."""
+        """Records an output of lm_head and returns it."""
         self._lazy.append(lazy)
         return lazy
 
     def error(self, outputs: Any = None) -> CannotFuseError:
-        """Why it cannot be fused, and the outputs if they have logits for all that."""
+        """Makes the error with its reason, and with ``outputs`` if these contain logits."""
         names = [lazy.formed_for() for lazy in self._lazy if isinstance(lazy, LazyLogits)]
         done = next((name for name in names if name), "")
         if self.obstacle:
@@ -246,18 +245,18 @@ class _Seen:
         elif self.calls != 1:
             reason = f"the model calls its output embeddings {self.calls} times, not once"
         elif done:
-            reason = f"the model does more to its logits than the kernels can ({done})"
+            reason = f"the kernels do not support what the model does to its logits ({done})"
         else:
-            reason = "the model does other things to its logits at times"
+            reason = "the logits have a scale or softcap that is unsupported or changes"
         error = CannotFuseError(reason)
-        # What lm_head carried and never was formed is no logits.
+        # A last dimension of 1 without computed logits is the payload of LazyLogits.
         if outputs is not None and not (self._lazy and outputs.logits.shape[-1] == 1 and not done):
             error.outputs = outputs
         return error
 
 
 def _logits_dtype(hidden: Tensor) -> torch.dtype:
-    """That of lm_head's product."""
+    """The dtype of lm_head's output under the current autocast."""
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -265,7 +264,7 @@ def _logits_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _former(head: nn.Linear, hidden: Tensor) -> Callable[[], Tensor]:
-    """What makes the logits, under the autocast that holds now."""
+    """Returns a function that computes the logits under the current autocast."""
     device_type = hidden.device.type
     autocast = torch.autocast(
         device_type,
@@ -276,8 +275,8 @@ def _former(head: nn.Linear, hidden: Tensor) -> Callable[[], Tensor]:
     def form() -> Tensor:
         if is_dtensor(head.weight) or head.weight.shape != (head.out_features, head.in_features):
             raise RuntimeError(
-                "fused_linear: expected False for a model that does more to its logits than it did "
-                "when it was probed, and whose lm_head is sharded again by then"
+                "fused_linear: expected False for a model that changes its transform of the logits "
+                "after the first batch and whose lm_head is sharded, got None or True"
             )
         with autocast:
             return nn.Linear.forward(head, hidden)
@@ -286,18 +285,18 @@ def _former(head: nn.Linear, hidden: Tensor) -> Callable[[], Tensor]:
 
 
 def _causal_lm_of(model: nn.Module) -> nn.Module:
-    """The module whose forward calls lm_head, within what PEFT has put around it."""
+    """The module whose forward calls lm_head, without the PEFT wrapper."""
     get_base_model: Any = getattr(model, "get_base_model", None)
     causal_lm: nn.Module = model if get_base_model is None else get_base_model()
     return causal_lm
 
 
-# ---- forwards that are others for a while --------------------------------------------------------
+# ---- temporary replacement of a forward ----------------------------------------------------------
 
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While inside, a module has this forward; its hooks are called as ever."""
+    """Replaces a module's forward inside the context. The module's hooks still run."""
     attributes = vars(module)
     had_its_own, before = "forward" in attributes, attributes.get("forward")
     attributes["forward"] = forward
@@ -312,9 +311,10 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 
 @contextmanager
 def _output_changed(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
-    """While inside, what a module's forward returns is changed.
+    """Applies ``change`` to the output of a module's forward inside the context.
 
-    Not by a hook: PEFT calls the forward itself, and FSDP's own hooks are to see the change.
+    A hook would not do: PEFT calls the forward directly, and FSDP's hooks must see the changed
+    output.
     """
     forward = module.forward
 

@@ -1,8 +1,8 @@
-"""Logits that are not there: what lm_head returns while log-probabilities take their place.
+"""A tensor that lm_head returns in place of logits. It carries their log-probabilities.
 
-A model does what it does with them. A factor and a softcap are noted down, for the kernels to
-apply, and a float32 copy need not be made. Anything else forms the logits and goes on with them, so
-that no model gets to see, or change, numbers that are none.
+It records a factor and a softcap instead of applying them, and the kernels apply them. It ignores a
+conversion to float32. Any other operation computes the real logits and runs on those, so a model
+never reads or changes the log-probabilities by mistake.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Operation = Callable[[Tensor], Tensor]
 
 
 class Transform(NamedTuple):
-    """What becomes of logits z: ``s = logit_scale * z``, or ``softcap * tanh(s / softcap)``."""
+    """Maps logits z to ``s = logit_scale * z``, or to ``softcap * tanh(s / softcap)``."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
 
 
 class _Change(NamedTuple):
-    """``inner * z``, or, with an outer, ``outer * tanh(inner * z)``."""
+    """Maps logits z to ``inner * z``, or to ``outer * tanh(inner * z)`` if outer is not None."""
 
     inner: float = 1.0
     outer: float | None = None
@@ -42,9 +42,9 @@ class _Change(NamedTuple):
         return _Change(self.inner, 1.0) if self.outer is None else None
 
     def transform(self) -> Transform | None:
-        """As the kernels have it; None where they have not."""
+        """The same in the parameters of the kernels; None if the kernels do not support it."""
         scale = self.inner if self.outer is None else self.inner * self.outer
-        if math.isclose(scale, 1.0, rel_tol=1e-12):  # of a softcap's division and product
+        if math.isclose(scale, 1.0, rel_tol=1e-12):  # (1 / softcap) * softcap rounds
             scale = 1.0
         is_softcap_known = self.outer is None or 1e-30 <= self.outer <= 1e30
         is_known = math.isfinite(scale) and scale >= 1e-30 and is_softcap_known
@@ -52,7 +52,7 @@ class _Change(NamedTuple):
 
 
 class _Record:
-    """What has been done to logits, of all tensors that share them."""
+    """The operations on logits, shared by all tensors that stand for the same logits."""
 
     def __init__(
         self,
@@ -67,11 +67,11 @@ class _Record:
         self.dtype = dtype
         self.change = change
         self.replayed = replayed
-        self.logits: Tensor | None = None  # once they have been formed
+        self.logits: Tensor | None = None  # None: not computed
         self.formed_for = ""
 
     def formed(self, name: str) -> Tensor:
-        """The logits, from now on those that everything is done to."""
+        """Computes the logits. All later operations run on them."""
         if self.logits is None:
             logits = self.form()
             for operation in self.replayed:
@@ -81,9 +81,9 @@ class _Record:
 
 
 class LazyLogits(Tensor):
-    """Stands for logits [B, T, V], and carries a tensor [B, T, 1] through whatever is done to them.
+    """Stands for logits [B, T, V] and carries a payload [B, T, 1].
 
-    Made by :meth:`instead_of`.
+    :meth:`instead_of` makes one.
     """
 
     _record: _Record
@@ -92,31 +92,32 @@ class LazyLogits(Tensor):
     def instead_of(
         cls, form: Callable[[], Tensor], vocabulary: int, dtype: torch.dtype, payload: Tensor
     ) -> LazyLogits:
-        """Makes them of what they carry.
+        """Turns a payload into LazyLogits.
 
         Args:
-            form: Makes the logits [B, T, V].
+            form: Computes the logits [B, T, V].
             vocabulary: V.
-            dtype: Of the logits.
-            payload: [B, T, 1], no view, and nobody else's: it is the result, of another class.
+            dtype: The dtype of the logits.
+            payload: [B, T, 1], not a view and not used elsewhere. Its class changes in place, and
+                it is the result.
         """
         return _as_lazy(payload, _Record(form, vocabulary, dtype, _Change(), ()))
 
     def transform(self) -> Transform | None:
-        """What has been done to the logits; None where the kernels know no such thing."""
+        """The recorded operations on the logits; None if the kernels do not support them."""
         record = self._record
         return None if record.logits is not None else record.change.transform()
 
     def formed_for(self) -> str:
-        """The name of what they had to be formed for; empty where they have not been."""
+        """The name of the operation that computed the logits; empty if none did."""
         return self._record.formed_for
 
     def formed(self) -> Tensor:
-        """The logits themselves, after all that has been done to them."""
-        return self._record.formed("the loss")
+        """The real logits, with the recorded operations applied."""
+        return self._record.formed("scale or softcap")
 
     def take_payload(self) -> Tensor:
-        """What has been carried, as an ordinary tensor, which this one becomes."""
+        """Turns this object back into the payload, an ordinary tensor."""
         del self._record
         self.__class__ = Tensor  # type: ignore[assignment]
         return self
@@ -129,7 +130,7 @@ class LazyLogits(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Notes down what is done, or does it to the logits."""
+        """Records a supported operation, or runs any other one on the real logits."""
         kwargs = kwargs or {}
         if func in _OF_THE_PAYLOAD:
             with torch._C.DisableTorchFunctionSubclass():
@@ -149,14 +150,14 @@ class LazyLogits(Tensor):
 
 
 def _as_lazy(payload: Tensor, record: _Record) -> LazyLogits:
-    payload.__class__ = LazyLogits  # by as_subclass it would be a view, which FSDP warns of
+    payload.__class__ = LazyLogits  # as_subclass makes a view, and FSDP warns about views
     assert isinstance(payload, LazyLogits)
     payload._record = record
     return payload
 
 
-# ---- what is noted down --------------------------------------------------------------------------
-# Each returns what the function is to return, or NotImplemented.
+# ---- recorded operations -------------------------------------------------------------------------
+# Each handler returns the operation's result, or NotImplemented to run it on the real logits.
 
 
 def _changed(lazy: LazyLogits, change: _Change | None, operation: Operation) -> Any:
@@ -206,7 +207,7 @@ def _note(func: Any) -> Callable[[LazyLogits, _Change | None, Operation], Any]:
 
 
 def _in_float32(lazy: LazyLogits, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """A copy in float32, in which the kernels compute anyway."""
+    """A float32 copy changes nothing for the kernels, which compute in float32 anyway."""
     record = lazy._record
     dtype: torch.dtype | None = torch.float32
     is_like_another = any(isinstance(value, Tensor) for value in (*args, *kwargs.values()))
@@ -260,12 +261,12 @@ _NOTED: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((Tensor.tanh, Tensor.tanh_, torch.tanh), _tanh),
     **dict.fromkeys((Tensor.float, Tensor.to), _in_float32),
     Tensor.contiguous: _itself,
-    Tensor.detach: _alias,  # DeepSpeed's, in the hooks of a module
+    Tensor.detach: _alias,  # DeepSpeed's module hooks call it
     _getter("dtype"): _dtype,
     _getter("shape"): _size,
     Tensor.size: _size,
 }
-# What hooks of DDP, FSDP and DeepSpeed ask of any output, or do to it.
+# The hooks of DDP, FSDP and DeepSpeed use these on every output, so they must act on the payload.
 _OF_THE_PAYLOAD = {
     Tensor.register_hook,
     Tensor.is_floating_point,

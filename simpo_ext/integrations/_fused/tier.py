@@ -1,4 +1,4 @@
-"""How a trainer scores tokens: without logits where the model allows it, or from them."""
+"""Scores a trainer's tokens without logits if the model allows it, and from logits otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_options(fused_linear: object, empty: object, logits_budget_bytes: int | None) -> None:
-    """Options that both trainers have.
+    """Checks the options that the integrations for TRL and LLaMA-Factory share.
 
     Raises:
         TypeError: One is of the wrong type.
@@ -32,11 +32,11 @@ def check_options(fused_linear: object, empty: object, logits_budget_bytes: int 
 
 
 class FusedTier:
-    """Doing without logits, and leaving it at that where a model does not allow it.
+    """Scores tokens without logits, and permanently falls back to logits if the model needs them.
 
     Args:
-        fused_linear: None: where the model allows it, and a warning says why not. True: an error
-            does. False: no.
+        fused_linear: None: falls back with a warning that gives the reason. True: raises an error
+            instead of falling back. False: always uses logits.
     """
 
     def __init__(self, fused_linear: bool | None) -> None:
@@ -45,15 +45,15 @@ class FusedTier:
         self._head: FusedHead | None = None
 
     def check(self, trainer: Any, model: nn.Module, obstacle: str | None = None) -> None:
-        """Finds out what can be told from a model without running it.
+        """Checks a model without running it, and falls back to logits if the model needs them.
 
         Args:
             trainer: A transformers.Trainer.
-            model: As it is called in training, or before it is wrapped for several devices.
-            obstacle: A reason against it that the caller knows.
+            model: The model as the trainer calls it, or before DDP, FSDP or DeepSpeed wrap it.
+            obstacle: The caller's reason why the model needs logits, or None.
 
         Raises:
-            ValueError: It is not allowed, and demanded.
+            ValueError: The model needs logits, and ``fused_linear`` is True.
         """
         if self.is_in_use:
             try:
@@ -71,19 +71,19 @@ class FusedTier:
         logits_budget_bytes: int | None = None,
         **kwargs: Any,
     ) -> FusedOutput | Any:
-        """Runs the model.
+        """Runs the model on a batch.
 
         Args:
             trainer: See :meth:`check`.
-            model: As it is called in training.
+            model: The model as the trainer calls it.
             input_ids: [B, T], the model's first argument.
-            labels: [B, T] beside them, not shifted; -100 where nothing is scored.
+            labels: [B, T] like ``input_ids``, not shifted; -100 for positions that are not scored.
             obstacle: See :meth:`check`.
             logits_budget_bytes: See :func:`simpo_ext.linear_token_logps`.
-            **kwargs: What else the model is called with.
+            **kwargs: Other arguments of the model's forward.
 
         Returns:
-            A :class:`FusedOutput`, or, where the logits are formed, what the model returns.
+            A :class:`FusedOutput`, or the model's own output if the logits are computed.
 
         Raises:
             ValueError: See :meth:`check`.
@@ -108,17 +108,17 @@ class FusedTier:
             raise ValueError(
                 f"fused_linear: expected None or False for this model, got True: {reason}"
             ) from reason
-        _logger.warning("The logits are formed (fused_linear=False): %s", reason)
+        _logger.warning("The model computes its logits (fused_linear=False): %s", reason)
         self.is_in_use = False
 
 
 def _find_head(trainer: Any, model: nn.Module, obstacle: str | None) -> tuple[nn.Module, nn.Linear]:
-    """The model without what wraps it for several devices, and its lm_head."""
+    """The model without DDP, FSDP or DeepSpeed, and its lm_head."""
     if obstacle is not None:
         raise CannotFuseError(obstacle)
     if isinstance(model, nn.DataParallel):
         raise CannotFuseError("nn.DataParallel runs replicas of the model; use DDP")
     if trainer.args.torch_compile:
-        raise CannotFuseError("torch_compile=True compiles the forward that forms them")
+        raise CannotFuseError("torch_compile=True compiles the forward that computes the logits")
     unwrapped: nn.Module = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
     return unwrapped, find_head(unwrapped)
