@@ -26,14 +26,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--steps", nargs="+", metavar="TEXT", help="run only steps whose names contain one of these"
     )
-    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS")
     parser.add_argument(
         "--carried", type=Path, default=steps.CARRIED, metavar="FOLDER", help="what --pack filled"
     )
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="only report on this folder")
     parser.add_argument("--pack", action="store_true", help="only pack what the GPU machine needs")
     parser.add_argument("--python", default="python3.12", help="for --pack: that machine's version")
-    parser.add_argument("--archs", default="90", help="for --pack: architecture of the GPU")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="for --pack: use this wheel")
     options = parser.parse_args(arguments)
     names = [step.name for step in steps.all_steps(options.carried)]
@@ -55,7 +53,7 @@ def run(options: argparse.Namespace, output: Path, work: Path) -> bool:
     """
     output.mkdir(parents=True, exist_ok=True)
     output = output.resolve()
-    deadline = time.monotonic() + options.limit
+    deadline = time.monotonic() + LIMIT
     here = runner.Run(output, work, options.dry_run, deadline)
     if options.dry_run:
         here.environment["OMP_NUM_THREADS"] = "1"  # starting threads costs more
@@ -88,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parse(arguments)
     if options.pack:
-        pack.pack(options.carried, options.python, options.archs, options.wheel)
+        pack.pack(options.carried, options.python, options.wheel)
         return 0
     if options.report:
         print(report.write(options.report))

@@ -1,6 +1,6 @@
 """Packs what a run needs on a GPU machine that can fetch nothing.
 
-bench/gpu.sh --pack [--python PYTHON] [--archs ARCHS] [--wheel FILE.whl]
+bench/gpu.sh --pack [--python PYTHON] [--wheel FILE.whl]
 
 The folder .gpu then holds a wheel of this checkout for that machine's version of Python, wheels of
 small packages that it lacks, and torch's headers for a build there. Packing needs nvcc, torch, and
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bench.gpu.steps import HEADERS, ROOT, SOURCES, source_hash
 
+ARCHS = "90"  # of the wheel's machine code: H100 and H200
 BUILD_REQUIREMENTS = ("scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.24", "ninja")
 # Packages that tests and peers import and that machine lacks. It has their other requirements, so
 # pip does not download these.
@@ -43,7 +44,7 @@ def _copy_headers(into: Path) -> None:
         shutil.copytree(include / folder, into / folder)
 
 
-def _build(tools: Path, into: Path, archs: str) -> None:
+def _build(tools: Path, into: Path) -> None:
     """Builds a wheel for the interpreter that the tools belong to."""
     _run(tools / "pip", "install", "--quiet", *BUILD_REQUIREMENTS)
     _run(
@@ -51,11 +52,11 @@ def _build(tools: Path, into: Path, archs: str) -> None:
         *(f"-Ccmake.define.SIMPO_TORCH_INCLUDE={into / HEADERS}", "-w", into, ROOT),
         PATH=f"{tools}{os.pathsep}{os.environ['PATH']}",
         SIMPO_CUDA="ON",
-        SIMPO_CUDA_ARCHS=archs,
+        SIMPO_CUDA_ARCHS=ARCHS,
     )
 
 
-def pack(into: Path, python: str, archs: str, wheel: Path | None) -> None:
+def pack(into: Path, python: str, wheel: Path | None) -> None:
     """Empties the folder and fills it. Copies the wheel if one is given, else builds one."""
     shutil.rmtree(into, ignore_errors=True)
     into.mkdir(parents=True)
@@ -65,7 +66,7 @@ def pack(into: Path, python: str, archs: str, wheel: Path | None) -> None:
         _run(python, "-m", "venv", folder)
         tools = Path(folder) / "bin"
         if wheel is None:
-            _build(tools, into, archs)
+            _build(tools, into)
         else:
             shutil.copy(wheel, into)
         download = (tools / "pip", "download", "--quiet", "--only-binary=:all:", "-d", into)
