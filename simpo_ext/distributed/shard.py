@@ -60,7 +60,7 @@ class VocabShard:
             )
         if self.first_label + columns > self.vocab_size:
             raise ValueError(
-                f"shard: expected labels within [0, {self.vocab_size}), got {columns} labels from "
+                f"shard: expected labels within [0, {self.vocab_size}), got {columns} from "
                 f"{self.first_label} on"
             )
 

@@ -234,7 +234,7 @@ class SimPOMixin:
             model,
             input_ids,
             labels,
-            f"the batch has inputs other than text: {', '.join(others)}" if others else None,
+            f"the batch has more than text: {', '.join(others)}" if others else None,
             self.logits_budget_bytes,
             **inputs,
         )
