@@ -306,7 +306,7 @@ def test_a_batch_of_more_than_text_has_logits(caplog: pytest.LogCaptureFixture) 
     for _ in range(2):
         assert_same_step(trained(trainer, model, batch), theirs, **EXACT)
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING and "inputs other than text: pixel_values" in record.message
+    assert record.levelno == logging.WARNING and "more than text: pixel_values" in record.message
     with pytest.raises(ValueError, match=r"fused_linear: .* got True: .* pixel_values"):
         trained(simpo_trainer(DPOTrainerCaller, fused_linear=True)(), model, batch)
 
