@@ -160,7 +160,7 @@ def simpo_loss_from_logps(
         gamma_beta_ratio: Target margin over beta. Default 0.5, and 0 for ``"ipo"``.
         gamma: Target margin, instead of ``gamma_beta_ratio``.
         loss_type: ``"sigmoid"``, ``"hinge"`` or ``"ipo"``.
-        label_smoothing: Probability in [0, 0.5] that a pair's order is wrong; sigmoid only.
+        label_smoothing: See :func:`simpo_loss`.
         alpha: See :func:`simpo_loss`.
 
     Returns:
