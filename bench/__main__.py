@@ -1,20 +1,20 @@
-"""The benchmarks as one program: ``python -m bench logits|linear|trl|metrics|overhead|gpu``."""
+"""The benchmarks as one program: ``python -m bench COMMAND``."""
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import sys
 
-# Each is a module with a command line of its own. Only the one that is asked for is imported.
+# Each is a module with a function ``main`` of its own. Only the one that is asked for is imported.
 COMMANDS = {
     "logits": ("bench.logits", "the loss from logits beside its peers"),
     "linear": ("bench.linear", "the loss from hidden states beside its peers"),
     "trl": ("bench.trl", "a step of SimPOTrainer beside TRL's CPOTrainer"),
-    "metrics": ("bench.metrics", "the cost of metrics on request"),
-    "overhead": ("bench.overhead", "a call on almost no data"),
+    "overhead": ("bench.overhead", "a call on almost no data, and metrics on request"),
+    "show": ("bench.common.show", "the tables and the plot of a recorded run"),
     "predicted": ("bench.predicted", "what the machine code of the CUDA kernels allows"),
     "first-light": ("bench.first_light", "every CUDA kernel once, on a GPU, against float64"),
-    "gpu": ("bench.gpu", "all tests and measurements on a machine with a GPU"),
+    "gpu": ("bench.gpu.__main__", "all tests and measurements on a machine with a GPU"),
 }
 
 
@@ -35,8 +35,7 @@ def main() -> int:
         return 2
     module, _ = COMMANDS[command]
     sys.argv = [f"python -m bench {command}", *sys.argv[2:]]
-    runpy.run_module(module, run_name="__main__")
-    return 0
+    return importlib.import_module(module).main()
 
 
 if __name__ == "__main__":

@@ -1,101 +1,164 @@
-"""What a call costs: forward and backward of the loss of almost nothing, on one thread.
+"""What surrounds the work: a call on almost no data, and metrics on request.
 
-At [2, 8, 64] there is no work to speak of; what is left is Python, dispatch and autograd. Called
-again and again, their code and data stay in the caches; between two steps of a training loop
-something else goes through them, so a call is also timed after a buffer larger than they are.
+At [2, 8, 64] on one thread, a call consists of Python, dispatch and autograd. If calls follow one
+another, their code and data stay in the caches. Between two steps of a training loop other code
+runs, so a call is also timed after a pass over a buffer larger than the caches.
 
-    python -m bench overhead [SAMPLES]
+``report=`` is measured on whole batches, all positions of which are scored but the first tenth: the
+forward with and without it, from logits and from hidden states. First, the reported values are
+compared with those of eager torch in float64.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from bench.workers import ROOT, environment
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-BATCH, TIME, VOCABULARY = 2, 8, 64
-SAMPLES, CALLS = 60, 50
-WARM_CALLS = 50
-TOLERANCE = 1e-5
+from bench.common import cases
+from bench.common.cases import DTYPES, IGNORE_INDEX, Batch
+from bench.common.measure import FORWARD_BACKWARD, verify
+from bench.common.peers import OURS, PRINCETON_FLOAT32
+from bench.common.tables import console, digits, make_table
+from bench.common.timing import CpuClock, Subject, interleaved
+from bench.logits import LogitsProblem
+from simpo_ext import SimPOOutput, linear_simpo_loss, simpo_loss
+
+ROUNDS, CALLS = 15, 50
 EVICTING_ELEMENTS = 2**25  # of float32: several times any cache
 
+REPORTS: dict[str, tuple[Any, ...]] = {
+    "no report": (),
+    "logits, entropy": ("logits", "entropy"),
+    "logits, logits_all, entropy": ("logits", "logits_all", "entropy"),
+}
+TOLERANCE = 1e-4  # of float32; bfloat16 inputs are the same for both
+LINEAR_TOLERANCE = 1e-2  # the reference rounds the logits to bfloat16, and this project does not
 
-def measure(samples: int = SAMPLES) -> dict[str, Any]:
-    """Median microseconds of a call in a fresh process: this project's and the eager formula's.
-
-    ``ratio`` is of those in a row; those with ``cold`` in their name are out of cold caches.
-    """
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.overhead", str(samples)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment({}),
-        cwd=ROOT,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
+BATCHES = (
+    cases.synthetic(2, 512, 128256, "bfloat16", 0.9),
+    cases.synthetic(4, 512, 32000, "float32", 0.9),
+    cases.synthetic(2, 512, 128256, "bfloat16", 0.9, hidden=1024),
+)
+QUICK_BATCHES = (
+    cases.synthetic(2, 16, 5003, "bfloat16", 0.9),
+    cases.synthetic(2, 16, 5003, "bfloat16", 0.9, hidden=64),
+)
 
 
-def _measure(samples: int) -> dict[str, Any]:
-    import torch
+def _print(title: str, subjects: dict[str, Subject], rounds: int, unit: str, scale: float) -> None:
+    """Times the subjects in turns, and prints multiples of the first one's time."""
+    times = {name: each["call"] for name, each in interleaved(subjects, CpuClock(), rounds).items()}
+    first = next(iter(times.values())).median_ms
+    table = make_table(title, *(f"{kind} {unit}" for kind in ("median", "min", "max")), "x first")
+    for name, each in times.items():
+        values = (each.median_ms * scale, each.min_ms * scale, each.max_ms * scale)
+        table.add_row(name, *map(digits, values), f"{each.median_ms / first:.3f}")
+    console.print(table)
 
-    from bench.cases import make_labels, make_logits, masked, synthetic
-    from bench.trainers import OURS, loss_candidates
 
-    torch.set_num_threads(1)
-    batch = synthetic(BATCH, TIME, VOCABULARY, "float32", 0.5)
-    labels = make_labels(batch)
-    leaf = make_logits(batch, labels).requires_grad_()
-    labels = masked(labels, batch.prompts, batch.ends)
-    candidates = {each.name: each for each in loss_candidates()}
+# ---- a call ----------------------------------------------------------------------------------
 
-    def call_of(name: str) -> Callable[[], torch.Tensor]:
-        candidate = candidates[name]
 
-        def call() -> torch.Tensor:
-            (gradient,) = torch.autograd.grad(candidate.forward(leaf, labels), leaf)
-            return gradient
-
-        return call
-
-    calls = {"simpo_ext": call_of(OURS), "eager": call_of("Princeton float32")}
-    difference = (calls["simpo_ext"]() - calls["eager"]()).abs().max().item()
-    if not difference <= TOLERANCE:
-        raise AssertionError(f"gradients differ by {difference}")
-    for call in calls.values():
-        for _ in range(WARM_CALLS):
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(samples):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(CALLS):
-                call()
-            times[name].append((time.perf_counter() - began) / CALLS * 1e6)
+def measure_calls(rounds: int) -> None:
+    """Forward and backward of this project's loss and of the eager formula, on one thread."""
+    problem = LogitsProblem(cases.synthetic(2, 8, 64, "float32", 0.5))
     evicting = torch.ones(EVICTING_ELEMENTS)
-    cold: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(samples):
-        for name, call in calls.items():
-            evicting.add_(1.0)
-            began = time.perf_counter()
-            call()
-            cold[name].append((time.perf_counter() - began) * 1e6)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "shape": [BATCH, TIME, VOCABULARY],
-        "simpo_ext_us": medians["simpo_ext"],
-        "eager_us": medians["eager"],
-        "ratio": medians["simpo_ext"] / medians["eager"],
-        "simpo_ext_cold_us": statistics.median(cold["simpo_ext"]),
-        "eager_cold_us": statistics.median(cold["eager"]),
-    }
+    in_a_row: dict[str, Subject] = {}
+    cold: dict[str, Subject] = {}
+    for name in (OURS, PRINCETON_FLOAT32):
+        candidate = problem.candidate(name)
+        row = verify(problem, candidate)
+        if row["status"] != "right":
+            raise SystemExit(f"{name}: {row['status']}: {row['reason']}")
+
+        def call(_: Any, times: int, candidate: Any = candidate) -> None:
+            for _ in range(times):
+                problem.lap(candidate, FORWARD_BACKWARD, problem.prepare(candidate))
+
+        in_a_row[name] = Subject(lambda: None, {"call": partial(call, times=CALLS)})
+        cold[name] = Subject(lambda: evicting.add_(1.0), {"call": partial(call, times=1)})
+    title = "[2, 8, 64], forward and backward"
+    _print(f"{title}, calls in a row", in_a_row, rounds, "us", 1e3 / CALLS)
+    _print(f"{title}, after other work", cold, rounds, "us", 1e3)
 
 
-if __name__ == "__main__":
-    print(json.dumps(_measure(int(sys.argv[1]) if sys.argv[1:] else SAMPLES)))
+# ---- metrics on request ----------------------------------------------------------------------
+
+
+def eager_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """By definition, in float64, one sequence at a time."""
+    sums: dict[str, list[Tensor]] = {}
+    scored = cases.following(labels) != IGNORE_INDEX
+    for row in range(len(labels)):
+        z = logits[row].double()
+        logps = z.log_softmax(-1)
+        side = "chosen" if row < len(labels) // 2 else "rejected"
+        for name, values in (
+            (f"logits/{side}", z.mean(-1)[scored[row]]),
+            (f"logits_all/{side}", z.mean(-1)),
+            (f"entropy/{side}", -(logps.exp() * logps).sum(-1)[scored[row]]),
+        ):
+            sums.setdefault(name, []).append(values)
+    return {name: torch.cat(values).mean().item() for name, values in sums.items()}
+
+
+def verify_reports(
+    call: Callable[..., SimPOOutput], expected: dict[str, float], tolerance: float
+) -> None:
+    """Ends the program if a report changes the loss, or if a value of it is wrong."""
+    plain, found = call(report=()), call(report=REPORTS["logits, logits_all, entropy"])
+    if not torch.equal(plain.loss, found.loss):
+        raise SystemExit(f"the loss is {plain.loss}, and with a report {found.loss}")
+    metrics = found.metrics()
+    for name, value in expected.items():
+        if not abs(metrics[name] - value) <= tolerance * max(1.0, abs(value)):
+            raise SystemExit(f"{name}: expected {value}, got {metrics[name]}")
+
+
+def measure_reports(batch: Batch, rounds: int) -> None:
+    """The forward with each report."""
+    torch.manual_seed(0)
+    labels = cases.masked(cases.make_labels(batch), batch)
+    shape, dtype = (batch.batch, batch.time), DTYPES[batch.dtype]
+    if batch.hidden:
+        hidden = torch.randn(*shape, batch.hidden, dtype=dtype)
+        weight = torch.randn(batch.vocabulary, batch.hidden, dtype=dtype) / 16.0
+        call = partial(linear_simpo_loss, hidden, weight, labels)
+        verify_reports(call, eager_metrics(F.linear(hidden, weight), labels), LINEAR_TOLERANCE)
+    else:
+        logits = torch.randn(*shape, batch.vocabulary, dtype=dtype) * 3.0
+        call = partial(simpo_loss, logits, labels)
+        verify_reports(call, eager_metrics(logits, labels), TOLERANCE)
+
+    def subject(report: Any) -> Subject:
+        return Subject(lambda: None, {"call": lambda _: call(report=report)})
+
+    subjects = {name: subject(report) for name, report in REPORTS.items()}
+    _print(f"{batch.name}, forward", subjects, rounds, "ms", 1.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures and prints.
+
+    Returns:
+        0. A wrong value ends the program.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m bench overhead", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny batches, to try the program")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {options.rounds}")
+    for batch in QUICK_BATCHES if options.quick else BATCHES:
+        measure_reports(batch, options.rounds)
+    torch.set_num_threads(1)
+    measure_calls(options.rounds)
+    return 0

@@ -1,164 +1,273 @@
-"""Measures steps of TRL's CPOTrainer and of this project's SimPOTrainer on this machine's CPU.
+"""Steps of SimPOTrainer beside those of TRL's CPOTrainer, on this machine's CPU.
 
-    python -m bench trl [--quick] [--samples N] [--cases TEXT ...] [--output FILE.json]
-    python -m bench trl --readme FILE.json
+The subjects are stock CPOTrainer, SimPOTrainer from logits, and SimPOTrainer from hidden states and
+lm_head. All have the same model and batch. The model is the last part of a large one: a Llama of
+few layers with a whole vocabulary, so that what lies between hidden states and loss takes much of
+the step's time and most of its memory, as in small language models. A step is one of an evaluation,
+or one of training without its optimizer's part, which is the same for all.
 
-Subjects (trl_subjects.py): stock CPOTrainer, SimPOTrainer from logits, and SimPOTrainer from hidden
-states and lm_head, all on one small Llama with V = 128256, H = 512 and 2 layers, and on one batch
-of 500 MiB of logits, of which 60 % is scored. A step is an evaluation's, or one of training without
-its optimizer's.
-
-A subject is verified before it is timed: losses, metrics and gradients are stock TRL's, within the
-rounding of the dtype. Steps are interleaved; peak memory is that of a step in a process of its own,
-above model and batch, with the gradients.
-
-Results are written after every case, tables come to the screen, and everything to
-bench/results/trl-MACHINE.json.
+The losses, metrics and gradients of SimPOTrainer are compared with stock TRL's.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import sys
-import time
+import math
+import os
+import tempfile
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import compress
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import simpo_ext
-from bench import program, trl_memory, trl_report, trl_subjects
-from bench.machine import describe_cpu, version
-from bench.timing import CpuClock, Subject, interleaved
-from bench.trl_subjects import PHASES, STOCK, SUBJECTS, Geometry
+from bench.common import cases, program
+from bench.common.cases import DTYPES, IGNORE_INDEX, Batch, Case
+from bench.common.measure import Problem
+from bench.common.peers import Candidate, Forward
+from bench.common.reference import BETA, GAMMA_BETA_RATIO
 
-SAMPLES, QUICK_SAMPLES = 7, 1
-CASES = (
-    Geometry(pairs=2, time=512, hidden=512, vocabulary=128256, dtype="bfloat16"),
-    Geometry(pairs=2, time=256, hidden=512, vocabulary=128256, dtype="float32"),
-)
-QUICK_CASES = (
-    Geometry(pairs=2, time=24, hidden=64, vocabulary=600, dtype="float32"),
-    Geometry(pairs=2, time=24, hidden=64, vocabulary=600, dtype="bfloat16"),
-)
+STOCK = "TRL CPOTrainer"
+FUSED_LINEAR = {"simpo_ext, from logits": False, "simpo_ext, from hidden states": True}
 
-
-def _verify(trainers: dict[str, Any], batch: dict[str, Any], dtype: str) -> list[dict[str, Any]]:
-    """A row for each subject, with what its numbers are beside stock TRL's."""
-    stock = trl_subjects.find(trainers[STOCK], batch)
-    rows = []
-    for name, trainer in trainers.items():
-        found = stock if name == STOCK else trl_subjects.find(trainer, batch)
-        rows.append({"name": name, **trl_subjects.compare(found, stock, dtype)})
-    return rows
+EVALUATION, TRAINING = "evaluation", "training"
+LAYERS, HEAD_SIZE = 2, 64
+LOGITS_STD = 2.5  # about as peaked as a trained model's
+CPO_ALPHA = 0.5
+# Of losses and metrics beside stock TRL's, whose averages in bfloat16 are sums of rounded numbers;
+# and of the gradients as a whole, which are rounded to the dtype.
+TOLERANCES = {"float32": (2e-5, 1e-4), "bfloat16": (2e-2, 3e-2)}
 
 
-def _verify_and_time(each: Geometry, samples: int) -> dict[str, Any]:
-    """A case without memory, which is measured when what this makes is gone."""
-    model = trl_subjects.make_model(each)
-    batch = trl_subjects.make_batch(each)
-    trainers = {name: trl_subjects.make_trainer(name, model) for name in SUBJECTS}
-    rows = _verify(trainers, batch, each.dtype)
-
-    def prepare() -> None:
-        model.zero_grad(set_to_none=True)
-
-    subjects = {
-        row["name"]: Subject(prepare, trl_subjects.laps(trainers[row["name"]], batch))
-        for row in rows
-        if row["status"] == "right"
-    }
-    times = interleaved(subjects, CpuClock(), samples)
-    for row in rows:
-        row |= {phase: asdict(found) for phase, found in times.get(row["name"], {}).items()}
-    return {
-        "name": each.name,
-        **each.to_json(),
-        "logits_bytes": each.logits_bytes,
-        "gradient_bytes": trl_subjects.gradient_bytes(model),
-        "rows": rows,
-    }
+# ---- model and batch -------------------------------------------------------------------------
 
 
-def measure_case(each: Geometry, samples: int) -> dict[str, Any]:
-    """Verifies, times and measures all subjects."""
-    case = _verify_and_time(each, samples)
-    gc.collect()
-    for row in case["rows"]:
-        if row["status"] == "right":
-            row["memory"] = trl_memory.peak_extra_mib(each, row["name"])
-    trl_report.add_derived(case)
-    return case
+def make_model(batch: Batch) -> Any:
+    """On the CPU, with gradients for all parameters."""
+    import transformers
 
-
-def _describe_software() -> dict[str, Any]:
-    return {
-        "torch": torch.__version__,
-        **{package: version(package) for package in ("trl", "transformers", "accelerate")},
-        "simpo_ext": str(simpo_ext.build_info()["version"]),
-        "level": simpo_ext.cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "commit": program.commit(),
-    }
-
-
-def measure(options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Everything, as JSON holds it from the first case on."""
-    began = time.monotonic()
-    results: dict[str, Any] = {
-        "kind": options.kind,
-        "machine": describe_cpu(),
-        "software": _describe_software(),
-        "phases": list(PHASES),
-        "samples": options.samples,
-        "cases": [],
-    }
-    for each in options.geometries:
-        case = measure_case(each, options.samples)
-        results["cases"].append(case)
-        results["seconds"] = time.monotonic() - began
-        text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-        output.write_text(text, encoding="utf-8")
-        trl_report.print_case(case)
-    return results
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = program.make_parser(
-        "bench trl", "Times steps of TRL's trainer and of this project's.", has_plot=False
+    config = transformers.LlamaConfig(
+        vocab_size=batch.vocabulary,
+        hidden_size=batch.hidden,
+        intermediate_size=4 * batch.hidden,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=max(1, batch.hidden // HEAD_SIZE),
+        max_position_embeddings=max(batch.time, 16),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
     )
-    options = program.parse(parser, arguments)
-    geometries = QUICK_CASES if options.quick else CASES
-    chosen = program.check_cases(parser, options, [each.name for each in geometries])
-    options.geometries = tuple(compress(geometries, chosen))
-    options.samples = options.samples or (QUICK_SAMPLES if options.quick else SAMPLES)
-    return options
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(std=LOGITS_STD / math.sqrt(batch.hidden))
+    return model.to(DTYPES[batch.dtype])
+
+
+def make_batch(batch: Batch) -> dict[str, Tensor]:
+    """As TRL's collator makes it: completions after prompts, without padding."""
+    generator = torch.Generator().manual_seed(1)
+    pairs, prompt = batch.batch // 2, batch.prompts[0]
+    opening = torch.randint(3, batch.vocabulary, (pairs, prompt), generator=generator)
+    made: dict[str, Tensor] = {}
+    for half in ("chosen", "rejected"):
+        ids = torch.randint(3, batch.vocabulary, (pairs, batch.time), generator=generator)
+        ids[:, :prompt] = opening
+        labels = ids.clone()
+        labels[:, :prompt] = IGNORE_INDEX
+        made[f"{half}_input_ids"] = ids
+        made[f"{half}_attention_mask"] = torch.ones_like(ids)
+        made[f"{half}_labels"] = labels
+    return made
+
+
+# ---- trainers --------------------------------------------------------------------------------
+
+
+def _tokenizer() -> Any:
+    """For the trainers' data set, which no step uses."""
+    import tokenizers
+    import transformers
+
+    words = tokenizers.models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="a")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+
+
+def make_trainer(name: str, model: Any) -> Any:
+    """A subject with that model. It downloads nothing and reports nowhere."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL warns that this part of it is experimental
+        import datasets
+        from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+        from simpo_ext.integrations.trl import SimPOTrainer
+
+        datasets.disable_progress_bars()
+        config = CPOConfig(
+            output_dir=tempfile.gettempdir(),
+            use_cpu=True,
+            bf16=False,  # the model's own dtype is that of the case
+            report_to=[],
+            gradient_checkpointing=False,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            loss_type="simpo",
+            beta=BETA,
+            simpo_gamma=BETA * GAMMA_BETA_RATIO,
+            cpo_alpha=CPO_ALPHA,
+        )
+    pair = {"prompt": "a", "chosen": "a", "rejected": "a"}
+    arguments = {
+        "model": model,
+        "args": config,
+        "train_dataset": datasets.Dataset.from_list([pair]),
+        "processing_class": _tokenizer(),
+    }
+    if name == STOCK:
+        return CPOTrainer(**arguments)
+    return SimPOTrainer(**arguments, fused_linear=FUSED_LINEAR[name])
+
+
+# ---- steps -----------------------------------------------------------------------------------
+
+
+def evaluate(trainer: Any, batch: dict[str, Tensor]) -> float:
+    """A step of an evaluation; its loss."""
+    trainer.model.eval()
+    loss, _, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    trainer._stored_metrics.clear()
+    return loss.item()
+
+
+def train(trainer: Any, batch: dict[str, Tensor]) -> float:
+    """A step of training; its loss."""
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    trainer._stored_metrics.clear()
+    return loss.item()
+
+
+STEPS = {EVALUATION: evaluate, TRAINING: train}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a trainer makes of the batch."""
+
+    metrics: dict[str, float]  # of training, and both losses
+    gradients: list[Tensor]
+
+
+def find(trainer: Any, batch: dict[str, Tensor]) -> Found:
+    """Runs both steps."""
+    evaluation = evaluate(trainer, batch)
+    trainer.model.train()
+    loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch, train_eval="train")
+    loss.backward()
+    gradients = [value.grad for value in trainer.model.parameters()]
+    trainer.model.zero_grad(set_to_none=True)
+    return Found({"loss": loss.item(), EVALUATION: evaluation, **metrics}, gradients)
+
+
+def compare(found: Found, stock: Found) -> tuple[float, float]:
+    """Errors of the worst loss or metric, and of the gradients as a whole, beside stock TRL's."""
+    theirs = stock.metrics
+    size = max(1.0, *(abs(value) for name, value in theirs.items() if "rewards/" in name))
+    differences = [
+        abs(found.metrics.get(name, math.nan) - value) / max(size, abs(value))
+        for name, value in theirs.items()
+    ]
+    squares = [0.0, 0.0]
+    for ours, expected in zip(found.gradients, stock.gradients, strict=True):
+        squares[0] += (ours.float() - expected.float()).square().sum().item()
+        squares[1] += expected.float().square().sum().item()
+    # The largest, or NaN if there is one.
+    return torch.tensor(differences).max().item(), math.sqrt(squares[0] / squares[1])
+
+
+# ---- the problem -----------------------------------------------------------------------------
+
+
+class TrainerProblem(Problem):
+    """A model and a batch. Each candidate lets a function of trainer and batch run."""
+
+    phases = (EVALUATION, TRAINING)
+    baseline = STOCK
+
+    def __init__(self, batch: Batch) -> None:
+        self._model, self._inputs = make_model(batch), make_batch(batch)
+        self.batch = batch
+        self.candidates = [
+            Candidate(name, "step", partial(self._load, name), is_ours=name != STOCK)
+            for name in (STOCK, *FUSED_LINEAR)
+        ]
+
+    @property
+    def gradient_bytes(self) -> int:
+        """See the base class."""
+        return sum(each.numel() * each.element_size() for each in self._model.parameters())
+
+    def _load(self, name: str) -> Forward:
+        trainer = make_trainer(name, self._model)
+        return lambda function: function(trainer, self._inputs)
+
+    @cached_property
+    def _stock(self) -> Found:
+        return self.candidate(STOCK).forward(find)
+
+    def errors(self, candidate: Candidate) -> dict[str, tuple[float, float]]:
+        """See the base class."""
+        found = compare(candidate.forward(find), self._stock)
+        allowed = TOLERANCES[self.batch.dtype]
+        return dict(zip(("value", "gradient"), zip(found, allowed, strict=True), strict=True))
+
+    def prepare(self, candidate: Candidate) -> None:
+        """Frees the gradients, as the optimizer does after its step."""
+        self._model.zero_grad(set_to_none=True)
+
+    def lap(self, candidate: Candidate, phase: str, prepared: None) -> float:
+        """The loss of a step."""
+        return candidate.forward(STEPS[phase])
+
+
+def make_problem(case: Case) -> TrainerProblem:
+    """For a process of its own."""
+    return TrainerProblem(case.batch)
+
+
+def small(case: Case) -> Case:
+    """Loads the same code."""
+    batch = case.batch
+    return replace(case, batch=cases.synthetic(batch.batch, 16, 4096, batch.dtype, 0.6, 64))
+
+
+# ---- the program -----------------------------------------------------------------------------
+
+
+def _case(time: int, hidden: int, vocabulary: int, dtype: str) -> Case:
+    return Case(cases.synthetic(4, time, vocabulary, dtype, 0.6, hidden), is_featured=True)
+
+
+PROGRAM = program.Program(
+    name="trl",
+    module=__name__,
+    description=(__doc__ or "").splitlines()[0],
+    cases=(_case(512, 512, 128256, "bfloat16"), _case(256, 512, 128256, "float32")),
+    quick_cases=(_case(24, 64, 600, "float32"),),
+    phases={EVALUATION: "evaluation", TRAINING: "training"},
+    baseline=STOCK,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes what the command line asks for.
-
-    Returns:
-        0 if all subjects were right, else 1.
-    """
-    options = _parse(arguments)
-    if options.readme is not None:
-        print(trl_report.markdown(json.loads(options.readme.read_text(encoding="utf-8"))))
-        return 0
-    output = options.output or program.default_output("trl", options.kind, describe_cpu())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results = measure(options, output)
-    trl_report.print_summary(results)
-    print(trl_report.markdown(results))
-    print(f"results: {output}")
-    rows = [row for case in results["cases"] for row in case["rows"]]
-    return 0 if all(row["status"] == "right" for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Runs the command line; 0 if all of this project's candidates were right and timed."""
+    return program.run(PROGRAM, arguments)

@@ -36,7 +36,7 @@ constexpr int kLanes = kVectorBytes / 4;
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Ints __attribute__((vector_size(kVectorBytes)));
 
-// Keeps a value that nobody reads from being optimised away.
+// Stops the compiler from removing a value that nothing reads.
 template <typename T>
 void keep(T& value) {
   asm volatile("" : "+m"(value) : : "memory");
@@ -87,7 +87,7 @@ double seconds(int threads, const Body& body) {
          *std::min_element(begins.begin(), begins.end());
 }
 
-// The part of a buffer that is one thread's.
+// A thread's part of a buffer.
 struct Part {
   int64_t begin;  // in vectors
   int64_t end;
@@ -258,16 +258,6 @@ struct ExpInput {
 
 extern "C" {
 
-const char* instruction_set() {
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return "AVX-512";
-#elif defined(__AVX2__)
-  return "AVX2";
-#else
-  return "generic";
-#endif
-}
-
 // Resident memory on pages of 2 MiB if the kernel gives them, else null.
 void* map_buffer(int64_t bytes) {
   void* buffer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -314,29 +304,6 @@ double update_seconds(void* buffer, int64_t bytes, int threads) {
   });
 }
 
-double zero_seconds(void* buffer, int64_t bytes, int threads) {
-  return seconds(threads, [&](int thread) {
-    const Part mine = part(bytes, threads, thread);
-    auto* x = static_cast<Floats*>(buffer);
-    for (int64_t i = mine.begin; i < mine.end; ++i) stream(x + i, Floats{});
-    end_of_stream();
-  });
-}
-
-// Writes pages that nothing has touched yet; negative if there is no memory.
-double first_touch_seconds(int64_t bytes, int threads, int huge) {
-  void* buffer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (buffer == MAP_FAILED) return -1;
-  madvise(buffer, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-  const double result = seconds(threads, [&](int thread) {
-    const Part mine = part(bytes, threads, thread);
-    auto* x = static_cast<Floats*>(buffer);
-    for (int64_t i = mine.begin; i < mine.end; ++i) x[i] = splat(1.0f);
-  });
-  munmap(buffer, bytes);
-  return result;
-}
-
 int exp_variants(int bfloat16) { return static_cast<int>(variants_of(bfloat16).size()); }
 
 int64_t exp_elements() { return kExpElements; }
@@ -356,21 +323,6 @@ double exp_seconds(int bfloat16, int variant, int64_t repeats, int threads) {
     for (int64_t i = 0; i < repeats; ++i) {
       float sum = run(mine.bytes);
       keep(sum);
-    }
-  });
-}
-
-// A chain of additions and multiplications, each waiting for the one before: the clock's rate.
-double chain_seconds(int64_t steps, int threads) {
-  return seconds(threads, [&](int) {
-    float x = 1.0f;
-    for (int64_t i = 0; i < steps; ++i) {
-      x = x * 0.5f + 0.5f;
-#if defined(__x86_64__)
-      asm volatile("" : "+x"(x));
-#else
-      asm volatile("" : "+m"(x));
-#endif
     }
   });
 }

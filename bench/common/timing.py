@@ -1,20 +1,22 @@
 """Times and peak memory of things that run in phases, on a GPU or a CPU, behind one interface.
 
-A subject is prepared, and then its phases run one after another, each handed what the one before
-returned. Subjects take turns in every round, so that a change of the machine's state meets all.
+A subject is prepared, and then its phases run one after another. Each phase gets what the one
+before returned. Subjects take turns in every round, so that a change of the machine's state meets
+all of them.
 
-On a GPU, CUDA events stand between the phases, all of them enqueued before the first is over: the
-preparation keeps the GPU busy meanwhile, so that launches and Python stay out of the times. Before
-the first event a large buffer is read, which leaves the L2 cache with clean lines of no use to
-anyone.
+On a GPU, CUDA events stand between the phases. All of them are enqueued before the first is over:
+the preparation keeps the GPU busy meanwhile, so that launches and Python stay out of the times.
+Before the first event a large buffer is read, so that the L2 cache holds none of the subject's
+data.
 On a CPU, the wall clock is read between the phases, and caches are as the preparation left them.
-
-gate.py times what runs in other processes, on a machine that others disturb.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
+import math
+import random
 import statistics
 import time
 from abc import ABC, abstractmethod
@@ -27,6 +29,13 @@ import torch
 WARMUP_ROUNDS = 2
 FLUSH_BYTES = 2**30  # several times any L2
 FLUSHES = 2
+
+# One parallel region of this many elements wakes every thread of torch's pool.
+WAKE_ELEMENTS_PER_THREAD = 2**15
+
+# Beyond this multiple of its fastest sample, a median says as much about the machine's other work
+# as about the subject.
+DISTURBED = 1.2
 
 
 @dataclass(frozen=True)
@@ -51,11 +60,14 @@ class Times:
         """Summarises the samples."""
         return cls(statistics.median(samples), min(samples), max(samples), len(samples))
 
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the samples are too far apart to trust the median."""
+        return self.median_ms > DISTURBED * self.min_ms
+
 
 class Clock(ABC):
     """Where time is read."""
-
-    description: str
 
     @abstractmethod
     def laps(self, subject: Subject) -> list[float]:
@@ -63,13 +75,11 @@ class Clock(ABC):
 
     @abstractmethod
     def peak_extra_mib(self, subject: Subject) -> list[float | None]:
-        """Peak of the memory of each phase over what stood before the first; None: unknown."""
+        """Peak memory of each phase above what stood before the first; None: unknown."""
 
 
 class CudaClock(Clock):
     """CUDA events, and the counters of torch's caching allocator."""
-
-    description = "CUDA events"
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -103,17 +113,21 @@ class CudaClock(Clock):
 
 
 class CpuClock(Clock):
-    """The wall clock. Memory is not measured: a process knows only its own peak, once."""
+    """The wall clock. A process knows its peak memory only once: memory.py measures it."""
 
-    description = "wall clock"
+    def __init__(self) -> None:
+        self._wake = torch.ones(WAKE_ELEMENTS_PER_THREAD * torch.get_num_threads())
 
     def laps(self, subject: Subject) -> list[float]:
-        """See the base class."""
-        carry = subject.prepare()
+        """See the base class. What the last phase returns is freed after the clock has stopped."""
+        prepared = carry = subject.prepare()
+        gc.collect(0)
+        self._wake.add_(1.0)
         times = [time.perf_counter()]
         for phase in subject.phases.values():
             carry = phase(carry)
             times.append(time.perf_counter())
+        del carry, prepared
         return [(after - before) * 1e3 for before, after in itertools.pairwise(times)]
 
     def peak_extra_mib(self, subject: Subject) -> list[float | None]:
@@ -127,15 +141,30 @@ def make_clock(device: torch.device) -> Clock:
 
 
 def interleaved(
-    subjects: Mapping[str, Subject], clock: Clock, rounds: int
+    subjects: Mapping[str, Subject], clock: Clock, rounds: int, budget_ms: float = math.inf
 ) -> dict[str, dict[str, Times]]:
-    """Times of every phase of every subject, by the names of both."""
-    samples: dict[str, list[list[float]]] = {name: [] for name in subjects}
-    for index in range(WARMUP_ROUNDS + rounds):
+    """Times of every phase of every subject, by the names of both.
+
+    The order changes from round to round, so that no subject always finds the caches and the memory
+    as the same other one left them. A subject that would take longer than ``budget_ms`` takes part
+    in fewer rounds, but in one at least. They are spread evenly over the run.
+    """
+    names, order = list(subjects), random.Random(0)
+    lap_ms = dict.fromkeys(subjects, 0.0)
+    for _ in range(WARMUP_ROUNDS):
         for name, subject in subjects.items():
-            laps = clock.laps(subject)
-            if index >= WARMUP_ROUNDS:
-                samples[name].append(laps)
+            if lap_ms[name] <= budget_ms / 2:
+                lap_ms[name] = sum(clock.laps(subject))
+    wanted = {
+        name: rounds if rounds * lap <= budget_ms else max(1, int(budget_ms / lap))
+        for name, lap in lap_ms.items()
+    }
+    samples: dict[str, list[list[float]]] = {name: [] for name in subjects}
+    for index in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            if (index + 1) * wanted[name] // rounds > index * wanted[name] // rounds:
+                samples[name].append(clock.laps(subjects[name]))
     return {
         name: {
             phase: Times.of([laps[position] for laps in samples[name]])

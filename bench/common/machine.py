@@ -1,6 +1,6 @@
 """The machine as JSON: GPU, driver, toolkit, torch and the CPU.
 
-python -m bench.machine [--record FILE.jsonl] [--expect-in FOLDER]
+python -m bench.common.machine [--record FILE.jsonl] [--expect-in FOLDER]
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench import records
+from bench.common.processes import ROOT
 
 PEERS = ("triton", "liger-kernel", "quack-kernels", "trl", "transformers", "cut-cross-entropy")
 
@@ -77,6 +78,28 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def commit() -> str | None:
+    """The checked out commit, and whether files differ from it; None outside of a checkout."""
+    changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    head = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    return head and head + (" with changes" if changed else "")
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions, and how this project was built and runs."""
+    import simpo_ext
+
+    info = simpo_ext.build_info()
+    return {
+        "torch": torch.__version__,
+        **{package: version(package) for package in PEERS if version(package)},
+        "simpo_ext": str(info["version"]),
+        "level": simpo_ext.cpu_capability(),
+        "compiler": str(info["compiler"]),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def describe() -> dict[str, Any]:
     """What there is; null where there is none."""
     facts: dict[str, Any] = {
@@ -125,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if simpo_ext works and is where it is expected, else 1.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.machine", description="The machine.")
+    parser = argparse.ArgumentParser(prog="python -m bench.common.machine")
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--expect-in", type=Path, metavar="FOLDER", help="where simpo_ext must be")
     options = parser.parse_args(arguments)

@@ -1,0 +1,1 @@
+"""What the benchmarks share: batches, peers, verification, timing, memory, tables."""

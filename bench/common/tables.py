@@ -1,0 +1,242 @@
+"""What a run looks like: tables on the screen and in Markdown, the plot, and the results file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Results = dict[str, Any]
+Case = dict[str, Any]
+Row = dict[str, Any]
+
+MIN_WIDTH = 120  # rich takes 80 where the output is no terminal
+MARKDOWN_WIDTH = 1000
+FLOOR = "floor"
+
+PAGES = {"default": "allocator as it comes", "huge": "huge pages for everyone"}
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+BLUE, ORANGE = "#0072B2", "#E69F00"
+PLOT_HEIGHT, PANEL_WIDTH, PLOT_DPI = 4.9, 2.9, 130
+
+console = Console(highlight=False, markup=False)
+console.width = max(console.width, MIN_WIDTH)
+
+
+def write(results: Results, path: Path) -> None:
+    """One JSON file."""
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def digits(value: float | None) -> str:
+    """Three significant ones, without an exponent."""
+    if value is None:
+        return ""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def make_table(*columns: str) -> Table:
+    """An empty table whose first column has names."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
+    return table
+
+
+def milliseconds(times: dict[str, Any]) -> str:
+    """The median, with a star if it was disturbed."""
+    return f"{digits(times['median_ms'])}{'*' if times['disturbed'] else ''}"
+
+
+def _peak(row: Row, phase: str) -> str:
+    peak = row.get("memory", {}).get(phase)
+    return "" if peak is None else f"{peak:.0f}"
+
+
+def _error(row: Row) -> str:
+    return f"{row['value_error']:.0e}"
+
+
+# ---- the screen ------------------------------------------------------------------------------
+
+
+def _notes(case: Case) -> Iterator[str]:
+    for row in case["rows"]:
+        if row["status"] != "right":
+            errors = {key: value for key, value in row.items() if key.endswith("_error")}
+            yield f"{row['name']}: {row['status']}: {row['reason']} {errors or ''}"
+        reason = row.get("memory", {}).get("reason")
+        if reason:
+            yield f"{row['name']}: memory not measured: {reason}"
+    if case["floor"]:
+        yield f"{FLOOR}: " + ", ".join(f"{key} {digits(x)}" for key, x in case["floor"].items())
+
+
+def print_case(results: Results, case: Case) -> None:
+    """The rows of one case."""
+    has_floor, has_memory = bool(case["floor"]), any("memory" in row for row in case["rows"])
+    columns = [""]
+    for name in results["phases"].values():
+        columns += [f"{name}\nms", f"x\n{results['baseline']}"]
+        columns += [f"x\n{FLOOR}"] * has_floor + ["peak\nMiB"] * has_memory
+    table = make_table(*columns, "loss\nerror")
+    for row in case["rows"]:
+        if row["status"] != "right":
+            continue
+        cells = []
+        for phase in results["phases"]:
+            times = row[phase]
+            cells += [milliseconds(times), digits(times.get("x_baseline"))]
+            cells += [digits(times.get("x_floor"))] * has_floor + [_peak(row, phase)] * has_memory
+        style = "bold" if row["kind"] == "ours" else None
+        table.add_row(row["name"], *cells, _error(row), style=style)
+    mib = {key: case[f"{key}_bytes"] / 2**20 for key in ("logits", "gradient")}
+    console.print(
+        f"{case['valid_rows']} scored rows, {mib['logits']:.0f} MiB of logits, "
+        f"{mib['gradient']:.0f} MiB of gradients",
+        style="bold",
+    )
+    console.print(table)
+    for note in _notes(case):
+        console.print(note, style="dim")
+
+
+# ---- Markdown --------------------------------------------------------------------------------
+
+
+def _featured(results: Results, pages: str) -> list[Case]:
+    """The cases that tables and plot show; all of them if none is marked."""
+    cases = [case for case in results["cases"] if case["pages"] == pages]
+    return [case for case in cases if case["featured"]] or cases
+
+
+def _row(case: Case, name: str) -> Row:
+    return next((row for row in case["rows"] if row["name"] == name), {})
+
+
+def _names(cases: Sequence[Case]) -> list[str]:
+    """Of all that was right somewhere, in the order of the case that has most."""
+    lists = [[row["name"] for row in case["rows"] if row["status"] == "right"] for case in cases]
+    return list(dict.fromkeys(name for names in sorted(lists, key=len)[::-1] for name in names))
+
+
+def _markdown_table(title: str, cases: Sequence[Case], rows: dict[str, list[str]]) -> str:
+    table = make_table(title, *(f"{case['name']}, {case['share']} scored" for case in cases))
+    table.box = box.MARKDOWN
+    for name, cells in rows.items():
+        if any(cells):
+            table.add_row(f"**{name}**" if name.startswith("simpo_ext") else name, *cells)
+    text = io.StringIO()
+    Console(file=text, width=MARKDOWN_WIDTH).print(table)
+    return "\n".join(line.strip() for line in text.getvalue().strip().splitlines())
+
+
+def _times_table(results: Results, cases: Sequence[Case], phase: str) -> str:
+    def cell(case: Case, name: str) -> str:
+        times = _row(case, name).get(phase)
+        if times is None:
+            return ""
+        ratio = digits(times.get(results["ratio"]))
+        return f"{milliseconds(times)}{f' ({ratio}x)' if ratio else ''}"
+
+    rows = {name: [cell(case, name) for case in cases] for name in _names(cases)}
+    rows[FLOOR] = [digits(case["floor"].get(f"{phase}_ms")) for case in cases]
+    return _markdown_table(f"{results['phases'][phase]}, ms", cases, rows)
+
+
+def _memory_table(results: Results, cases: Sequence[Case]) -> str:
+    def cell(case: Case, name: str) -> str:
+        row = _row(case, name)
+        peaks = [_peak(row, phase) for phase in results["phases"]]
+        parts = [" / ".join(peaks) if any(peaks) else "", _error(row) if row else ""]
+        return "; ".join(part for part in parts if part)
+
+    rows = {name: [cell(case, name) for case in cases] for name in _names(cases)}
+    for key in ("logits", "gradient"):
+        rows[f"size of the {key}{'s' if key == 'gradient' else ''}"] = [
+            f"{case[f'{key}_bytes'] / 2**20:.0f}" for case in cases
+        ]
+    phases = " / ".join(results["phases"].values())
+    return _markdown_table(f"peak extra MiB, {phases}; error of the loss", cases, rows)
+
+
+def markdown(results: Results) -> str:
+    """What ran, and tables of the featured cases."""
+    software = ", ".join(f"{name} {value}" for name, value in results["software"].items())
+    parts = [
+        f"{results['machine']['name']}, {results['machine']['cores']} cores; {software}; "
+        f"commit {results['commit']}, {results['date']}.",
+    ]
+    pages = [each for each in PAGES if _featured(results, each)]
+    for each in pages:
+        if len(pages) > 1:
+            parts.append(f"**{PAGES[each].capitalize()}**")
+        parts += [_times_table(results, _featured(results, each), it) for it in results["phases"]]
+    parts.append(_memory_table(results, _featured(results, pages[0])))
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- the plot --------------------------------------------------------------------------------
+
+
+def plot(results: Results, path: Path) -> None:
+    """Bars of the last phase in multiples of the baseline's time or of the floor, by case."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    phase, title = list(results["phases"].items())[-1]
+    by_pages = {pages: cases for pages in PAGES if (cases := _featured(results, pages))}
+    cases = next(iter(by_pages.values()))
+    names = _names(cases)
+    figure, axes = plt.subplots(
+        1, len(cases), figsize=(2.5 + PANEL_WIDTH * len(cases), PLOT_HEIGHT), sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    height = 0.8 / len(by_pages)
+    colours = dict(zip(PAGES, (BLUE, ORANGE), strict=True))
+    for axis, case in zip(axes[0], cases, strict=True):
+        longest = 1.0
+        for index, (pages, others) in enumerate(by_pages.items()):
+            same = [
+                each
+                for each in others
+                if (each["name"], each["share"]) == (case["name"], case["share"])
+            ]
+            for position, name in enumerate(names):
+                row = _row(same[0], name) if same else {}
+                ratio = row.get(phase, {}).get(results["ratio"])
+                if ratio is None:
+                    continue
+                y = position + (index + 0.5) * height - 0.4
+                longest = max(longest, ratio)
+                kind = BLUE if row["kind"] == "ours" else ORANGE
+                axis.barh(y, ratio, height, color=colours[pages] if len(by_pages) > 1 else kind)
+                axis.annotate(
+                    digits(ratio), (ratio, y), (4, 0), textcoords="offset points", va="center",
+                    fontsize=11, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                )  # fmt: skip
+        axis.axvline(1.0, color="black", linewidth=1, linestyle=":")
+        axis.set_xlim(0, longest * 1.25)
+        geometry, _, dtype = case["name"].rpartition(" ")
+        axis.set_title(f"{geometry}\n{dtype}, {case['share']} scored", fontsize=12)
+        axis.tick_params(labelsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=12)
+    axes[0][0].invert_yaxis()
+    if len(by_pages) > 1:
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colours[pages]) for pages in by_pages]
+        labels = [PAGES[pages] for pages in by_pages]
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=12)
+    unit = "the floor's" if results["ratio"] == "x_floor" else f"{results['baseline']}'s"
+    figure.suptitle(f"{title}: time in multiples of {unit} (shorter is faster)", fontsize=14)
+    figure.savefig(path, dpi=PLOT_DPI)
+    plt.close(figure)
