@@ -51,6 +51,7 @@ class Problem(ABC):
 
     def prepare(self, candidate: Candidate) -> Any:
         """What a lap needs and does not time."""
+        return None
 
     @abstractmethod
     def lap(self, candidate: Candidate, phase: str, prepared: Any) -> Any:
@@ -58,6 +59,7 @@ class Problem(ABC):
 
     def make_floor(self) -> Floor | None:
         """What no implementation can go below, if it is known."""
+        return None
 
 
 def verify(problem: Problem, candidate: Candidate) -> Row:
@@ -127,9 +129,9 @@ def measure(
                 row.setdefault("memory", {})[f"{phase}_mib"] = peak
             _release_memory(problem.device)
     limit = problem.make_floor()
-    times = interleaved(
-        {**(limit.subjects() if limit else {}), **subjects}, clock, rounds, budget_ms
-    )
+    if limit is not None:
+        subjects.update(limit.subjects())
+    times = interleaved(subjects, clock, rounds, budget_ms)
     floor = limit.describe(times) if limit else {}
     for row in rows:
         for phase in problem.phases:
