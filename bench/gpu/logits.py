@@ -23,12 +23,20 @@ import torch
 from torch import Tensor
 
 from bench import records
+from bench.common.peers import Candidate, candidates, our_token_logps
+from bench.common.timing import Clock, Subject, Times, interleaved, make_clock
+from bench.common.workload import (
+    Reference,
+    Size,
+    Workload,
+    fewest_bytes,
+    gradient_error,
+    make_reference,
+    make_workload,
+    value_error,
+)
 from bench.gpu import program
 from bench.gpu.report import logits_lines
-from bench.peers import Candidate, candidates, our_token_logps
-from bench.reference import Reference, gradient_error, make_reference, value_error
-from bench.timing import Clock, Subject, Times, interleaved, make_clock
-from bench.workload import Size, Workload, fewest_bytes, make_workload
 
 # Usual batches, a small one, and one with so few rows that most of a GPU may be idle.
 SIZES = ("32768x32000", "16384x128256", "2048x128256", "64x262144")

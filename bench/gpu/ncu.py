@@ -36,7 +36,7 @@ def run_kernels(size: str, device: str) -> None:
     import torch
 
     import simpo_ext
-    from bench.workload import Size, make_workload
+    from bench.common.workload import Size, make_workload
 
     workload = make_workload(Size.parse(size), 1.0, torch.device(device))
     logits = workload.logits.requires_grad_()

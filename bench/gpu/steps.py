@@ -89,7 +89,7 @@ def _wheels(carried: Path) -> Sequence[Path]:
 
 
 def _import(run: Run) -> None:
-    run.module("bench.machine", "--record", run.cases, "--expect-in", run.work / SITE)
+    run.module("bench.common.machine", "--record", run.cases, "--expect-in", run.work / SITE)
     run.is_installed = True
 
 
