@@ -89,12 +89,14 @@ class Candidate:
 
 def get_batch_logps(logits: Tensor, labels: Tensor) -> Tensor:
     """Princeton's: mean log-probability [B] of each sequence, in the dtype of the logits."""
-    return _princeton(
-        logits, labels, lambda z, i: z.log_softmax(-1).gather(2, i[..., None])[..., 0]
-    )
+
+    def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.log_softmax(-1).gather(2, labels.unsqueeze(2)).squeeze(2)
+
+    return _mean_logps(logits, labels, label_logps)
 
 
-def _princeton(
+def _mean_logps(
     logits: Tensor, labels: Tensor, label_logps: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     labels = labels[:, 1:].clone()
@@ -135,7 +137,7 @@ def _loss(batch_logps: Forward) -> Forward:
 def _trl_loss() -> Forward:
     from trl.trainer.utils import selective_log_softmax
 
-    return _loss(lambda logits, labels: _princeton(logits, labels, selective_log_softmax))
+    return _loss(lambda logits, labels: _mean_logps(logits, labels, selective_log_softmax))
 
 
 def _our_loss(inplace: bool) -> Forward:

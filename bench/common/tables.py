@@ -117,6 +117,10 @@ def _featured(results: Results, pages: str) -> list[Case]:
     return [case for case in cases if case["featured"]] or cases
 
 
+def _heading(case: Case) -> str:
+    return f"{case['name']}, {case['share']} scored"
+
+
 def _row(case: Case, name: str) -> Row:
     return next((row for row in case["rows"] if row["name"] == name), {})
 
@@ -128,7 +132,7 @@ def _names(cases: Sequence[Case]) -> list[str]:
 
 
 def _markdown_table(title: str, cases: Sequence[Case], rows: dict[str, list[str]]) -> str:
-    table = make_table(title, *(f"{case['name']}, {case['share']} scored" for case in cases))
+    table = make_table(title, *map(_heading, cases))
     table.box = box.MARKDOWN
     for name, cells in rows.items():
         if any(cells):
@@ -206,11 +210,7 @@ def plot(results: Results, path: Path) -> None:
     for axis, case in zip(axes[0], cases, strict=True):
         longest = 1.0
         for index, (pages, others) in enumerate(by_pages.items()):
-            same = [
-                each
-                for each in others
-                if (each["name"], each["share"]) == (case["name"], case["share"])
-            ]
+            same = [each for each in others if _heading(each) == _heading(case)]
             for position, name in enumerate(names):
                 row = _row(same[0], name) if same else {}
                 ratio = row.get(phase, {}).get(results["ratio"])
