@@ -126,7 +126,7 @@ PROGRAM = program.Program(
     description=(__doc__ or "").splitlines()[0],
     cases=_full(),
     quick_cases=(
-        Case(SMALL, leaves_out=(peers.PRINCETON_FLOAT32,)),
+        Case(SMALL, is_featured=True, leaves_out=(peers.PRINCETON_FLOAT32,)),
         Case(SMALL_REAL, "huge", leaves_out=("torch.compile", "torch.compile cross_entropy")),
     ),
     phases={FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"},

@@ -88,17 +88,19 @@ def _release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _add_ratios(rows: Sequence[Row], problem: Problem, floor: dict[str, float]) -> None:
+def _add_ratios(
+    problem: Problem, measured: Sequence[tuple[Candidate, Row]], floor: dict[str, float]
+) -> None:
     """Adds multiples of the baseline's time and of the floor to each time."""
-    baseline = next((row for row in rows if row["name"] == problem.baseline), {})
-    for row in rows:
-        in_place = "_in_place" if problem.candidate(row["name"]).is_inplace else ""
+    baseline = next((row for each, row in measured if each.name == problem.baseline), {})
+    for candidate, row in measured:
         for phase in problem.phases:
             if phase not in row:
                 continue
             median = row[phase]["median_ms"]
             if phase in baseline:
                 row[phase]["x_baseline"] = median / baseline[phase]["median_ms"]
+            in_place = "_in_place" if candidate.is_inplace else ""
             limit = floor.get(f"{phase}{in_place}_ms", floor.get(f"{phase}_ms"))
             if limit:
                 row[phase]["x_floor"] = median / limit
@@ -138,7 +140,7 @@ def measure(
             if f"{row['name']}/{phase}" in times:
                 found = times[f"{row['name']}/{phase}"][phase]
                 row[phase] = {**asdict(found), "disturbed": found.is_disturbed}
-    _add_ratios(rows, problem, floor)
+    _add_ratios(problem, [*zip(candidates, rows, strict=True)], floor)
     batch = problem.batch
     return {
         "name": batch.name,

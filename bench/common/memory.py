@@ -19,12 +19,12 @@ from bench.common.processes import ApartError, apart
 
 
 def peaks(program: str, case: Case, name: str, phases: tuple[str, ...]) -> dict[str, Any]:
-    """Peak MiB of each phase by its name, each from a process of its own; or ``reason``."""
+    """``PHASE_mib`` of each phase, each from a process of its own; or ``reason``."""
     found: dict[str, Any] = {}
     request = {"program": program, "case": case.to_json(), "name": name}
     try:
         for phase in phases:
-            found[phase] = apart("bench.common.memory:measure", phase=phase, **request)
+            found[f"{phase}_mib"] = apart("bench.common.memory:measure", phase=phase, **request)
     except ApartError as error:
         return {"reason": str(error)}
     return found

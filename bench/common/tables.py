@@ -56,7 +56,7 @@ def milliseconds(times: dict[str, Any]) -> str:
 
 
 def _peak(row: Row, phase: str) -> str:
-    peak = row.get("memory", {}).get(phase)
+    peak = row.get("memory", {}).get(f"{phase}_mib")
     return "" if peak is None else f"{peak:.0f}"
 
 

@@ -14,20 +14,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def tiny(load):
-    return load("trl_subjects").Geometry(
-        pairs=2, time=12, hidden=64, vocabulary=300, dtype="float32"
-    )
-
-
-def test_a_geometry_counts_its_logits(load) -> None:
-    geometry = load("trl_subjects").Geometry(2, 512, 1024, 128256, "bfloat16")
-    assert geometry.name == "4x512x1024x128256 bfloat16"
-    assert geometry.logits_bytes == 4 * 512 * 128256 * 2
-    assert type(geometry)(**json.loads(json.dumps(geometry.to_json()))) == geometry
+    return load("common.cases").synthetic(4, 12, 300, "float32", 0.6, hidden=64)
 
 
 def test_a_batch_is_as_trl_s_collator_makes_it(load, tiny) -> None:
-    batch = load("trl_subjects").make_batch(tiny)
+    batch = load("trl").make_batch(tiny)
     prompt = 5  # 40 % of 12
     for half in ("chosen", "rejected"):
         ids, labels = batch[f"{half}_input_ids"], batch[f"{half}_labels"]
@@ -36,69 +27,58 @@ def test_a_batch_is_as_trl_s_collator_makes_it(load, tiny) -> None:
         assert torch.equal(labels[:, prompt:], ids[:, prompt:])
     opening = [batch[f"{half}_input_ids"][:, :prompt] for half in ("chosen", "rejected")]
     assert torch.equal(*opening)
-    logits = load("trl_subjects").make_model(tiny)(batch["chosen_input_ids"]).logits
+    logits = load("trl").make_model(tiny)(batch["chosen_input_ids"]).logits
     assert 1.5 < logits.std() < 3.5
 
 
 def test_a_subject_that_is_wrong_is_found_out(load, tiny) -> None:
-    subjects = load("trl_subjects")
-    model, batch = subjects.make_model(tiny), subjects.make_batch(tiny)
-    stock = subjects.find(subjects.make_trainer(subjects.STOCK, model), batch)
-    for name in subjects.OURS:
-        trainer = subjects.make_trainer(name, model)
-        assert trainer.fused_linear is subjects.FUSED_LINEAR[name]
-        found = subjects.find(trainer, batch)
-        right = subjects.compare(found, stock, "float32")
-        assert right["status"] == "right" and right["value_error"] < 1e-5
+    trl, measure = load("trl"), load("common.measure")
+    problem = trl.TrainerProblem(tiny)
+    stock = problem.candidate(trl.STOCK).forward(trl.find)
+    for name, fused in trl.FUSED_LINEAR.items():
+        candidate = problem.candidate(name)
+        trainer = candidate.forward(lambda trainer, _: trainer)
+        assert trainer.fused_linear is fused
+        row = measure.verify(problem, candidate)
+        assert row["status"] == "right" and row["value_error"] < 1e-5
+        found = candidate.forward(trl.find)
         trainer.beta *= 1.01
-        wrong = subjects.compare(subjects.find(trainer, batch), stock, "float32")
-        assert wrong["status"] == "wrong" and ": " in wrong["reason"]
+        row = measure.verify(problem, candidate)
+        assert row["status"] == "wrong" and "value" in row["reason"]
         doubled = dataclasses.replace(found, gradients=[2.0 * g for g in found.gradients])
-        wrong = subjects.compare(doubled, stock, "float32")
-        assert wrong["status"] == "wrong" and "gradients" in wrong["reason"]
+        assert trl.compare(doubled, stock)[1] == pytest.approx(1.0, abs=1e-3)
         del found.metrics["nll_loss"]
-        assert subjects.compare(found, stock, "float32")["status"] == "wrong"
+        assert not trl.compare(found, stock)[0] <= 1.0  # NaN
 
 
-def test_the_program_verifies_times_and_writes(
-    load, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_tiny_run_goes_all_the_way(
+    load, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program, subjects = load("trl"), load("trl_subjects")
-    other = dataclasses.replace(tiny, dtype="bfloat16", time=13)
-    monkeypatch.setattr(program, "QUICK_CASES", (tiny, other))
-    monkeypatch.setattr(load("timing"), "WARMUP_ROUNDS", 0)
-    peaks = {"evaluation_mib": 1.0, "training_mib": 2.0, "method": "none"}
-    monkeypatch.setattr(load("trl_memory"), "peak_extra_mib", lambda *_: peaks)
+    trl, program, cases = load("trl"), load("common.program"), load("common.cases")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    program_of = dataclasses.replace(trl.PROGRAM, quick_cases=(cases.Case(tiny),))
     output = tmp_path / "out.json"
-    assert program.main(["--quick", "--output", str(output)]) == 0
-    found = json.loads(output.read_text())
-    assert found["kind"] == "quick" and found["samples"] == 1
-    assert [case["name"] for case in found["cases"]] == [tiny.name, other.name]
-    for case in found["cases"]:
-        assert [row["name"] for row in case["rows"]] == list(subjects.SUBJECTS)
-        for row in case["rows"]:
-            assert row["status"] == "right" and row["memory"] == peaks
-            for phase in ("evaluation", "training"):
-                stock = case["rows"][0][phase]["median_ms"]
-                ratio = pytest.approx(row[phase]["median_ms"] / stock)
-                assert row[phase]["x_stock"] == ratio
-    printed = capsys.readouterr().out
-    assert program.main(["--readme", str(output)]) == 0
-    table = capsys.readouterr().out.strip()
-    assert table in printed
-    assert len([line for line in table.splitlines() if "simpo_ext, from" in line]) == 4
+    assert program.run(program_of, ["--quick", "--output", str(output)]) == 0
+    (case,) = json.loads(output.read_text())["cases"]
+    assert case["name"] == "4x12x64x300 float32"
+    assert [row["name"] for row in case["rows"]] == [trl.STOCK, *trl.FUSED_LINEAR]
+    for row in case["rows"]:
+        assert row["status"] == "right"
+        for phase in ("evaluation", "training"):
+            ratio = row[phase]["median_ms"] / case["rows"][0][phase]["median_ms"]
+            assert row[phase]["x_baseline"] == pytest.approx(ratio)
 
 
-def test_memory_is_measured_in_a_process_of_its_own(load, tiny) -> None:
-    memory, subjects = load("memory"), load("trl_subjects")
+@pytest.mark.exhaustive
+def test_memory_of_a_step_is_measured_in_a_process_of_its_own(load, tiny) -> None:
+    trl, memory, cases = load("trl"), load("common.memory"), load("common.cases")
     # So large that what a process does by itself is little beside it.
-    each = dataclasses.replace(tiny, time=128, vocabulary=40_000)
-    peaks = {}
-    for name in (subjects.STOCK, subjects.FUSED):
-        request = {"fields": each.to_json(), "name": name, "phase": "evaluation"}
-        answer = memory.measured_apart("bench.trl_memory", request)
-        assert "evaluation_mib" in answer, answer
-        peaks[name] = answer["evaluation_mib"]
-    logits = each.logits_bytes / 2**20
-    assert peaks[subjects.STOCK] > logits
-    assert peaks[subjects.FUSED] < 0.5 * logits
+    case = cases.Case(dataclasses.replace(tiny, time=128, ends=(128,) * 4, vocabulary=40_000))
+    logits = case.batch.logits_bytes / 2**20
+    fused = list(trl.FUSED_LINEAR)[1]
+    peaks = {
+        name: memory.peaks("bench.trl", case, name, ("evaluation",))["evaluation_mib"]
+        for name in (trl.STOCK, fused)
+    }
+    assert peaks[trl.STOCK] > logits
+    assert peaks[fused] < 0.5 * logits
