@@ -254,6 +254,7 @@ PROGRAM = program.Program(
     quick_cases=(Case(SMALL, leaves_out=(LIGER_COMPILED,)), Case(SMALL_REAL)),
     phases={FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"},
     baseline=LinearProblem.baseline,
+    floor="the bare matrix products of the scored rows",
     ratio="x_floor",
     rounds=5,
 )

@@ -131,6 +131,7 @@ PROGRAM = program.Program(
     ),
     phases={FORWARD: "forward", FORWARD_BACKWARD: "forward + backward"},
     baseline=LogitsProblem.baseline,
+    floor="the scored rows at the machine's bandwidth and rate of exponentials",
 )
 
 

@@ -32,6 +32,7 @@ class Program:
     quick_cases: tuple[Case, ...]
     phases: dict[str, str]  # and what the tables call them
     baseline: str
+    floor: str = ""  # what it is, if there is one
     ratio: str = "x_baseline"  # what the tables show: multiples of the baseline's time, or x_floor
     rounds: int = 7
 
@@ -105,6 +106,7 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
         "phases": program.phases,
         "baseline": program.baseline,
         "ratio": program.ratio,
+        "floor": program.floor,
         "disturbed": f"the median is over {DISTURBED} times the fastest sample",
         "cases": [],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,11 @@ console.width = max(console.width, MIN_WIDTH)
 
 
 def write(results: Results, path: Path) -> None:
-    """One JSON file."""
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+    """One JSON file, with a line for each case."""
+    head = {key: value for key, value in results.items() if key != "cases"}
+    cases = ",\n".join(json.dumps(case, allow_nan=False) for case in results["cases"])
+    text = json.dumps(head, indent=1, allow_nan=False).removesuffix("\n}")
+    path.write_text(f'{text},\n "cases": [\n{cases}\n ]\n}}\n', encoding="utf-8")
 
 
 def digits(value: float | None) -> str:
@@ -139,7 +142,8 @@ def _markdown_table(title: str, cases: Sequence[Case], rows: dict[str, list[str]
             table.add_row(f"**{name}**" if name.startswith("simpo_ext") else name, *cells)
     text = io.StringIO()
     Console(file=text, width=MARKDOWN_WIDTH).print(table)
-    return "\n".join(line.strip() for line in text.getvalue().strip().splitlines())
+    lines = (line.strip() for line in text.getvalue().strip().splitlines())
+    return "\n".join(re.sub("-{3,}", "---", re.sub(" +", " ", line)) for line in lines)
 
 
 def _times_table(results: Results, cases: Sequence[Case], phase: str) -> str:
@@ -151,7 +155,8 @@ def _times_table(results: Results, cases: Sequence[Case], phase: str) -> str:
         return f"{milliseconds(times)}{f' ({ratio}x)' if ratio else ''}"
 
     rows = {name: [cell(case, name) for case in cases] for name in _names(cases)}
-    rows[FLOOR] = [digits(case["floor"].get(f"{phase}_ms")) for case in cases]
+    floor = f"{FLOOR}: {results['floor']}"
+    rows[floor] = [digits(case["floor"].get(f"{phase}_ms")) for case in cases]
     return _markdown_table(f"{results['phases'][phase]}, ms", cases, rows)
 
 
@@ -236,7 +241,7 @@ def plot(results: Results, path: Path) -> None:
         handles = [plt.Rectangle((0, 0), 1, 1, color=colours[pages]) for pages in by_pages]
         labels = [PAGES[pages] for pages in by_pages]
         figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=12)
-    unit = "the floor's" if results["ratio"] == "x_floor" else f"{results['baseline']}'s"
-    figure.suptitle(f"{title}: time in multiples of {unit} (shorter is faster)", fontsize=14)
+    unit = results["floor"] if results["ratio"] == "x_floor" else f"{results['baseline']}'s time"
+    figure.suptitle(f"{title.capitalize()} in multiples of {unit} (shorter is faster)", fontsize=14)
     figure.savefig(path, dpi=PLOT_DPI)
     plt.close(figure)
