@@ -325,7 +325,8 @@ def test_a_recorded_run_is_read_back_and_shown(
     assert json.loads(path.read_text()) == found
     assert load("common.show").main([str(path), "--plot", str(picture)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("| **simpo_ext** | 2.00 (1.00x) |", "| peer | 30.0* (15.0x) |", "| floor: bare work | 1.00 |",
+    for text in ("| **simpo_ext** | 2.00 (1.00x) |",
+                 "| peer | 30.0* (15.0x) |", "| floor: bare work | 1.00 |",
                  "| peer | 1; 2e-07 |", "n float32, 100% scored"):  # fmt: skip
         assert text in printed
     assert "other" not in printed and "bad" not in printed
