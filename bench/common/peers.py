@@ -140,16 +140,14 @@ def _trl_loss() -> Forward:
     return _loss(lambda logits, labels: _mean_logps(logits, labels, selective_log_softmax))
 
 
-def _our_loss(inplace: bool) -> Forward:
+def _our_loss(inplace: bool, shift: bool = True) -> Forward:
+    options = {"shift": shift, "inplace_backward": inplace}
+
     def forward(logits: Tensor, labels: Tensor) -> Tensor:
         if logits.shape[0] % 2:
-            return -simpo_ext.sequence_logps(logits, labels, inplace_backward=inplace).mean()
+            return -simpo_ext.sequence_logps(logits, labels, **options).mean()
         return simpo_ext.simpo_loss(
-            logits,
-            labels,
-            beta=BETA,
-            gamma_beta_ratio=GAMMA_BETA_RATIO,
-            inplace_backward=inplace,
+            logits, labels, beta=BETA, gamma_beta_ratio=GAMMA_BETA_RATIO, **options
         ).loss
 
     return forward
@@ -165,8 +163,8 @@ def loss_candidates() -> list[Candidate]:
         return lambda: torch.compile(_loss(batch_logps), dynamic=False, fullgraph=True)
 
     return [
-        made(OURS, lambda: _our_loss(False), is_ours=True),
-        made(OURS_INPLACE, lambda: _our_loss(True), is_ours=True, is_inplace=True),
+        made(OURS, partial(_our_loss, False), is_ours=True),
+        made(OURS_INPLACE, partial(_our_loss, True), is_ours=True, is_inplace=True),
         made(PRINCETON, lambda: _loss(get_batch_logps), is_rounded=True),
         made(PRINCETON_FLOAT32, lambda: _loss(_get_batch_logps_float32)),
         made("TRL selective_log_softmax", _trl_loss, is_rounded=True),
@@ -197,20 +195,6 @@ def _eager_simpo_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def _our_token_logps(inplace: bool, softcap: float | None) -> Forward:
     return partial(simpo_ext.token_logps, shift=False, softcap=softcap, inplace_backward=inplace)
-
-
-def _our_simpo_loss(inplace: bool) -> Forward:
-    def forward(logits: Tensor, labels: Tensor) -> Tensor:
-        return simpo_ext.simpo_loss(
-            logits,
-            labels,
-            beta=BETA,
-            gamma_beta_ratio=GAMMA_BETA_RATIO,
-            shift=False,
-            inplace_backward=inplace,
-        ).loss
-
-    return forward
 
 
 def _per_token(cross_entropy: Callable[..., Tensor]) -> Forward:
@@ -270,8 +254,10 @@ def candidates() -> list[Candidate]:
         Candidate("Liger cross entropy", token_logps, _liger, needs_cuda=True),
         Candidate("quack cross_entropy", token_logps, _quack, needs_cuda=True),
         Candidate("TRL selective_log_softmax", token_logps, _trl_token_logps),
-        Candidate("simpo_ext loss", loss, lambda: _our_simpo_loss(False), is_ours=True),
-        Candidate("simpo_ext loss in place", loss, lambda: _our_simpo_loss(True), is_ours=True),
+        Candidate("simpo_ext loss", loss, partial(_our_loss, False, shift=False), is_ours=True),
+        Candidate(
+            "simpo_ext loss in place", loss, partial(_our_loss, True, shift=False), is_ours=True
+        ),
         Candidate("eager float32 loss", loss, lambda: _eager_simpo_loss),
         Candidate("torch.compile loss", loss, compiled(_eager_simpo_loss)),
     ]

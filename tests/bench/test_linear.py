@@ -20,6 +20,11 @@ def problem_of(load, *sizes, **fields):
     return load("linear").LinearProblem(batch, CPU)
 
 
+@pytest.fixture(autouse=True)
+def weight_in_chunks(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load("common.reference"), "WEIGHT_ELEMENTS", 16 * 20)
+
+
 def test_a_batch_is_peaked(load) -> None:
     cases = load("common.cases")
     tensors = cases.make_tensors(cases.synthetic(2, 16, 300, "float32", 0.5, hidden=32), CPU)

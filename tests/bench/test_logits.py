@@ -28,6 +28,12 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 # ---- on the CPU ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def three_rows_at_a_time(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load("common.reference"), "ROW_ELEMENTS", 3 * 130)
+
+
+@pytest.mark.usefixtures("three_rows_at_a_time")
 @pytest.mark.parametrize("sequences", [1, 4])  # a mean over sequences; SimPO's loss of pairs
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fraction", [1.0, 0.4])
@@ -43,6 +49,7 @@ def test_every_form_of_the_loss_is_right(load, sequences: int, dtype: str, fract
             problem.lap(candidate, phase, problem.prepare(candidate))
 
 
+@pytest.mark.usefixtures("three_rows_at_a_time")
 @pytest.mark.parametrize(
     ("fault", "key"),
     [("loss", "value_error"), ("gradient", "gradient_error"), ("masked rows", "gradient_error"),
