@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,13 +24,16 @@ from torch.nn import functional as F
 from bench.common import cases
 from bench.common.cases import DTYPES, IGNORE_INDEX, Batch
 from bench.common.measure import FORWARD_BACKWARD, verify
-from bench.common.peers import OURS, PRINCETON_FLOAT32
+from bench.common.peers import OURS, PRINCETON_FLOAT32, Candidate
 from bench.common.tables import console, digits, make_table
 from bench.common.timing import CpuClock, Subject, interleaved
 from bench.logits import LogitsProblem
 from simpo_ext import SimPOOutput, linear_simpo_loss, simpo_loss
+from simpo_ext._ops import fast_path
+from simpo_ext._ops.fast_path import is_plain_call
 
 ROUNDS, CALLS = 15, 50
+REGISTERED_OPS = "simpo_ext without its fast path"
 EVICTING_ELEMENTS = 2**25  # of float32: several times any cache
 
 REPORTS: dict[str, tuple[Any, ...]] = {
@@ -65,19 +69,36 @@ def _print(title: str, subjects: dict[str, Subject], rounds: int, unit: str, sca
 # ---- a call ----------------------------------------------------------------------------------
 
 
+def _by_registered_ops(candidate: Candidate) -> Candidate:
+    """This project's candidate without its fast path."""
+
+    def forward(*inputs: Any) -> Any:
+        fast_path.is_plain_call = lambda *_: False
+        try:
+            return candidate.forward(*inputs)
+        finally:
+            fast_path.is_plain_call = is_plain_call
+
+    return replace(candidate, name=REGISTERED_OPS, load=lambda: forward)
+
+
 def measure_calls(rounds: int) -> None:
-    """Forward and backward of this project's loss and of the eager formula, on one thread."""
+    """Forward and backward of this project's loss and of the eager formula, on one thread.
+
+    This project's is also measured without its fast path, which calls the kernels directly.
+    """
     problem = LogitsProblem(cases.synthetic(2, 8, 64, "float32", 0.5))
     evicting = torch.ones(EVICTING_ELEMENTS)
     in_a_row: dict[str, Subject] = {}
     cold: dict[str, Subject] = {}
-    for name in (OURS, PRINCETON_FLOAT32):
-        candidate = problem.candidate(name)
+    ours, eager = (problem.candidate(name) for name in (OURS, PRINCETON_FLOAT32))
+    for candidate in (ours, _by_registered_ops(ours), eager):
+        name = candidate.name
         row = verify(problem, candidate)
         if row["status"] != "right":
             raise SystemExit(f"{name}: {row['status']}: {row['reason']}")
 
-        def call(_: Any, times: int, candidate: Any = candidate) -> None:
+        def call(_: Any, times: int, candidate: Candidate = candidate) -> None:
             for _ in range(times):
                 problem.lap(candidate, FORWARD_BACKWARD, problem.prepare(candidate))
 

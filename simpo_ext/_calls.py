@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ._inputs.checks import check_bool, check_number
+from ._inputs.checks import check_number
 from ._metrics.report import ReportName
 from ._ops.records import LossOptions, TokenOptions
-from .options import DEFAULTS, OPTIONS, LossKeywords, Normalizer, Number, check_optional_count
+from .options import DEFAULTS, OPTIONS, Normalizer, Number, check_optional_count
 from .presets import Semantics, with_preset
 
 Parameters = ParamSpec("Parameters")
@@ -72,6 +72,11 @@ class LossCall(NamedTuple):
     report: tuple[ReportName, ...]
 
 
+# The options of a loss that are not part of LossOptions. No function has all of them.
+_BESIDE_LOSS = ("logit_scale", "softcap", "inplace_backward", "report", "logits_budget_bytes")
+_DEFAULTS_BESIDE_LOSS = {name: OPTIONS[name].default for name in _BESIDE_LOSS}
+
+
 def _checked(names: Collection[str], values: dict[str, Any]) -> dict[str, Any]:
     return {name: OPTIONS[name].check(name, values[name]) for name in names}
 
@@ -80,13 +85,9 @@ def _checked(names: Collection[str], values: dict[str, Any]) -> dict[str, Any]:
 def resolve_token_options(keywords: type, **given: Any) -> TokenCall:
     """Checks the options of a function that takes :class:`TokenKeywords`, and possibly more."""
     values = _completed(keywords, given)
-    checked = {name: OPTIONS[name].check(name, value) for name, value in values.items()}
-    return TokenCall(
-        TokenOptions(**{name: checked[name] for name in TokenOptions._fields}),
-        checked.get("inplace_backward", False),
-        checked.get("logits_budget_bytes"),
-        checked.get("num_valid_tokens"),
-    )
+    checked = _checked(values.keys(), values)
+    tokens = TokenOptions(**{name: checked.pop(name) for name in TokenOptions._fields})
+    return TokenCall(tokens, **checked)
 
 
 @_remembered
@@ -116,32 +117,18 @@ def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
             "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
             "batch's tokens belongs to no pair, got 'token'"
         )
-    values = {**_LOGITS_DEFAULTS, **values}
-    report = OPTIONS["report"].check("report", values["report"])
+    rest = _checked(_BESIDE_LOSS, {**_DEFAULTS_BESIDE_LOSS, **values})
+    tokens = TokenOptions(loss.ignore_index, loss.shift, rest["logit_scale"], rest["softcap"])
     is_linear = "logits_budget_bytes" in DEFAULTS[keywords]
-    if is_linear and values["softcap"] is not None:
-        check_no_mean_of_hidden(report, values["softcap"])
-    budget = values.get("logits_budget_bytes")
-    return LossCall(
-        loss=loss,
-        tokens=TokenOptions(**_checked(TokenOptions._fields, values)),
-        inplace_backward=check_bool("inplace_backward", values["inplace_backward"]),
-        logits_budget_bytes=check_optional_count("logits_budget_bytes", budget),
-        report=report,
-    )
-
-
-# For the options of simpo_loss that simpo_loss_from_token_logps does not have.
-_LOGITS_DEFAULTS = DEFAULTS[LossKeywords]
-
-
-def check_no_mean_of_hidden(report: tuple[str, ...], softcap: float) -> None:
-    """Hidden states give "logits_all" by their mean, which a softcap does not allow."""
-    if "logits_all" in report:
+    if is_linear and "logits_all" in rest["report"] and values["softcap"] is not None:
+        # Hidden states give "logits_all" by their mean, which a softcap does not allow.
         raise ValueError(
             "report: expected no 'logits_all' with a softcap, under which the mean of logits does "
-            f"not follow from that of hidden states, got softcap={softcap}"
+            f"not follow from that of hidden states, got softcap={values['softcap']}"
         )
+    return LossCall(
+        loss, tokens, rest["inplace_backward"], rest["logits_budget_bytes"], rest["report"]
+    )
 
 
 def _margin_over_beta(semantics: Semantics, beta: float) -> float:

@@ -23,6 +23,7 @@ from ._inputs.checks import (
 from ._metrics.output import Report, SimPOOutput, compose_output
 from ._metrics.report import count_sides
 from ._ops import fast_path
+from ._ops.fast_path import is_plain_call
 from ._ops.preference_loss import preference_loss
 from ._ops.records import ENUMS, LossOptions, LossOutputs, TokenOptions, Validity, compute_dtype
 from ._ops.sequences import sequence_logps as _sequence_logps
@@ -364,8 +365,8 @@ def count_pairs(
     # The op counts the tokens that are scored; the log-probabilities do not matter.
     logps = torch.zeros((), dtype=torch.float32, device=targets.device).expand(targets.shape)
     _, num_tokens = _sequence_logps(logps, targets, boundaries, validity, False)
-    # Compiled code cannot read values. There, as on a GPU, the counts become NaN.
-    if pairs is not None and pairs.device.type == "cpu" and not torch.compiler.is_compiling():
+    # Where the host cannot read values, as in compiled code or on a GPU, the counts become NaN.
+    if pairs is not None and pairs.is_cpu and is_plain_call(pairs):
         check_pairs_in_range(pairs, num_tokens.shape[0])
     return PairCounts(*count_sides(num_tokens, empty, pairs))
 

@@ -236,7 +236,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
     ends = [0, *cu_seqlens.tolist()]
     for i, (before, end) in enumerate(pairwise(ends)):
         if end < before:
-            least = "0 or more" if i == 0 else f"at least the {before} before it"
+            least = "0 or more" if i == 0 else f"at least the value before it, {before}"
             raise ValueError(f"cu_seqlens[{i}]: expected {least}, got {end}")
     if ends[-1] > num_tokens:
         raise ValueError(
@@ -246,13 +246,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 def check_pairs_in_range(pairs: Tensor, sequences: int) -> None:
     """IndexError unless each of ``pairs``, on the CPU, names two sequences that exist."""
-    for p, pair in enumerate(pairs.tolist()):
-        for side, sequence in enumerate(pair):
-            if not 0 <= sequence < sequences:
-                raise IndexError(
-                    f"pairs[{p}, {side}] is out of range: expected a sequence in [0, {sequences}), "
-                    f"got {sequence}"
-                )
+    indices = pairs.to(torch.int64)
+    wrong = ((indices < 0) | (indices >= sequences)).nonzero()
+    if len(wrong) > 0:
+        p, side = wrong[0].tolist()
+        raise IndexError(
+            f"pairs[{p}, {side}] is out of range: expected a sequence in [0, {sequences}), "
+            f"got {int(indices[p, side])}"
+        )
 
 
 # ---- a backward in place -------------------------------------------------------------------------

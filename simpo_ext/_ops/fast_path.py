@@ -1,8 +1,8 @@
 """simpo_loss from logits: two ops, run as one autograd node where nothing has to see them apart.
 
 For small batches the time of a call is that of PyTorch's dispatch. ``python -m bench overhead``
-measures what one node saves. This is the only module of the package that uses PyTorch's private
-functions for that; tests/loss/test_call_path.py calls each of them.
+measures what one node saves. The private functions of PyTorch that this needs are used in this
+module only; tests/loss/test_call_path.py goes through each of them.
 """
 
 from __future__ import annotations

@@ -61,6 +61,23 @@ def _(
     return *outputs, mean_logit, entropy
 
 
+def fake_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool],
+    dhidden_shape: Sequence[int],
+    dhidden_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake: dhidden, dweight and dbias. Those that are not needed are [0]."""
+    needs_hidden, needs_weight, needs_bias = needs
+    nothing = hidden.new_empty((0,))
+    return (
+        hidden.new_empty(dhidden_shape, dtype=dhidden_dtype) if needs_hidden else nothing,
+        hidden.new_empty(weight.shape if needs_weight else (0,)),
+        hidden.new_empty(weight.shape[:1] if needs_bias else (0,)),
+    )
+
+
 @register_fake("linear_token_logps_backward")
 def _(
     grad_logps: Tensor,
@@ -74,12 +91,7 @@ def _(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(hidden, grad_logps, weight, bias, labels, max, sum_exp, kept_logits)
-    needs_hidden, needs_weight, needs_bias = options[-3:]
-    return (
-        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
-        hidden.new_empty(weight.shape if needs_weight else (0,)),
-        hidden.new_empty(weight.shape[:1] if needs_bias else (0,)),
-    )
+    return fake_gradients(hidden, weight, options[-3:], hidden.shape, hidden.dtype)
 
 
 def _setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

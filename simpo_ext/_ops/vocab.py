@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .linear import kept_logits, wanted
+from .linear import fake_gradients, kept_logits, wanted
 from .logits_plan import bound_of_valid_tokens, budget_of_call
 from .records import TokenOptions, Validity, compute_dtype
 from .registry import (
@@ -70,8 +70,17 @@ def _reduce(shard: Shard, tensor: Tensor) -> Tensor:
     return reduced
 
 
-def _merged_dtype(float64: bool) -> torch.dtype:
-    return torch.float64 if float64 else torch.float32
+def _fake_merged(
+    shards: Tensor, labels: Tensor, rows: Sequence[int], float64: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logps in the shape of labels; max and sum_exp in the shape ``rows``."""
+    check_same_device(shards, labels)
+    dtype = torch.float64 if float64 else torch.float32
+    return (
+        shards.new_empty(labels.shape, dtype=dtype),
+        shards.new_empty(rows, dtype=dtype),
+        shards.new_empty(rows),
+    )
 
 
 # ---- from logits ---------------------------------------------------------------------------------
@@ -87,13 +96,7 @@ def _(logits: Tensor, labels: Tensor, *_options: Any) -> Tensor:
 def _(
     shards: Tensor, labels: Tensor, ignore_index: int, shift: bool, float64: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_same_device(shards, labels)
-    dtype, shape = _merged_dtype(float64), labels.shape
-    return (
-        shards.new_empty(shape, dtype=dtype),
-        shards.new_empty(shape, dtype=dtype),
-        shards.new_empty(shape),
-    )
+    return _fake_merged(shards, labels, labels.shape, float64)
 
 
 @register_fake("token_logps_shard_backward")
@@ -178,13 +181,7 @@ def _(
 def _(
     shards: Tensor, labels: Tensor, ignore_index: int, shift: bool, float64: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_same_device(shards, labels)
-    dtype, rows = _merged_dtype(float64), shards.shape[2:]
-    return (
-        shards.new_empty(labels.shape, dtype=dtype),
-        shards.new_empty(rows, dtype=dtype),
-        shards.new_empty(rows),
-    )
+    return _fake_merged(shards, labels, shards.shape[2:], float64)
 
 
 @register_fake("linear_token_logps_shard_backward")
@@ -200,18 +197,8 @@ def _(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_same_device(hidden, grad_logps, weight, bias, labels, max, sum_exp, kept_logits)
-    needs_hidden, needs_weight, needs_bias = options[-3:]
-    rows = (max.shape[0], hidden.shape[2])
-    dhidden_rows = (
-        hidden.new_empty(rows, dtype=compute_dtype(hidden.dtype))
-        if needs_hidden
-        else hidden.new_empty((0,))
-    )
-    return (
-        dhidden_rows,
-        hidden.new_empty(weight.shape if needs_weight else (0,)),
-        hidden.new_empty(weight.shape[:1] if needs_bias else (0,)),
-    )
+    shape = (max.shape[0], hidden.shape[2])
+    return fake_gradients(hidden, weight, options[-3:], shape, compute_dtype(hidden.dtype))
 
 
 @register_fake("linear_token_logps_dhidden")

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from conftest import EMULATION
-from mutants.logps import LOGPS_MUTANTS, Mutant
+from mutants import Mutant
+from mutants.logps import LOGPS_MUTANTS
 from mutants.shards import SHARDS_MUTANTS
 from support.builds import build
 from support.emulation import CSRC

@@ -279,7 +279,7 @@ def test_a_torch_that_does_not_do_is_explained(
         assert message in " ".join(done.stderr.split())
 
 
-def test_readme_shows_what_the_example_prints(program_of: Programs) -> None:
+def test_the_document_shows_what_the_example_prints(program_of: Programs) -> None:
     readme = (CSRC / "README.md").read_text(encoding="utf-8")
     (section,) = re.findall(r"^## C\+\+ API\n(.*?)(?=^## )", readme, re.MULTILINE | re.DOTALL)
     (command,) = re.findall(r"linear_head/linear_head (.+)\n", section)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mutants.logps import Mutant
+from mutants import Mutant
 from mutants.planted import MUTANTS, require_found
 from support.emulation import EmulatedKernels
 

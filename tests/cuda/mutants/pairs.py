@@ -1,8 +1,8 @@
-"""Bugs in the CUDA kernels of sequences, of the flat layout and of pairs.."""
+"""Bugs in the CUDA kernels of sequences, of the flat layout and of pairs."""
 
 from __future__ import annotations
 
-from mutants.logps import Mutant
+from mutants import Mutant
 
 SUMS = "cuda/sequence_sums.cuh"
 TARGETS = "cuda/sequence_targets.cu"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 
-from mutants.logps import LOGPS_MUTANTS, Mutant
+from mutants import Mutant
+from mutants.logps import LOGPS_MUTANTS
 from mutants.pairs import PAIRS_MUTANTS
 from mutants.report import REPORT_MUTANTS
 from mutants.rows import ROWS_MUTANTS

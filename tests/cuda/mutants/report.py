@@ -1,8 +1,8 @@
-"""Bugs in the CUDA kernels' reports of mean logits and entropies.."""
+"""Bugs in the CUDA kernels' reports of mean logits and entropies."""
 
 from __future__ import annotations
 
-from mutants.logps import FORWARD, Mutant
+from mutants import FORWARD, Mutant
 
 REPORT = "cuda/row_report.cuh"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutants.logps import ROWS, WARP, Mutant
+from mutants import ROWS, WARP, Mutant
 
 SELECT = "cuda/select_tokens.cu"
 GATHER = "cuda/gather_rows.cu"

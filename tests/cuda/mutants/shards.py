@@ -1,8 +1,8 @@
-"""Bugs in the CUDA kernels of a vocabulary in shards.."""
+"""Bugs in the CUDA kernels of a vocabulary in shards."""
 
 from __future__ import annotations
 
-from mutants.logps import Mutant
+from mutants import Mutant
 
 SHARDS = "cuda/vocab_shards.cu"
 LOGSUMEXP = "core/logsumexp.h"
