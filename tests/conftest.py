@@ -19,6 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+# With more threads than cores, threads wait for each other. So each of pytest-xdist's workers gets
+# its share of the cores. Torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import pytest
 import torch
 
@@ -26,9 +32,8 @@ import torch
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 
 import simpo_ext  # noqa: F401  (registers the ops)
-from support.builds import build
-from support.emulation import EmulatedKernels
-from support.paths import EMULATION, ROOT
+from support.emulation import ChangeableKernels, EmulatedKernels, build_emulation
+from support.paths import ROOT
 
 if TYPE_CHECKING:
     from ptx.harness.kernels import Kernels
@@ -64,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if kernels in ("emulated", "contracted"):
         folder = Path(config.cache.mkdir(f"{kernels}_ops"))
         if not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers come after
-            build_emulated_ops(folder, contract=kernels == "contracted")
+            build_emulation(folder, "emulated_ops", contract=kernels == "contracted")
         load_emulated_ops(folder)
     elif kernels == "cuda":
         from support.cuda_routing import route_cpu_ops_to_cuda
@@ -76,13 +81,6 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"kernels behind the ops on CPU tensors: {config.getoption('--kernels')}"
 
 
-def build_emulated_ops(folder: Path, *, contract: bool = False) -> None:
-    """Builds the emulated CUDA kernels as ops; with ``contract``, products and sums are fused."""
-    torch_dir = Path(torch.__file__).parent
-    definitions = (f"-DTORCH_DIR={torch_dir}", f"-DCONTRACT={'ON' if contract else 'OFF'}")
-    build(EMULATION, folder, *definitions, target="emulated_ops")
-
-
 def load_emulated_ops(folder: Path) -> None:
     """Puts the emulated CUDA kernels that were built there in place of the CPU kernels."""
     with warnings.catch_warnings():
@@ -91,9 +89,22 @@ def load_emulated_ops(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedKernels]:
-    """A build of the emulated kernels' test program, made when first asked for."""
-    return cache(lambda name: EmulatedKernels(tmp_path_factory.mktemp("kernels"), name))
+def emulated(pytestconfig: pytest.Config) -> Callable[..., EmulatedKernels]:
+    """The emulated kernels' test program, built when first asked for."""
+
+    @cache
+    def built(*, contract: bool = False) -> EmulatedKernels:
+        folder = Path(pytestconfig.cache.mkdir(f"{'contracted' if contract else 'emulated'}_ops"))
+        build_emulation(folder, "kernels", contract=contract)
+        return EmulatedKernels(folder)
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def changeable(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChangeableKernels]:
+    """A build of a copy of the emulated kernels, made when first asked for."""
+    return cache(lambda name: ChangeableKernels(tmp_path_factory.mktemp("kernels"), name))
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import EMULATION
 from mutants import Mutant
 from mutants.logps import LOGPS_MUTANTS
 from mutants.shards import SHARDS_MUTANTS
 from support.builds import build
 from support.emulation import CSRC
-from support.paths import ROOT
+from support.paths import EMULATION, ROOT
 
 CAPACITY = 1000  # more than there are kernels
 

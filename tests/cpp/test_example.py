@@ -29,6 +29,12 @@ Programs = Callable[[str], Path]
 pytestmark = needs_libtorch
 
 
+def wheel_definitions() -> list[str]:
+    """The CMake definitions that a build of the wheel would get, such as a compiler cache."""
+    given = os.environ.get("SKBUILD_CMAKE_DEFINE", "")
+    return [f"-D{definition}" for definition in given.split(";") if definition]
+
+
 @pytest.fixture(scope="module")
 def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of an install without Python, moved to another folder after the install."""
@@ -42,6 +48,7 @@ def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-DSIMPO_WERROR=ON",
         f"-DCMAKE_PREFIX_PATH={TORCH}",
         f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}",
+        *wheel_definitions(),
     )
     run("cmake", "--install", folder / "build")
     shutil.rmtree(folder / "build")

@@ -9,11 +9,12 @@ import pytest
 
 from mutants import Mutant
 from mutants.planted import MUTANTS, require_found
-from support.emulation import EmulatedKernels
+from support.emulation import ChangeableKernels, EmulatedKernels
 
 pytestmark = pytest.mark.emulation
 
-Builds = Callable[[str], EmulatedKernels]
+Build = Callable[..., EmulatedKernels]
+Builds = Callable[[str], ChangeableKernels]
 
 SECTIONS = [
     "values",
@@ -30,16 +31,16 @@ SECTIONS = [
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Builds) -> None:
-    done = emulated("plain").run(section)
+def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Build) -> None:
+    done = emulated().run(section)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
 # The sections whose results are rounded.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("section", ["values", "parts", "report", "token_rows", "vocab_shards"])
-def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Builds) -> None:
-    done = emulated("contracted").run(section)
+def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Build) -> None:
+    done = emulated(contract=True).run(section)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
@@ -57,9 +58,9 @@ def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Bui
     ],
 )
 def test_the_kernels_run_clean_under_a_sanitizer(
-    build: str, arguments: tuple[str, ...], emulated: Builds
+    build: str, arguments: tuple[str, ...], changeable: Builds
 ) -> None:
-    done = emulated(build).run(*arguments)
+    done = changeable(build).run(*arguments)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
@@ -70,5 +71,5 @@ def test_the_kernels_run_clean_under_a_sanitizer(
     [mutant for mutant in MUTANTS if mutant.build == "tsan"],
     ids=lambda mutant: mutant.name,
 )
-def test_a_planted_race_is_found(mutant: Mutant, emulated: Builds) -> None:
-    require_found(mutant, emulated("tsan"))
+def test_a_planted_race_is_found(mutant: Mutant, changeable: Builds) -> None:
+    require_found(mutant, changeable("tsan"))

@@ -9,11 +9,11 @@ import pytest
 
 from mutants import Mutant
 from mutants.planted import MUTANTS, require_found
-from support.emulation import CSRC, EmulatedKernels
+from support.emulation import CSRC, ChangeableKernels
 
 pytestmark = pytest.mark.emulation
 
-Builds = Callable[[str], EmulatedKernels]
+Builds = Callable[[str], ChangeableKernels]
 
 PLANTED = [mutant for mutant in MUTANTS if mutant.build != "tsan"]
 
@@ -26,13 +26,13 @@ def test_every_barrier_is_among_those_removed() -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("build", ["plain", "asan"])
-def test_without_a_bug_nothing_is_found(build: str, emulated: Builds) -> None:
+def test_without_a_bug_nothing_is_found(build: str, changeable: Builds) -> None:
     sections = sorted({mutant.section for mutant in PLANTED if mutant.build == build})
-    done = emulated(f"{build} -O0").run("--reduced", *sections)
+    done = changeable(f"{build} -O0").run("--reduced", *sections)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("mutant", PLANTED, ids=lambda mutant: mutant.name)
-def test_a_planted_bug_is_found(mutant: Mutant, emulated: Builds) -> None:
-    require_found(mutant, emulated(f"{mutant.build} -O0"))
+def test_a_planted_bug_is_found(mutant: Mutant, changeable: Builds) -> None:
+    require_found(mutant, changeable(f"{mutant.build} -O0"))

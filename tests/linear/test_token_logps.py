@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,13 @@ def test_labels_at_the_ends_of_chunks(
     ends = torch.cat((firsts, firsts[1:] - 1, torch.tensor([vocabulary - 1])))
     labels = ends[torch.arange(batch.labels.numel()) % len(ends)].view_as(batch.labels)
     check_against_eager(batch._replace(labels=labels), shift=False, logits_budget_bytes=budget)
+
+
+@pytest.mark.cpu_only
+def test_threads_that_share_the_work_are_as_exact(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(3)
+    check_against_eager(make_linear_batch(time=64, vocabulary=12293), logits_budget_bytes=0)
 
 
 # ---- numbers that a computation in chunks could lose ---------------------------------------------

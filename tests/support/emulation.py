@@ -10,22 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from support.builds import build, run, skip_unless_sanitizer_works
+import torch
+
+from support.builds import build, locked, run, skip_unless_sanitizer_works
 from support.paths import CSRC, EMULATION
 
 
 class Build(NamedTuple):
     sanitizer: str = ""  # what -fsanitize= gets
     optimization: str = ""  # that of tests/cuda/emulation/CMakeLists.txt
-    contract: str = "OFF"  # whether products and sums are fused
 
 
 # Without optimization a change is compiled in a quarter of the time.
 BUILDS = {
-    "plain": Build(),
     "asan": Build("address,undefined"),
     "tsan": Build("thread"),
-    "contracted": Build(contract="ON"),
     "plain -O0": Build("", "-O0"),
     "asan -O0": Build("address,undefined", "-O0"),
 }
@@ -37,22 +36,50 @@ ENVIRONMENT = {
 }
 
 
+def build_emulation(folder: Path, target: str, *, contract: bool = False) -> None:
+    """Builds a target of tests/cuda/emulation; with ``contract``, products and sums are fused.
+
+    All test processes share the folder, and all targets share the kernels' objects.
+    """
+    torch_dir = Path(torch.__file__).parent
+    definitions = (f"-DTORCH_DIR={torch_dir}", f"-DCONTRACT={'ON' if contract else 'OFF'}")
+    with locked(folder / "lock"):
+        build(EMULATION, folder, *definitions, target=target)
+
+
 class EmulatedKernels:
-    """One build of tests/cuda/emulation/kernels, whose sources can be changed for a while."""
+    """A build of tests/cuda/emulation/kernels."""
+
+    def __init__(self, folder: Path) -> None:
+        self._build = folder
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Runs the program."""
+        return subprocess.run(
+            [self._build / "kernels", *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=ENVIRONMENT,
+        )
+
+
+class ChangeableKernels(EmulatedKernels):
+    """A build of a copy of the sources, which can be changed for a while."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        sanitizer, optimization, contract = BUILDS[name]
+        super().__init__(folder / "build")
+        sanitizer, optimization = BUILDS[name]
         if sanitizer:
             skip_unless_sanitizer_works(sanitizer, folder)
         self._sources = folder / "csrc"
-        self._build = folder / "build"
         self._is_current = True
         shutil.copytree(CSRC, self._sources)
         definitions = {
             "CSRC": self._sources,
             "SANITIZER": sanitizer,
             "OPTIMIZATION": optimization,
-            "CONTRACT": contract,
             "WERROR": "OFF",
         }
         flags = (f"-D{name}={value}" for name, value in definitions.items())
@@ -63,14 +90,7 @@ class EmulatedKernels:
         if not self._is_current:
             run("cmake", "--build", self._build, "--target", "kernels")
             self._is_current = True
-        return subprocess.run(
-            [self._build / "kernels", *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=ENVIRONMENT,
-        )
+        return super().run(*arguments)
 
     @contextmanager
     def mutated(self, file: str, original: str, mutated: str) -> Iterator[None]:

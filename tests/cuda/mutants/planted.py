@@ -10,7 +10,7 @@ from mutants.pairs import PAIRS_MUTANTS
 from mutants.report import REPORT_MUTANTS
 from mutants.rows import ROWS_MUTANTS
 from mutants.shards import SHARDS_MUTANTS
-from support.emulation import EmulatedKernels
+from support.emulation import ChangeableKernels
 
 # Those of one build and file together: less is compiled.
 MUTANTS = sorted(
@@ -19,7 +19,7 @@ MUTANTS = sorted(
 )
 
 
-def require_found(mutant: Mutant, kernels: EmulatedKernels) -> None:
+def require_found(mutant: Mutant, kernels: ChangeableKernels) -> None:
     """Fails unless the mutant's section does, by one of its checks."""
     with kernels.mutated(mutant.file, mutant.original, mutant.mutated):
         done = kernels.run("--reduced", mutant.section)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from support.builds import locked
 from support.paths import ROOT
 
 from .layouts import write_layouts
@@ -54,7 +52,7 @@ def build(cache: Path, architecture: str) -> Built:
     """Builds for compute_<architecture>, once for all processes and until a source changes."""
     name = f"compute_{architecture}"
     folder = cache / f"{name}-{_hash_of_sources()}"
-    with _locked(cache / f"{name}.lock"):
+    with locked(cache / f"{name}.lock"):
         if not folder.exists():
             for stale in cache.glob(f"{name}-*"):
                 shutil.rmtree(stale)
@@ -76,13 +74,6 @@ def _hash_of_sources() -> str:
         found.update(path.name.encode() + path.read_bytes())
     found.update(_run("nvcc", "--version").encode())
     return found.hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _run(*command: str | Path) -> str:
