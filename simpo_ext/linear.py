@@ -128,8 +128,8 @@ def linear_simpo_loss(
     Formula, options and result are those of :func:`simpo_loss` for ``logits = hidden @ weight.T +
     bias``. :func:`linear_token_logps` describes the chunks of logits and their memory.
 
-    ``report`` with ``"logits_all"`` computes no logits of masked positions, but reads ``hidden``
-    and the mean row of ``weight`` once more. It does not work with a softcap.
+    ``report`` with ``"logits_all"`` computes no logits of masked positions. It reads ``hidden`` and
+    ``weight`` once more, for the mean row of ``weight``. It does not work with a softcap.
 
     Args:
         hidden: [2P, T, H]; chosen rows first. See :func:`linear_token_logps`.

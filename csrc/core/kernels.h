@@ -191,7 +191,7 @@ struct HiddenGradientArgs {
   void* dhidden;        // [B, T, H] contiguous, of dtype
 };
 
-// ---- a vocabulary in shards ------------------------------------------------------------------
+// ---- a sharded vocabulary --------------------------------------------------------------------
 
 // Merges K shards, in order, into logps, max and sum_exp over the whole vocabulary. For each row, a
 // shard has its largest z, its sum(exp(z - largest)), and the label's z, or NaN if the label is on

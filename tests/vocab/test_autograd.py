@@ -1,4 +1,4 @@
-"""The ops of a vocabulary in shards and what is made of them, under PyTorch's own checks; errors
+"""The ops of a sharded vocabulary and what is made of them, under PyTorch's own checks; errors
 that a single process can have."""
 
 from __future__ import annotations
