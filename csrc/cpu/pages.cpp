@@ -15,7 +15,7 @@ uintptr_t round_up(uintptr_t address) { return (address + kHugePage - 1) & ~(kHu
 
 void advise(uintptr_t begin, uintptr_t end) {
 #if defined(MADV_HUGEPAGE)
-  // An error is no problem: on a system without huge pages, the pages stay small.
+  // Errors are ignored: on a system without huge pages, the pages stay small.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   static_cast<void>(begin);

@@ -1,5 +1,5 @@
 // Log-probabilities for a vocabulary that is sharded over ranks, for C++ programs that use
-// libtorch. Formulas, defaults, edge cases and the exchanged values are those of the Python
+// libtorch. Formulas, defaults, edge cases and the calls of collectives are those of the Python
 // functions of the same name. The program provides the collectives.
 //
 //   simpo_ext::VocabShard shard{first_label, vocab_size, all_gather, all_reduce};
