@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     """The shape of the labels as given."""
 
     def as_given(self, by_token: Tensor) -> Tensor:  # [B, T]
-        """Restores the given shape of the labels."""
+        """Returns values of tokens in the shape that the labels were given in."""
         return by_token if by_token.shape == self.shape else by_token.view(self.shape)
 
     def paired(self, pairs: object, pair_weight: object) -> Batch:
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 def _batch(name: str, tokens: Tensor, labels: object, cu_seqlens: object) -> Batch:
-    """Converts tokens and labels to the inner layout, and checks that their shapes fit."""
+    """Converts tokens and labels to one layout, and checks that their shapes fit."""
     labels = check_tensor("labels", labels)
     shape, last = labels.shape, LAST_DIMENSION.get(name, "")
     dimensions = 2 + bool(last)
@@ -202,7 +202,7 @@ def _check_pair_weight(value: object, num_pairs: int, batch: Batch) -> Tensor:
     if weight.requires_grad:
         raise ValueError(
             "pair_weight: expected constants, got a tensor that requires grad; detach it, or "
-            "multiply the losses of the output by it"
+            "multiply the output's losses by it"
         )
     if weight.dim() != 1 or weight.shape[0] != num_pairs:
         raise ValueError(

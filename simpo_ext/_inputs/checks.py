@@ -30,10 +30,10 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if is_dtensor(value):
         raise TypeError(
-            f"{name}: expected a plain torch.Tensor, got a DTensor; use a weight that FSDP has "
-            "sharded in the forward of the module that gathers it; pass a weight sharded over the "
-            "vocabulary to simpo_ext.distributed.vocab_parallel_linear_token_logps, and such "
-            "logits to vocab_parallel_token_logps"
+            f"{name}: expected a plain torch.Tensor, got a DTensor; use an FSDP-sharded weight in "
+            "the forward of the module that gathers it; pass a weight sharded over the vocabulary "
+            "to simpo_ext.distributed.vocab_parallel_linear_token_logps, and such logits to "
+            "vocab_parallel_token_logps"
         )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout)

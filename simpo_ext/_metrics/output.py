@@ -60,7 +60,7 @@ class Report(NamedTuple):
     all_mean_logits: Tensor | None = None
 
     def values(self, out: LossOutputs, options: LossOptions) -> Tensor:
-        """The values of ``names``, then a mark for each name that is present."""
+        """The values of ``names``, then :func:`asked_for`, which says which names these are."""
         of_all = out.mean_logit if self.all_mean_logits is None else self.all_mean_logits
         values = {"logits": out.mean_logit, "logits_all": of_all, "entropy": out.entropy}
         means = report_values(

@@ -27,7 +27,7 @@ DEFAULT_LOGITS_BUDGET_BYTES = 1 << 30
 def kept_logits_shape(
     rows: int, vocabulary: int, element_size: int, budget_bytes: int, device_type: str
 ) -> tuple[int, int, int]:
-    """The shape of the logits that are kept for the backward: LogitsPlan in csrc/ops."""
+    """The shape of the logits kept for the backward, as LogitsPlan in csrc/ops computes it."""
     columns = CHUNK_COLUMNS.get(device_type, CHUNK_COLUMNS["cpu"])
     chunks = -(-vocabulary // columns)
     width = 0 if chunks == 0 else -(-vocabulary // chunks)

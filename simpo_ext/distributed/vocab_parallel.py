@@ -21,7 +21,7 @@ __all__ = ["VocabShard", "vocab_parallel_linear_token_logps", "vocab_parallel_to
 
 
 def _checked_shard(shard: object, name: str, columns: int) -> VocabShard:
-    """Checks that ``shard`` is one, and that its size is the number of ``name``'s labels."""
+    """Checks that ``shard`` is a VocabShard for the ``columns`` labels of ``name``."""
     if not isinstance(shard, VocabShard):
         raise TypeError(
             f"shard: expected a VocabShard with a plain tensor for {name} (see "
