@@ -1,20 +1,20 @@
-"""SimPO preference loss for PyTorch, from logits to gradient without copies of the logits.
+"""SimPO preference loss for PyTorch, forward and backward, without copies of the logits.
 
 Start with :func:`simpo_ext.simpo_loss` or :class:`simpo_ext.SimPOLoss`;
-``python -m simpo_ext demo`` shows them at work.
+``python -m simpo_ext demo`` trains with it.
 """
 
 import pkgutil
 from pathlib import Path
 
-# First: the op library resolves its libtorch.so against the torch that is already loaded.
+# Imported first: the library's dependency on libtorch.so resolves to the torch that is loaded.
 import torch  # noqa: F401
 
-# In a source checkout the current directory shadows the installed package, which has the compiled
-# modules; this finds them there.
+# In a source checkout, the current directory shadows the installed package. This finds the compiled
+# modules of the installed one.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-# Before what takes for granted that torch is new enough and the library is there.
+# Before the modules that need a new enough torch and the library.
 from ._ops.library import _C
 
 # isort: split
@@ -55,11 +55,11 @@ __all__ = [
 
 
 def build_info() -> dict[str, str | int]:
-    """What the compiled library is.
+    """Describes the compiled library.
 
     Returns:
         ``version``, ``compiler``, ``cpu_capability`` (see :func:`cpu_capability`),
-        ``torch_target`` (the oldest torch whose stable ABI it speaks), ``cuda_archs``
+        ``torch_target`` (the oldest torch that it supports), ``cuda_archs``
         (comma-separated, empty without nvcc), ``cuda_runtime_version`` (as CUDART_VERSION, 0
         without nvcc) and ``pybind11``.
     """
@@ -67,7 +67,7 @@ def build_info() -> dict[str, str | int]:
 
 
 def cpu_capability() -> str:
-    """The instruction set the CPU kernels use.
+    """The instruction set that the CPU kernels use.
 
     ``"DEFAULT"`` (the baseline of the architecture; ``"NEON"`` on aarch64), ``"AVX2"``,
     ``"AVX512"`` or ``"AVX512_BF16"``: the best that the machine has, or the one that the

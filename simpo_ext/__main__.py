@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(
         commands.add_parser(
-            "demo", help="train a small byte-level transformer by SimPO, in about a minute"
+            "demo", help="train a small byte-level transformer with SimPO, in about a minute"
         )
     )
-    commands.add_parser("info", help="what this build is, and what torch and hardware it found")
-    commands.add_parser("check", help="numerical checks against float64; exit code 1 on failure")
+    commands.add_parser("info", help="describe this build, its torch and this machine")
+    commands.add_parser("check", help="compare the ops with float64; exit code 1 on failure")
     options = parser.parse_args(arguments)
     if options.command == "demo":
         return demo.run(options)

@@ -1,4 +1,4 @@
-"""From the keywords of a public function to the checked options of a call."""
+"""Turns the keywords of a public function into the checked options of a call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def _remembered(resolve: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Checks keywords once for all the calls that repeat them. Errors are not remembered."""
+    """Caches ``resolve``, so that repeated calls do not check the same keywords again."""
     # Typed: True, 1 and 1.0 are equal as keys, but 1 is an error where a bool is expected.
     remember = cast(Callable[Parameters, Result], lru_cache(typed=True)(resolve))
 
@@ -30,7 +30,7 @@ def _remembered(resolve: Callable[Parameters, Result]) -> Callable[Parameters, R
         if not torch.compiler.is_compiling():  # Dynamo cannot trace the cache
             try:
                 return remember(*args, **keywords)
-            except TypeError:  # a value that cannot be a key, or an error that is raised again
+            except TypeError:  # an unhashable value, or an error that the call below raises again
                 pass
         return resolve(*args, **keywords)
 
@@ -38,7 +38,7 @@ def _remembered(resolve: Callable[Parameters, Result]) -> Callable[Parameters, R
 
 
 def _completed(keywords: type, given: dict[str, Any]) -> dict[str, Any]:
-    """What was given, and the defaults of the rest."""
+    """Adds the defaults of the keywords that were not given."""
     defaults = DEFAULTS[keywords]
     for name in given:
         if name not in defaults:
@@ -57,7 +57,7 @@ class TokenCall(NamedTuple):
     num_valid_tokens: int | None = None
 
     def with_count(self, num_valid_tokens: object) -> TokenCall:
-        """With ``num_valid_tokens`` checked. It varies by batch, so it is not remembered."""
+        """Adds ``num_valid_tokens``. It varies by batch, so it is not in the cache."""
         count = check_optional_count("num_valid_tokens", num_valid_tokens)
         return self._replace(num_valid_tokens=count)
 
@@ -92,7 +92,7 @@ def resolve_token_options(keywords: type, **given: Any) -> TokenCall:
 
 @_remembered
 def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
-    """Checks the options of a loss, one by one and together. ``normalizer`` comes after this."""
+    """Checks the options of a loss, one by one and together, except ``normalizer``."""
     values = _completed(keywords, given)
     if values["gamma"] is not None and values["gamma_beta_ratio"] is not None:
         raise ValueError(
@@ -111,7 +111,7 @@ def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
             f"{loss.label_smoothing}"
         )
     if loss.sft_weight == 0.0 and not has_sft_reduction:
-        loss = loss._replace(sft_reduction="sequence")  # a preset's "token" has nothing to reduce
+        loss = loss._replace(sft_reduction="sequence")  # ignores a preset's "token": no SFT term
     if loss.sft_reduction == "token" and loss.reduction == "none":
         raise ValueError(
             "sft_reduction: expected 'sequence' with reduction='none', since a mean over the "
@@ -121,10 +121,10 @@ def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
     tokens = TokenOptions(loss.ignore_index, loss.shift, rest["logit_scale"], rest["softcap"])
     is_linear = "logits_budget_bytes" in DEFAULTS[keywords]
     if is_linear and "logits_all" in rest["report"] and values["softcap"] is not None:
-        # Hidden states give "logits_all" by their mean, which a softcap does not allow.
+        # Without logits, "logits_all" is computed from the weight's mean row; a cap is not linear.
         raise ValueError(
-            "report: expected no 'logits_all' with a softcap, under which the mean of logits does "
-            f"not follow from that of hidden states, got softcap={values['softcap']}"
+            "report: expected no 'logits_all' with a softcap, because the mean of capped logits "
+            f"needs all of these logits, got softcap={values['softcap']}"
         )
     return LossCall(
         loss, tokens, rest["inplace_backward"], rest["logits_budget_bytes"], rest["report"]
@@ -132,7 +132,7 @@ def resolve_loss_options(keywords: type, **given: Any) -> LossCall:
 
 
 def _margin_over_beta(semantics: Semantics, beta: float) -> float:
-    """``gamma_beta_ratio``, whichever of the two was given or is the preset's."""
+    """Returns ``gamma_beta_ratio``, or computes it from ``gamma``."""
     if semantics.gamma_beta_ratio is not None:
         return check_number("gamma_beta_ratio", semantics.gamma_beta_ratio)
     assert semantics.gamma is not None
@@ -153,8 +153,8 @@ def resolve_normalizer(
     by_token = options.sft_reduction == "token"
     if options.reduction != "mean":
         raise ValueError(
-            f"normalizer: expected None with reduction={options.reduction!r}, which divides by "
-            f"nothing, got {normalizer}"
+            f"normalizer: expected None with reduction={options.reduction!r}, which has no "
+            f"denominator, got {normalizer}"
         )
     if isinstance(normalizer, tuple):
         if len(normalizer) != 2:
@@ -176,8 +176,8 @@ def _check_denominator(name: str, value: Number) -> Number:
         if value.dtype in (torch.bfloat16, torch.float16):
             raise TypeError(
                 f"{name}: expected a dtype that holds counts, such as float32, got {value.dtype}; "
-                "FSDP2 casts what goes through forward, unless its MixedPrecisionPolicy has "
+                "FSDP2 casts the arguments of forward, unless its MixedPrecisionPolicy has "
                 "cast_forward_inputs=False"
             )
-        return value  # The host does not read it: it would have to wait for the GPU.
+        return value  # To check its value, the host would wait for the GPU.
     return check_number(name, value, above=0.0)

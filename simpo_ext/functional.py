@@ -2,7 +2,7 @@
 
 A batch has B sequences of T positions and a vocabulary of V. If sequences are pairs, rows 0..P-1
 are chosen and rows P..2P-1 are rejected, unless ``pairs`` says otherwise. With ``cu_seqlens``, S
-sequences lie one after the other in N positions. Formulas: SimPO, arXiv 2405.14734.
+sequences are packed into N positions. Formulas: SimPO, arXiv 2405.14734.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def token_logps(
         labels: [B, T] of an integer dtype, each ``ignore_index`` or in [0, V).
         cu_seqlens: [S + 1] int64 or int32, not decreasing: sequences packed into one row. Then
             logits are [N, V] and labels [N], or [1, N, V] and [1, N]. Sequence s has the positions
-            from ``cu_seqlens[s]`` up to ``cu_seqlens[s + 1]``. No label is taken across the end of
-            a sequence. Positions before the first sequence and after the last are masked. It may be
-            on the CPU while the logits are on a GPU.
+            from ``cu_seqlens[s]`` up to ``cu_seqlens[s + 1]``. The label shift does not cross the
+            end of a sequence. Positions before the first sequence and after the last are masked. It
+            may be on the CPU while the logits are on a GPU.
         **options: See :class:`simpo_ext.options.LogitsKeywords`.
 
     Returns:
@@ -84,10 +84,10 @@ def token_logps(
         TypeError: An argument is of the wrong type, or a tensor of the wrong dtype or layout.
         ValueError: A shape, a device or a number does not fit; ``cu_seqlens`` on the CPU decrease
             or leave [0, N]; or ``inplace_backward`` is True for logits that cannot be overwritten.
-            The host does not wait for a GPU: there, such a sequence is masked.
+            If ``cu_seqlens`` on a GPU are wrong, the sequence is masked: the host does not wait.
         IndexError: A label of CPU tensors is neither ``ignore_index`` nor in [0, V). On a GPU, such
             a label makes the log-probability and the gradient of its position NaN. Under
-            ``torch.compile``, errors of values may come as a RuntimeError.
+            ``torch.compile``, an error about a value may be a RuntimeError.
         NotImplementedError: ``logits`` carry a tangent of forward-mode differentiation.
         RuntimeError: There are no kernels for the device, or the gradient is differentiated again.
     """
@@ -192,7 +192,7 @@ def simpo_loss_from_logps(
         alpha=alpha,
         shift=False,
     ).loss
-    # A sequence log-probability is the log-probability of a sequence of one token.
+    # The op gets each sequence's log-probability as that of a sequence of one token.
     dtype = compute_dtype(torch.promote_types(chosen_logps.dtype, rejected_logps.dtype))
     logps = torch.cat((chosen_logps.to(dtype), rejected_logps.to(dtype))).unsqueeze(1)
     labels = torch.zeros_like(logps, dtype=torch.int64)
@@ -235,7 +235,7 @@ def simpo_loss(
             Chosen sequences come first, unless ``pairs`` are given.
         pairs: [P, 2] of an integer dtype: the chosen and the rejected sequence of each pair, as
             indices of rows or of packed sequences. A sequence may be in no pair or in several, and
-            each of them counts it. It may be on the CPU while the logits are on a GPU.
+            counts once for each. ``pairs`` may be on the CPU while the logits are on a GPU.
         pair_weight: [P] real constants. A factor on a pair's loss and SFT term. It does not change
             the denominator; ``normalizer=pair_weight.sum()`` gives a weighted mean. A pair with
             weight 0 is left out, even if its loss is NaN.
@@ -249,9 +249,9 @@ def simpo_loss(
         ValueError: A shape, a device, a number or a combination does not fit, or ``cu_seqlens`` on
             the CPU decrease or leave [0, N].
         IndexError: In CPU tensors, a label is neither ``ignore_index`` nor in [0, V), or one of
-            ``pairs`` names a sequence that does not exist. The host does not wait for a GPU: there,
-            a wrong value makes its position, sequence or pair NaN. Under ``torch.compile``, errors
-            of values may come as a RuntimeError.
+            ``pairs`` names a sequence that does not exist. On a GPU, a wrong value makes its
+            position, sequence or pair NaN: the host does not wait. Under ``torch.compile``, an
+            error about a value may be a RuntimeError.
     """
     normalizer = options.pop("normalizer", None)
     call = resolve_loss_options(LossKeywords, **options)
@@ -297,8 +297,7 @@ def simpo_loss_from_token_logps(
         token_logps: [2P, T], or packed [N] or [1, N], float32 or float64. Masked positions are not
             read. With ``shift``, the entry at t belongs to ``labels[:, t + 1]``, as
             :func:`token_logps` returns it.
-        labels: The same shape as ``token_logps``. They say which positions are masked; their other
-            values are not read.
+        labels: The same shape as ``token_logps``. Only whether a label is ``ignore_index`` matters.
         cu_seqlens: See :func:`simpo_loss`.
         pairs: See :func:`simpo_loss`.
         pair_weight: See :func:`simpo_loss`.
@@ -362,10 +361,10 @@ def count_pairs(
     )
     boundaries, pairs = batch.layout.cu_seqlens, batch.layout.pairs
     targets, validity = _marks_of_valid_tokens(batch.labels, boundaries, validity)
-    # The op counts the tokens that are scored; the log-probabilities do not matter.
+    # Only the op's counts of scored tokens are used; the log-probabilities do not matter.
     logps = torch.zeros((), dtype=torch.float32, device=targets.device).expand(targets.shape)
     _, num_tokens = _sequence_logps(logps, targets, boundaries, validity, False)
-    # Where the host cannot read values, as in compiled code or on a GPU, the counts become NaN.
+    # In compiled code and on a GPU, the host cannot check values. The counts become NaN instead.
     if pairs is not None and pairs.is_cpu and is_plain_call(pairs):
         check_pairs_in_range(pairs, num_tokens.shape[0])
     return PairCounts(*count_sides(num_tokens, empty, pairs))
@@ -376,7 +375,7 @@ def _marks_of_valid_tokens(
     cu_seqlens: Tensor | None,  # [S + 1]
     validity: Validity,
 ) -> tuple[Tensor, Validity]:
-    """Labels that are 0 where nothing is scored and 1 elsewhere, and the options to read them."""
+    """Returns labels that are 1 where a token is scored and 0 elsewhere, and their options."""
     marks = (labels != validity.ignore_index).to(torch.int64)
     options = TokenOptions(0, validity.shift, logit_scale=1.0, softcap=0.0)
     marks, options = sequence_targets(marks, cu_seqlens, 2, options)

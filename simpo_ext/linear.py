@@ -1,4 +1,4 @@
-"""SimPO as functions of hidden states and lm_head, whose logits are never all in memory."""
+"""SimPO as functions of hidden states and lm_head, without all logits in memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["linear_simpo_loss", "linear_token_logps"]
 
 
 class ScoredTokens(NamedTuple):
-    """Token log-probabilities [B, T] and what a report of them needs; None if not asked for."""
+    """Token log-probabilities [B, T], and what a report needs; None where it needs nothing."""
 
     logps: Tensor
     mean_logit: Tensor | None = None  # 0 where masked, like entropy
     entropy: Tensor | None = None
-    all_mean_logits: Tensor | None = None  # those of masked positions, too
+    all_mean_logits: Tensor | None = None  # also at masked positions
 
 
 def score_tokens(
@@ -35,7 +35,7 @@ def score_tokens(
     call: TokenCall,
     report: tuple[ReportName, ...] = (),
 ) -> ScoredTokens:
-    """The log-probabilities of targets, and the values by token that ``report`` needs."""
+    """Computes the log-probabilities of targets, and the values of tokens for ``report``."""
     hidden, weight, bias = linear.batch.tokens, linear.weight, linear.bias
     scored = ScoredTokens(
         *_linear_token_logps(
@@ -77,6 +77,9 @@ def linear_token_logps(
     Besides arguments and gradients, they need memory for the kept logits, at least one chunk, and
     for three arrays [R, H] (two on a GPU), one of them float32.
 
+    Under ``torch.autocast``, ``hidden``, ``weight`` and ``bias`` are cast to its dtype, unless they
+    are float64.
+
     Args:
         hidden: [B, T, H] float64, float32, bfloat16 or float16: the input of lm_head. Any strides;
             hidden states whose last dimension is not contiguous are copied.
@@ -85,9 +88,6 @@ def linear_token_logps(
         bias: [V] of the dtype of ``hidden``, or None.
         cu_seqlens: [S + 1], for packed hidden states [N, H] or [1, N, H] and labels [N] or [1, N]:
             see :func:`token_logps`.
-
-    Under ``torch.autocast``, ``hidden``, ``weight`` and ``bias`` are cast to its dtype, unless they
-    are float64.
         **options: See :class:`simpo_ext.options.LinearKeywords`.
 
     Returns:
@@ -126,11 +126,10 @@ def linear_simpo_loss(
     """SimPO's loss from hidden states and lm_head, without the logits in memory.
 
     Formula, options and result are those of :func:`simpo_loss` for ``logits = hidden @ weight.T +
-    bias``. :func:`linear_token_logps` describes how the logits are processed, and the memory for
-    it.
+    bias``. :func:`linear_token_logps` describes the chunks of logits and their memory.
 
-    ``report`` with ``"logits_all"`` forms no logits of masked positions: the means of ``hidden``
-    and ``weight`` give the result, and are read once more for it. It does not work with a softcap.
+    ``report`` with ``"logits_all"`` computes no logits of masked positions. It reads ``hidden`` and
+    ``weight`` once more, for the mean row of ``weight``. It does not work with a softcap.
 
     Args:
         hidden: [2P, T, H]; chosen rows first. See :func:`linear_token_logps`.
@@ -147,8 +146,8 @@ def linear_simpo_loss(
 
     Raises:
         TypeError: See :func:`linear_token_logps` and :func:`simpo_loss`.
-        ValueError: See these.
-        IndexError: See these.
+        ValueError: See the same functions.
+        IndexError: See the same functions.
     """
     normalizer = options.pop("normalizer", None)
     num_valid_tokens = options.pop("num_valid_tokens", None)

@@ -27,7 +27,7 @@ __all__ = ["LinearSimPOLoss", "SimPOLoss"]
 
 
 class _Loss(nn.Module):
-    """The options of a loss as attributes, checked once; a preset is replaced by what it sets."""
+    """Checks the options of a loss once and keeps them as attributes, with a preset resolved."""
 
     beta: float
     gamma_beta_ratio: float
@@ -54,7 +54,7 @@ class _Loss(nn.Module):
         resolve_normalizer(normalizer, call.loss)
         values = {**DEFAULTS[keywords], **given, **call.loss._asdict()}
         values.update(normalizer=normalizer, report=call.report)
-        # A preset and its margin are part of what call.loss has.
+        # call.loss has the effect of preset and gamma.
         self._options = tuple(name for name in values if name not in ("preset", "gamma"))
         for name in self._options:
             setattr(self, name, values[name])
@@ -70,7 +70,7 @@ class _Loss(nn.Module):
 
 
 class SimPOLoss(_Loss):
-    """:func:`simpo_ext.simpo_loss` as a module without parameters, which keeps the options.
+    """:func:`simpo_ext.simpo_loss` as a module that keeps the options, without parameters.
 
     The constructor takes the options of that function, with the same defaults and errors.
     """
@@ -97,8 +97,7 @@ class SimPOLoss(_Loss):
             cu_seqlens: [S + 1], of packed sequences.
             pairs: [P, 2], the sequences of each pair.
             pair_weight: [P], factors on the pairs' losses.
-            normalizer: Replaces the module's own in this call: the denominator of an accumulation
-                step is often known only with its batch.
+            normalizer: Replaces the module's own for this call.
 
         Returns:
             A :class:`~simpo_ext.SimPOOutput`.
@@ -115,7 +114,7 @@ class SimPOLoss(_Loss):
 
 
 class LinearSimPOLoss(_Loss):
-    """:func:`simpo_ext.linear_simpo_loss` as a module without parameters, which keeps the options.
+    """:func:`simpo_ext.linear_simpo_loss` as a module that keeps the options, without parameters.
 
     The constructor takes the options of that function except ``num_valid_tokens``, with the same
     defaults and errors.

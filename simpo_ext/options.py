@@ -1,8 +1,8 @@
-"""The options of the losses: the one place of their names, types, defaults, meanings and checks.
+"""Defines the options of the losses: their names, types, defaults, meanings and checks.
 
-The public functions and modules take the keywords of a ``TypedDict`` below. Their signatures and
-the list of options in their documentation are made from it (:func:`takes`). What was given is
-checked and completed once, in :mod:`simpo_ext._calls`.
+The public functions and modules take the keywords of a ``TypedDict`` below. :func:`takes` makes
+their signatures and the options in their docstrings from it. :mod:`simpo_ext._calls` checks the
+given options and adds the defaults.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Normalizer = Number | tuple[Number, Number] | None
 
 
 class Option(NamedTuple):
-    """An option of a function, beside its name and type."""
+    """An option of a function, without its name and type."""
 
     default: Any
     check: Callable[[str, Any], Any]
@@ -82,7 +82,7 @@ def _check_softcap(name: str, value: object) -> float:
 
 
 def check_optional_count(name: str, value: object) -> int | None:
-    """A number of things, or None."""
+    """A count, or None."""
     return None if value is None else check_count(name, value)
 
 
@@ -113,10 +113,9 @@ InplaceBackward = Annotated[
         False,
         check_bool,
         "The backward overwrites ``logits`` with their gradient and allocates no memory for it. "
-        "A later backward through a function that saved the logits raises, and so does a second "
-        "one through this function. Code that reads the logits after the backward reads the "
-        "gradient. Without effect under ``torch.compile``, and for hidden states, where no logits "
-        "belong to the caller.",
+        "Code that reads the logits afterwards gets the gradient. A later backward through another "
+        "function that saved the logits raises an error, and so does a second backward through "
+        "this one. No effect under ``torch.compile`` or for hidden states.",
     ),
 ]
 LogitsBudgetBytes = Annotated[
@@ -124,8 +123,8 @@ LogitsBudgetBytes = Annotated[
     Option(
         None,
         check_optional_count,
-        "How many bytes of logits may be held at a time, >= 0. Default: a sixteenth of the GPU's "
-        "memory, and 1 GiB on CPUs.",
+        "How many bytes of logits may be in memory at a time, >= 0. Default: a sixteenth of the "
+        "GPU's memory, and 1 GiB on CPUs.",
     ),
 ]
 NumValidTokens = Annotated[
@@ -133,10 +132,10 @@ NumValidTokens = Annotated[
     Option(
         None,
         check_optional_count,
-        "An upper bound of the number of valid tokens. With it, the host does not wait for the "
-        "GPU, and the call can be captured in a CUDA graph; the cost is that of so many rows. "
-        "Without it the valid tokens are counted; in a capture and under ``torch.compile`` all "
-        "positions with a label count.",
+        "An upper bound of the number of valid tokens. The call costs as much as that many valid "
+        "tokens, but the host does not wait for the GPU. Default: the function counts the valid "
+        "tokens; in a CUDA graph capture and under ``torch.compile``, it takes the number of all "
+        "positions as the bound.",
     ),
 ]
 Report = Annotated[
@@ -150,7 +149,7 @@ Report = Annotated[
         "of the counted pairs. ``logits_all``: the same over all positions of all pairs, prompt "
         "and padding included, as trainers log it; this reads masked positions. ``entropy``: the "
         "entropy of the softmax in nats, averaged as ``logits``. The forward computes them in its "
-        "one pass over the logits. Loss and gradients keep their bits.",
+        "one pass over the logits. Loss and gradients stay bitwise equal.",
     ),
 ]
 
@@ -185,9 +184,9 @@ class PreferenceKeywords(TypedDict, total=False):
         Option(
             None,
             _unchecked,
-            '``"princeton"``, ``"trl"``, ``"liger"`` or ``"llamafactory"``: the formula, the '
-            "defaults and the names of ``loss_type`` of that trainer. A keyword that is given "
-            "wins. See :func:`with_preset`.",
+            '``"princeton"``, ``"trl"``, ``"liger"`` or ``"llamafactory"``: that trainer\'s '
+            "formula, defaults and names for ``loss_type``. A given keyword overrides the preset. "
+            "See :func:`with_preset`.",
         ),
     ]
     beta: Annotated[
@@ -305,7 +304,7 @@ class LinearLossKeywords(_CommonLossKeywords, total=False):
 
 
 def _options_of(keywords: type) -> dict[str, tuple[Any, Option]]:
-    """Type and option by name, in the order of the class and after those of its bases."""
+    """Maps each name to its type and option: first those of the base classes."""
     hints = get_type_hints(keywords, include_extras=True)
     return {name: cast(tuple[Any, Option], get_args(hint)[:2]) for name, hint in hints.items()}
 
@@ -349,7 +348,7 @@ def takes(keywords: type) -> Callable[[Function], Function]:
             for name, (type_, option) in rows.items()
         )
         function.__signature__ = signature.replace(parameters=[*explicit, *written_out])
-        if function.__doc__ is not None:  # there are none under python -OO
+        if function.__doc__ is not None:  # python -OO removes docstrings
             function.__doc__ = _with_options(function.__doc__, rows)
         return function
 
@@ -357,7 +356,7 @@ def takes(keywords: type) -> Callable[[Function], Function]:
 
 
 def _with_options(text: str, rows: dict[str, tuple[Any, Option]]) -> str:
-    """A docstring whose line ``**options: ...`` has become one entry for each option."""
+    """Replaces the line ``**options: ...`` of a docstring by one entry for each option."""
     lines = text.split("\n")
     at = next(i for i, line in enumerate(lines) if line.lstrip().startswith("**options:"))
     indent = lines[at][: -len(lines[at].lstrip())]

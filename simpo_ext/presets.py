@@ -13,7 +13,7 @@ TrainerLossType = Literal["sigmoid", "hinge", "ipo", "simpo", "alphapo"]
 
 
 class Semantics(NamedTuple):
-    """The keywords that a preset sets. Of ``gamma_beta_ratio`` and ``gamma``, one is None."""
+    """The keywords that a preset sets. One of ``gamma_beta_ratio`` and ``gamma`` is None."""
 
     loss_type: LossType = "sigmoid"
     beta: float = 2.0
@@ -36,7 +36,7 @@ _TRL_CPO: Final = _TRL._replace(gamma_beta_ratio=0.0, gamma=None, average_log_pr
 _LIGER: Final = _TRL._replace(shift=False)
 _LLAMAFACTORY: Final = _TRL._replace(sft_weight=0.0, sft_reduction="sequence")
 
-# By the trainer's own name for loss_type. The first is the default.
+# The keys are the trainer's names for loss_type. The first is the default.
 OWN: Final[Mapping[str, Semantics]] = {
     "sigmoid": _OWN,
     "hinge": _OWN._replace(loss_type="hinge"),
@@ -76,12 +76,12 @@ def with_preset(
     r"""Replaces None by a trainer's defaults, or by those of simpo_ext.
 
     Let l be the mean log-probability of a completion's valid tokens, delta = l_chosen - l_rejected,
-    s = label_smoothing and
+    s = label_smoothing, and
 
         S(x) = -logsigmoid(x) (1 - s) - logsigmoid(-x) s
         nll  = mean of -log p over all valid tokens of the chosen completions of the batch
 
-    the presets are
+    The presets are:
 
     ``"princeton"``: SimPOTrainer of the paper's authors (scripts/simpo_trainer.py and
     scripts/simpo_config.py of github.com/princeton-nlp/SimPO)::
@@ -119,15 +119,15 @@ def with_preset(
         beta 0.1, gamma 0.5, sft_weight 0
 
     With each preset, a completion without a valid token makes the loss NaN, as 0 / 0 does in the
-    trainer. TRL's sums differ: the trainer takes the log-probability of such a completion to be 0,
-    the highest possible. Here, the loss is NaN in this case, too.
+    trainer. TRL's sums are an exception: for them, TRL scores such a completion as 0, the highest
+    possible log-probability. Here, the loss is NaN for sums, too.
 
     Args:
         preset: One of these; None: ``loss_type`` "sigmoid", "hinge" or "ipo", ``beta`` 2,
             ``gamma_beta_ratio`` 0.5 (0 for "ipo"), no label smoothing and no SFT term
             (``sft_reduction`` "sequence"), averages, ``empty`` "drop" and ``shift`` True.
         loss_type: The trainer's name for it. The result has simpo_ext's name.
-        beta: See :func:`simpo_ext.functional.simpo_loss`. A keyword that is given wins.
+        beta: See :func:`simpo_ext.functional.simpo_loss`. A given keyword overrides the preset.
         gamma_beta_ratio: If given, it replaces the preset's margin.
         gamma: If given, it replaces the preset's margin.
         label_smoothing: See :func:`simpo_ext.functional.simpo_loss`.

@@ -3,7 +3,7 @@
 //
 // "compute" is the dtype of all tensors except logits, hidden states, weights and their gradients:
 // float for float32, bfloat16 and float16 logits, double for float64. Outputs and tensors saved by
-// a forward are contiguous; inputs are where that is stated.
+// a forward are contiguous. Inputs are contiguous only where their comment says so.
 #pragma once
 
 #include <cstdint>
@@ -24,30 +24,30 @@ struct TokenLogpsArgs {
   Targets targets;
   LogitTransform transform;
   void* logps;  // [B, T] contiguous, compute; 0 at masked positions
-  // For the backward: the largest transformed logit z of a row, and sum(exp(z - max)). They are two
-  // values because max + log(sum_exp) would lose digits to a large offset of the logits.
+  // For the backward: the largest transformed logit z of a row, and sum(exp(z - max)). One value,
+  // max + log(sum_exp), would lose digits if the logits have a large offset.
   void* max;        // [B, T] contiguous, compute; 0 at masked positions
   double* sum_exp;  // [B, T] contiguous; 0 at masked positions
 
   // The logits may belong to a part of the vocabulary: the labels [first_label, first_label + V) of
   // num_labels. Then label_z is given, and the kernel writes the sums of the part to max, sum_exp
-  // and label_z. It does not write logps, which are not known before the last part. A part may have
-  // no columns. With continues, an earlier part has checked the labels.
+  // and label_z. It does not write logps, which only the last part completes. A part may have no
+  // columns. With continues, an earlier part has checked the labels.
   int64_t first_label = 0;
   int64_t num_labels = V;
   bool continues = false;   // max, sum_exp and label_z hold the sums of the parts before
   void* label_z = nullptr;  // [B, T] contiguous, compute: the label's z, NaN before its part
 
   // The report of a row, from the same pass: both null, or both given. For a part of the
-  // vocabulary, mean_logit holds the sum of z instead, and entropy sum(exp(z - max) (z - max)),
-  // over this part and those before, as in RowReport.
+  // vocabulary, they hold the sums of RowReport instead, over this part and those before:
+  // mean_logit the sum of z, and entropy sum(exp(z - max) (z - max)).
   double* mean_logit = nullptr;  // [B, T] contiguous: mean of z over the vocabulary
   double* entropy = nullptr;     // [B, T] contiguous: of softmax(z), in nats
-  // Also read masked rows, for their mean_logit. Otherwise it is 0. Their entropy is always 0.
+  // True: also read masked rows, for their mean_logit. False: it is 0. Their entropy is always 0.
   bool all_positions = false;
 
-  // CUDA: scratch for rows that several blocks share, if cuda::shared_segments is not 0. Null with
-  // a report or a part of the vocabulary.
+  // CUDA: scratch for rows that several blocks share, needed if cuda::shared_segments is not 0.
+  // Null with a report or a part of the vocabulary.
   double* segments = nullptr;  // [shared_segments, 3, B * T] contiguous
 };
 
@@ -68,15 +68,15 @@ struct TokenLogpsBackwardArgs {
   bool dlogits_holds_zeros = false;  // then rows without a gradient need not be written
 
   // A part of the vocabulary, as in TokenLogpsArgs. If label_gradients are given, the part that has
-  // a row's label writes the label's element there, unrounded, and 0 to dlogits. Then labels are
-  // not checked.
+  // a row's label writes the label's element there, unrounded, and 0 to dlogits. The labels are
+  // then not checked.
   int64_t first_label = 0;
   int64_t num_labels = V;
   void* label_gradients = nullptr;  // [B, T] contiguous, compute
 };
 
-// The flat layout: labels [1, N] -> the label that scores each position, or ignore_index. No
-// position is scored with a label of the next sequence. The result needs no shift.
+// The flat layout: labels [1, N] -> the label that scores each position, or ignore_index. The shift
+// does not cross the end of a sequence. The result needs no further shift.
 struct SequenceTargetsArgs {
   Targets labels;
   int64_t num_labels;  // V
@@ -124,8 +124,8 @@ struct SelectTokensArgs {
   void* logps;  // [B, T] contiguous, compute, or null; 0 at masked and NaN at valid positions
 };
 
-// rows[i] = source[position i]. If gradients are given, a row whose gradient is 0 becomes zeros, so
-// that it adds nothing to a product even if its hidden state is not finite.
+// rows[i] = source[positions[i]]. If gradients are given, a row whose gradient is 0 becomes zeros,
+// so that it adds nothing to a product even if its hidden state is not finite.
 struct GatherRowsArgs {
   DType dtype;
   int64_t T, H, R;
@@ -136,7 +136,7 @@ struct GatherRowsArgs {
   const void* gradients = nullptr;  // [R], compute
 };
 
-// logps[position i] from max, sum_exp and label_z over all parts of the vocabulary.
+// logps[positions[i]] from max, sum_exp and label_z over all parts of the vocabulary.
 struct WriteLogpsArgs {
   DType dtype;  // of the hidden states
   int64_t R;
@@ -154,7 +154,7 @@ struct WriteLogpsArgs {
   double* entropy = nullptr;          // [B, T] contiguous
 };
 
-// dlogits[i, label i] = label_gradients[i], in the part of the vocabulary that has the label.
+// dlogits[i, labels[i] - first_label] = label_gradients[i], in the part that has the label.
 struct PutLabelGradientsArgs {
   DType dtype;
   int64_t R, V;
@@ -175,7 +175,8 @@ struct AddPartialArgs {
   bool is_first;
 };
 
-// dhidden[position i] = sum[i] + partial[i] + label_gradients[i] * weight[label i], rounded once.
+// dhidden[positions[i]] = sum[i] + partial[i] + label_gradients[i] * weight[labels[i]], rounded
+// once.
 struct HiddenGradientArgs {
   DType dtype;
   int64_t T, H, R;
@@ -190,11 +191,12 @@ struct HiddenGradientArgs {
   void* dhidden;        // [B, T, H] contiguous, of dtype
 };
 
-// ---- a vocabulary in shards ------------------------------------------------------------------
+// ---- a sharded vocabulary --------------------------------------------------------------------
 
 // Merges K shards, in order, into logps, max and sum_exp over the whole vocabulary. For each row, a
-// shard has its maximum z, its sum(exp(z - maximum)), and the label's z, or NaN if the label is on
-// another shard. The logp is NaN if the label is on no shard, or on two because ranks disagree.
+// shard has its largest z, its sum(exp(z - largest)), and the label's z, or NaN if the label is on
+// another shard. The logp is NaN if the label is on no shard, or on two because ranks have
+// different labels.
 struct MergeShardsArgs {
   DType dtype;      // of logps: kFloat32 or kFloat64
   Targets targets;  // rows as b * T + t
@@ -206,7 +208,7 @@ struct MergeShardsArgs {
   double* sum_exp;           // [B, T] contiguous; 0 at masked rows
 };
 
-// sum[i] += label_gradients[i] * weight[label i - first_label], on the shard that has the label.
+// sum[i] += label_gradients[i] * weight[labels[i] - first_label], on the shard that has the label.
 struct AddLabelSharesArgs {
   DType dtype;
   int64_t H, R;
@@ -220,7 +222,7 @@ struct AddLabelSharesArgs {
   void* sum;  // [R, H] contiguous, compute
 };
 
-// to[position i] = rows[i], rounded.
+// to[positions[i]] = rows[i], rounded.
 struct ScatterRowsArgs {
   DType dtype;
   int64_t H, R;
@@ -269,7 +271,7 @@ struct PreferenceLossArgs {
   int64_t* counts;  // [S]: valid tokens
 };
 
-// Backward: from the gradients of loss, losses, logps and sft_loss to that of each token's
+// Backward: the gradients of loss, losses, logps and sft_loss -> the gradient of each token's
 // log-prob.
 struct PreferenceLossBackwardArgs {
   DType dtype;
@@ -293,11 +295,11 @@ struct PreferenceLossBackwardArgs {
 
 namespace cpu {
 
-// Both return the first invalid label. If there is one, they have written nothing.
+// Both return the first invalid label, if any, and then write nothing.
 LabelError token_logps(const TokenLogpsArgs& args, ParallelFor parallel_for);
 LabelError token_logps_backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for);
 
-// The number of valid tokens, which may be more than R.
+// count: the number of valid tokens, which may be more than R.
 struct Selection {
   LabelError error;
   int64_t count;
@@ -313,7 +315,7 @@ void merge_shards(const MergeShardsArgs& args);
 void add_label_shares(const AddLabelSharesArgs& args, ParallelFor parallel_for);
 void scatter_rows(const ScatterRowsArgs& args, ParallelFor parallel_for);
 
-// These return the first error of cu_seqlens or pairs. If there is one, they have written nothing.
+// These return the first error of cu_seqlens or pairs, if any, and then write nothing.
 struct TargetError {
   LayoutError layout;
   LabelError label;
@@ -336,7 +338,7 @@ namespace cuda {
 // These functions enqueue kernels on a stream of the current device and return 0, or the
 // cudaError_t of a failed launch. They do not wait for the device and do not allocate. A label out
 // of range gives a row of NaN. A sequence with wrong cu_seqlens, or a pair with a sequence that
-// does not exist, gives NaN. None of these leads to a read out of bounds.
+// does not exist, gives NaN. None of these causes a read out of bounds.
 using Stream = void*;  // cudaStream_t
 int token_logps(const TokenLogpsArgs& args, Stream stream);
 // The number of segments into which token_logps cuts a row so that several blocks share it; 0 if

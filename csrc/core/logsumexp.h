@@ -1,4 +1,4 @@
-// The online log-sum-exp: a maximum and a sum that see every logit once, and that can be merged.
+// The online log-sum-exp: a maximum and a sum, which need every logit once and can be merged.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,7 @@ struct LogSumExp {
     return max == -std::numeric_limits<Scalar>::infinity() ? Scalar(0) : max;
   }
 
-  // Makes room for values up to new_max; call before adding terms exp(z - reference()).
+  // Rescales the sum for values up to new_max. Call before adding their terms exp(z - reference()).
   SIMPO_HOST_DEVICE void raise_max(Scalar new_max) {
     if (new_max > max) {
       sum *= exp(static_cast<double>(max) - static_cast<double>(new_max));
@@ -40,15 +40,15 @@ struct LogSumExp {
     sum += other.sum * exp(static_cast<double>(other.max) - static_cast<double>(max));
   }
 
-  // The log-probability of z: z - log(sum(exp)). max is subtracted first. For values of a similar
-  // size this is exact, so that a common offset of all values costs no accuracy.
+  // The log-probability of z: z - log(sum(exp)). max is subtracted first, which is exact for values
+  // of similar size. So a common offset of all values costs no accuracy.
   SIMPO_HOST_DEVICE double log_probability(Scalar z) const {
     return (static_cast<double>(z) - static_cast<double>(max)) - log(sum);
   }
 };
 
-// A row whose vocabulary is divided into shards. The shards are added in order, so that every rank
-// gets the same bits.
+// A row of a sharded vocabulary. The shards are added in order, so that every rank gets the same
+// bits.
 template <typename Scalar>
 struct ShardedRow {
   LogSumExp<Scalar> logsumexp;

@@ -26,9 +26,9 @@ struct LogitTransform {
 };
 
 // The forms of the transform, at the precision of Scalar. Each has z(x), and below it dz/dx as a
-// function of z: the product of common_slope(), which all logits share, and own_slope(z). Divisions
-// happen once, in the constructor. All forms increase with x, so the largest x has the largest z. A
-// Value is a Scalar, or a type that holds several, with the same operators, an abs and a tanh.
+// function of z: the product of common_slope(), which all logits share, and own_slope(z). Only the
+// constructor divides. All forms increase with x, so the largest x has the largest z. A Value is a
+// Scalar, or a vector of Scalars with the same operators, abs and tanh.
 
 template <typename Scalar>
 class ScaledLogits {
@@ -173,7 +173,7 @@ SIMPO_HOST_DEVICE inline Scalar scaled_margin(Scalar chosen, Scalar rejected,
          ((chosen - rejected) - static_cast<Scalar>(loss.gamma_beta_ratio));
 }
 
-// How far z lies above IPO's target: z - 1 / (2 beta).
+// The distance of z from IPO's target: z - 1 / (2 beta).
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar ipo_excess(Scalar margin, const PairLoss& loss) {
   return (margin - Scalar(0.5)) / static_cast<Scalar>(loss.beta);
@@ -224,8 +224,8 @@ SIMPO_HOST_DEVICE inline bool is_pair_counted(int64_t chosen_count, int64_t reje
   return empty == EmptyPolicy::kNan || (chosen_count > 0 && rejected_count > 0);
 }
 
-// A sum, or total / denominator. The mean over zero terms is 0 if empty pairs are dropped, and
-// otherwise NaN.
+// total, or total / denominator for a mean. The mean over zero terms is 0 if empty pairs are
+// dropped, and otherwise NaN.
 template <typename Scalar>
 SIMPO_HOST_DEVICE inline Scalar reduce_total(Scalar total, int64_t denominator,
                                              const LossReduction& reduction) {

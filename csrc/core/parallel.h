@@ -1,4 +1,4 @@
-// How a CPU kernel uses the threads of its caller, without knowing the caller.
+// How a CPU kernel uses the threads of its caller, for example torch's.
 #pragma once
 
 #include <cstdint>

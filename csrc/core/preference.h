@@ -1,5 +1,5 @@
-// From the sums of two sequences to the loss of their pair, and from the pairs to the loss of the
-// batch. All devices use this between reading token log-probs and writing gradients. loss_math.h
+// Computes the loss of a pair from the sums of its sequences, and the loss of the batch from the
+// pairs. All devices use this between reading token log-probs and writing gradients. loss_math.h
 // has the formulas. Everything is in double, on O(P) values.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace simpo_ext {
 
-// The sum of the log-probs of a sequence's valid tokens, and their number.
+// The sum of the log-probs of a sequence's valid tokens, and the number of these tokens.
 struct SequenceSum {
   double sum;
   int64_t count;
@@ -20,7 +20,7 @@ struct SequenceSum {
 
 // ---- forward --------------------------------------------------------------------------------
 
-// Stands for a sequence that does not exist: its pair becomes NaN and is not dropped.
+// Stands in for a sequence that does not exist: its pair becomes NaN instead of being dropped.
 SIMPO_HOST_DEVICE inline SequenceSum sum_of_nowhere() {
   return {std::numeric_limits<double>::quiet_NaN(), 1};
 }
@@ -55,7 +55,7 @@ SIMPO_HOST_DEVICE inline ScoredPair score_pair(SequenceSum chosen, SequenceSum r
     const double margin = scaled_margin(chosen_shaped, rejected_shaped, how);
     pair.loss = weight * pair_loss(margin, how);
     const double slope = weight * pair_loss_slope(margin, how);
-    if (slope != 0.0) {  // with a slope of 0, an infinite slope of shaped_logp must not count
+    if (slope != 0.0) {  // 0 times an infinite slope of shaped_logp would be NaN
       pair.chosen_slope = slope * shaped_logp_slope(pair.chosen_logp, how);
       pair.rejected_slope = -slope * shaped_logp_slope(pair.rejected_logp, how);
     }
@@ -171,7 +171,7 @@ struct PairCounts {
   }
 };
 
-// The share of a pair in the gradient of each valid token log-prob of its sequences.
+// What a pair adds to the gradient of each valid token log-prob of its sequences.
 struct TokenGradients {
   double chosen, rejected;
 };
@@ -200,7 +200,7 @@ SIMPO_HOST_DEVICE inline TokenGradients pair_gradients(int64_t p, int64_t chosen
         grad_loss * pair_slope + gradient_at<Scalar>(args.grad_losses, args.grad_losses_stride, p);
     double grad_sft = gradient_at<Scalar>(args.grad_sft_loss, args.grad_sft_loss_stride, p);
     if (reduction.sft_weight > 0.0) grad_sft += grad_loss * reduction.sft_weight;
-    // With a gradient of exactly 0, a NaN slope must not count: 0 * NaN is NaN.
+    // A gradient of exactly 0 must stay 0 even if the slope is NaN.
     if (grad_pair_loss != 0.0) {
       const Scalar* slopes = static_cast<const Scalar*>(args.slopes);
       grad_chosen += grad_pair_loss * static_cast<double>(slopes[p]);

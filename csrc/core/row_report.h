@@ -34,8 +34,8 @@ struct RowReport {
     sum_exp_z += other.sum_exp_z;
   }
 
-  // The entropy of softmax(z) in nats, for a sum over all z. For a row that is almost certain of
-  // one label, rounding may put the result below 0, so it is clamped.
+  // The entropy of softmax(z) in nats, for a sum over all z. If one token has nearly all the
+  // probability, rounding may put the result below 0, so it is clamped.
   SIMPO_HOST_DEVICE double entropy(double sum_exp) const {
     const double value = log(sum_exp) - sum_exp_z / sum_exp;
     return value < 0.0 ? 0.0 : value;

@@ -30,7 +30,7 @@ struct Targets {
 
   SIMPO_HOST_DEVICE int64_t label_position(int64_t t) const { return shift ? t + 1 : t; }
 
-  // Whether the labels have a position for (b, t). Only then may label_offset(b, t) be read.
+  // Whether there is a label for (b, t). If not, label_offset(b, t) must not be read.
   SIMPO_HOST_DEVICE bool has_label(int64_t t) const { return label_position(t) < T; }
 
   SIMPO_HOST_DEVICE int64_t label_offset(int64_t b, int64_t t) const {
@@ -51,14 +51,14 @@ struct TokenRange {
   int64_t end;
 };
 
-// The sequences of a batch: its rows, or, in the flat layout, parts of its only row. There,
+// The sequences of a batch: its rows, or, in the flat layout, parts of its single row. Then
 // sequence s has the positions [cu_seqlens[s], cu_seqlens[s + 1]).
 struct Sequences {
   const int64_t* cu_seqlens;  // [S + 1]; null: rows
   int64_t S;
 };
 
-// Pair p consists of sequences indices[p, 0] and indices[p, 1], or p and P + p without indices.
+// Pair p has the sequences indices[p, 0] and indices[p, 1], or p and P + p without indices.
 struct Pairs {
   const int64_t* indices;  // [P, 2] contiguous, or null
   const double* weights;   // [P] contiguous, or null: 1

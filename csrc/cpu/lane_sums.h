@@ -15,7 +15,7 @@ inline namespace SIMPO_ISA {
 namespace {
 
 // The number of terms that a lane adds up in its own precision before the sum moves to double. If
-// one term outweighs all others, only terms in the same lane lose their last digits.
+// one term outweighs all others, only the terms in its lane lose their last digits.
 constexpr int64_t kTermsPerLane = 32;
 
 // Sums of lanes. Sums of floats are moved to double from time to time. Sums of doubles are
@@ -33,7 +33,7 @@ class LaneSums<float> {
     add_widened(sum_, low_, high_);
     sum_ = Vec<float>(0.0f);
   }
-  // Call empty() on all sums before.
+  // Call empty() on all sums first.
   template <int kVectors>
   static double total(const LaneSums (&sums)[kVectors]) {
     Vec<double> total = sums[0].low_ + sums[0].high_;
@@ -116,7 +116,7 @@ class BlockReport {
     SIMPO_EACH distances_[k].empty();
     SIMPO_EACH products_[k].empty();
   }
-  // The report of n logits. Call empty() before.
+  // The report of n logits. Call empty() first.
   RowReport report(int64_t n, Scalar reference) const {
     const double references = static_cast<double>(n) * static_cast<double>(reference);
     return {references + PlainLaneSums<Scalar>::total(distances_),

@@ -15,7 +15,7 @@ uintptr_t round_up(uintptr_t address) { return (address + kHugePage - 1) & ~(kHu
 
 void advise(uintptr_t begin, uintptr_t end) {
 #if defined(MADV_HUGEPAGE)
-  // A kernel without huge pages returns an error, and the pages stay small.
+  // Errors are ignored: on a system without huge pages, the pages stay small.
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   static_cast<void>(begin);
@@ -35,7 +35,7 @@ Kept& kept() {
   return *instance;
 }
 
-// Lets the system take the pages when it needs them. The other pages keep their contents.
+// Lets the system take pages back when it is short of memory. The others keep their contents.
 bool offer_to_system(const Mapping& mapping) {
 #if defined(MADV_FREE)
   return madvise(mapping.data, mapping.bytes, MADV_FREE) == 0;
@@ -52,7 +52,7 @@ Mapping map_for_writing(std::size_t bytes) {
   {
     const std::lock_guard lock(kept().mutex);
     std::vector<Mapping>& mappings = kept().mappings;
-    // The smallest that fits, but none that is more than twice as large as needed.
+    // The smallest mapping that fits, if it is at most twice as large as needed.
     auto best = mappings.end();
     for (auto each = mappings.begin(); each != mappings.end(); ++each) {
       const bool fits = each->bytes >= length && each->bytes / 2 <= length;

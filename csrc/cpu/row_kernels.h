@@ -32,10 +32,10 @@ struct RowKernels {
   // For the transformed logits z of x[0, n): max is the largest of them and of hint, and sum is
   // sum(exp(z - max)). hint is the z of any logit of the row; the closer it is to the largest, the
   // faster the pass. If all z and hint are -inf, max is -inf and sum is 0. If a z is NaN or +inf,
-  // sum is NaN. Reads x once, and blocks of 8192 whose z are far above all before them twice.
+  // sum is NaN. Reads x once, but a block of 8192 twice if its z are far above all before them.
   RunSum (*sum_exp)(DType dtype, LogitTransform transform, const void* x, int64_t n, double hint);
 
-  // sum_exp with the same bits, and the RowReport of the same logits.
+  // The same bits as sum_exp, and the RowReport of the same logits.
   RunReport (*sum_exp_report)(DType dtype, LogitTransform transform, const void* x, int64_t n,
                               double hint);
 

@@ -2,8 +2,8 @@
 // SIMPO_ISA, includes one simd_*.h and then this file.
 //
 // Memory contract: a forward pass reads each logit once and keeps only sums, in registers. A
-// backward pass reads each logit once and writes its gradient. The result for an element depends
-// neither on its alignment nor on its place in a vector.
+// backward pass reads each logit once and writes its gradient. The result of an element depends
+// neither on its alignment nor on its lane in a vector.
 
 #include <algorithm>
 #include <cmath>
@@ -22,7 +22,7 @@ inline namespace SIMPO_ISA {
 namespace {
 
 // After each block of this many logits, the pass checks whether the reference that it subtracts is
-// still close enough. A block fits into the second-level cache, in case it is summed again.
+// still close enough. A block fits the second-level cache, in case the pass sums it again.
 constexpr int64_t kBlock = 8192;
 // The first reference is the maximum of this many logits.
 constexpr int64_t kFirstLook = 256;
@@ -47,7 +47,7 @@ struct BlockSum {
   Scalar largest;  // z, except NaN
 };
 
-// report is written with kReports, and null without.
+// With kReports, writes report; otherwise it is null.
 template <bool kReports, typename T, class Logits>
 BlockSum<Compute<T>> sum_block(const T* x, int64_t n, const Logits& logits, Compute<T> reference,
                                RowReport* report) {
@@ -132,7 +132,7 @@ typename Logits::ScalarType first_z(const Logits& logits, typename Logits::Scala
   return largest_lane(logits.z(V(x)));
 }
 
-// report is added to with kReports, and null without.
+// With kReports, adds to report; otherwise it is null.
 template <bool kReports, typename T, class Logits>
 RunSum sum_exp(const T* x, int64_t n, const Logits& logits, Compute<T> hint, RowReport* report) {
   using Scalar = Compute<T>;
@@ -209,8 +209,8 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
   using V = Vec<Compute<T>>;
   constexpr int kVectors = 2 * kPairsPerStep;
   const ScaledExp<Compute<T>> exp(factor);
-  // exp(-inf) gives 0 even if the factor is NaN. With a NaN factor, all elements must become NaN,
-  // so NaN is subtracted from them.
+  // With a NaN factor, all elements must become NaN. exp(-inf) gives 0 even then, so NaN is
+  // subtracted from them.
   const V shift(factor == factor ? max : factor);
   const auto to_gradient = [&](V(&lanes)[kVectors]) {
     V slope[kVectors];
@@ -220,7 +220,7 @@ void scaled_exp(const T* x, int64_t n, const Logits& logits, Compute<T> max, Com
     exp.apply(lanes);
     SIMPO_EACH lanes[k] = lanes[k] * slope[k];
   };
-  // Fewer elements than a step, through a buffer, so that no memory outside of them is accessed.
+  // The last elements, fewer than a step, go through a buffer, so that only they are accessed.
   const auto write_range = [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t count = std::min(kStep<T>, end - begin);

@@ -1,4 +1,4 @@
-// Sums over the valid tokens of a sequence, and the gradient on its way back to the tokens.
+// Sums over the valid tokens of a sequence, and the gradients of these tokens.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The checks of a layout for the CPU kernels, and where its sequences and pairs are.
+// Checks of a layout for the CPU kernels, and the positions of its sequences and pairs.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 //
 // Vec<float> and Vec<double> have kSize lanes and +, -, *, /. Vec<double> has kExpIsZero, the least
 // x whose exponent times_two_to can take. The functions:
-//   fma(a, b, c)             a * b + c; rounded once if the instruction set has that
+//   fma(a, b, c)             a * b + c; rounded once if the instruction set can
 //   minus_multiple_of_ln2    x - n * ln2, accurate to the rounding of the result
 //   larger, smaller(x, y)    y if x is NaN
 //   round(x)                 to the nearest integer; |x| < 2^22 (float), 2^51 (double)

@@ -15,9 +15,9 @@ constexpr int64_t kPieceLength = 1 << 16;
 
 inline int64_t pieces_of_row(int64_t V) { return (V + kPieceLength - 1) / kPieceLength; }
 
-// The number of logits that a thread takes at once, a run. With runs below kLeastRun, a second
-// thread costs more than it saves. Long runs waste less prefetching past their ends. Each thread
-// takes several runs, so that no thread waits long for another to finish its last one.
+// A run is the logits that a thread takes at once. With runs below kLeastRun, a second thread costs
+// more than it saves. Long runs waste less prefetching past their ends. Each thread takes several
+// runs, so that no thread waits long for another to finish its last one.
 constexpr int64_t kLeastRun = 1 << 16;
 constexpr int64_t kMostRun = 1 << 19;
 constexpr int64_t kRunsPerThread = 8;
@@ -34,7 +34,7 @@ void for_each_in_runs(ParallelFor parallel_for, int64_t n, int64_t cost, const F
                                  length_of(kLeastRun), length_of(kMostRun));
   const int64_t runs = (n + run - 1) / run;
   std::atomic<int64_t> next{0};
-  // The ranges that the calls get do not matter: each call takes runs until there are none left.
+  // The ranges of the calls do not matter: each call takes runs until none are left.
   parallel_for(0, runs, 1, [&](int64_t, int64_t) {
     for (int64_t taken = next.fetch_add(1, std::memory_order_relaxed); taken < runs;
          taken = next.fetch_add(1, std::memory_order_relaxed)) {

@@ -2,12 +2,12 @@
 // row_kernels.inl has the passes over a row.
 //
 // Memory contract, per row of V logits:
-//   forward   reads a valid row once and writes 16 bytes, or 24 for float64. Of a masked row it
-//             reads the label. A report writes 16 bytes more and, for all positions, reads masked
-//             rows once.
-//   backward  reads a valid row once and writes it once, also in place. Writes zeros to a masked
-//             row, or one whose incoming gradient is 0, without reading it, unless dlogits holds
-//             zeros already.
+//   forward   reads a valid row once and writes 16 bytes, or 24 for float64. For a masked row, it
+//             reads only the label. A report writes 16 bytes more and, for all positions, reads
+//             masked rows once.
+//   backward  reads a valid row once and writes it once, also in place. If a row is masked or its
+//             incoming gradient is 0, it writes zeros without reading the row, or nothing if
+//             dlogits already holds zeros.
 // Scratch: 8 bytes a row, and 32 bytes for each piece of a row longer than kPieceLength. Nothing of
 // size [B, T, V] is allocated.
 //
@@ -89,7 +89,7 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
   const auto z_at = [&](int64_t row, int64_t column) {
     return kernels.z(args.dtype, args.transform, logits.at(row_at(row) + column));
   };
-  // A z of the row that is likely close to the largest: the label's, if this part has it.
+  // A z that is likely close to the row's largest: the label's, if this part has it.
   const auto hint = [&](int64_t row) {
     if (has_label(row)) return z_at(row, label_column(row));
     return args.continues ? static_cast<double>(max[row]) : z_at(row, 0);
@@ -108,7 +108,7 @@ void forward(const TokenLogpsArgs& args, ParallelFor parallel_for) {
     }
     return run;
   };
-  // Call before write_row overwrites max and sum_exp of the parts before.
+  // Call before write_row overwrites max and sum_exp of the earlier parts.
   const auto write_report = [&](int64_t row, const LogSumExp<Scalar>& logsumexp, RowReport report) {
     if (is_part) {
       if (args.continues) {
@@ -191,8 +191,8 @@ void backward(const TokenLogpsBackwardArgs& args, ParallelFor parallel_for) {
     return !args.dlogits_holds_zeros || needs_softmax(b, t);
   });
   const int64_t pieces = pieces_of_row(args.V);
-  // In place, a row is in the caches when it is written. An ordinary store to another buffer that
-  // does not fit into the caches would first read the memory.
+  // In place, the row is in the caches. An ordinary store to another buffer that does not fit the
+  // caches would read its memory first.
   const int64_t bytes = static_cast<int64_t>(rows.size()) * args.V * int64_t{sizeof(T)};
   const bool streaming = args.dlogits != args.logits && bytes >= kStreamingBytes;
 

@@ -1,5 +1,5 @@
-// From the tokens of a batch to the rows of the matrix products and back, on the CPU: selects the
-// tokens, gathers their hidden states, and writes their log-probs and gradients.
+// The tokens of a batch as rows of the matrix products, on the CPU: selects the tokens, gathers
+// their hidden states, and writes their log-probs and gradients.
 //
 // Memory contract: select_tokens reads labels and writes 16 bytes a row. gather_rows reads and
 // writes each row of H once. hidden_gradient reads a row's partial product, its sum and its label's

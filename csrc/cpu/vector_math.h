@@ -35,8 +35,8 @@ struct ExpCoefficients<double> {
 template <typename Scalar>
 inline constexpr Scalar kLog2e = static_cast<Scalar>(1.4426950408889634);
 
-// Functions of several vectors do each step for all of them before the next step. A processor's
-// schedulers are too small to find independent work if each vector's chain follows the other.
+// Functions of several vectors do each step for all of them before the next step. If one vector's
+// chain of steps followed another's, a processor's schedulers would be too small to overlap them.
 #define SIMPO_EACH _Pragma("GCC unroll 8") for (int k = 0; k < kVectors; ++k)
 
 // x = n ln2 + r with |r| <= ln2 / 2 and n an integer.
@@ -52,8 +52,8 @@ struct ReducedExponents {
 };
 
 // factor * exp(x) for x <= 0. The factor is part of the polynomial, where it costs nothing. The
-// result is exactly 0 for -inf, exactly factor for 0, and NaN for NaN. For x > 0 it is right as
-// long as exp(x) is finite, and arbitrary above.
+// result is exactly 0 for -inf, exactly factor for 0, and NaN for NaN. For x > 0 it is correct if
+// exp(x) is finite, and arbitrary otherwise.
 template <typename Scalar>
 class ScaledExp;
 

@@ -1,4 +1,4 @@
-// A vocabulary in shards, on the CPU: merges the shards of each row, and completes the gradient of
+// A sharded vocabulary, on the CPU: merges the shards of each row, and completes the gradient of
 // the hidden states before and after the sum over shards.
 //
 // Memory contract: merge_shards reads the label of each row and, unless it is masked, 24 bytes a

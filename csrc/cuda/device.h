@@ -1,4 +1,4 @@
-// Questions to the CUDA runtime that is linked into this binary. Errors are cudaError_t as int, 0
+// Queries of the CUDA runtime that is linked into this binary. Errors are cudaError_t as int, 0
 // for success.
 #pragma once
 
@@ -13,14 +13,14 @@ int driver_version();
 // The number of devices that this runtime can use with the installed driver, or minus an error.
 int device_count();
 
-// Makes the device the current one of the calling thread. Torch has a runtime of its own, whose
-// current device this one does not know.
+// Makes the device the current one of the calling thread. Torch has its own runtime, and this one
+// does not know torch's current device.
 int use_device(int index);
 
 // 10 * major + minor of the current device; 0 if there is none.
 int compute_capability();
 
-// Errors that a user can do something about.
+// Errors that a user can fix.
 bool is_unsupported_architecture(int error);
 bool is_insufficient_driver(int error);
 

@@ -15,7 +15,7 @@ namespace simpo_ext::cuda {
 SIMPO_DEVICE float fast_exp(float x) { return exp2_approx(x * 1.44269504f); }
 SIMPO_DEVICE double fast_exp(double x) { return std::exp(x); }
 
-// The larger one; of a number and a NaN, the number.
+// The larger value; the number if the other is NaN.
 template <typename Scalar>
 SIMPO_DEVICE Scalar larger(Scalar a, Scalar b) {
   return std::fmax(a, b);

@@ -1,5 +1,5 @@
-// Tokens to rows: gather_rows reads 8 bytes a row and, where the row has a token, H e bytes, with e
-// the size of an element. It writes R H e bytes.
+// gather_rows copies tokens to rows. It reads 8 bytes a row and, if the row has a token, H e bytes,
+// with e the size of an element. It writes R H e bytes.
 //
 // No scratch. Every element has one writer.
 
@@ -24,7 +24,7 @@ SIMPO_DEVICE bool has_part(const GatherRowsArgs& args, int64_t row, int64_t posi
   return load_gradient(static_cast<const Compute<T>*>(args.gradients) + row) != Compute<T>(0);
 }
 
-// For rows that are not longer than a vector: a thread for each row.
+// A thread for each row, for rows that are not longer than a vector.
 template <typename T>
 __global__ void __launch_bounds__(kRowsPerBlock) gather_short_rows_kernel(GatherRowsArgs args) {
   const int64_t row = row_of_thread();
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kRowsPerBlock) gather_short_rows_kernel(Gather
   for (int64_t h = 0; h < args.H; ++h) store(to + h, load(from + h));
 }
 
-// Copies kUnroll vectors of a row: first, first + kRowThreads, ...; with kGuarded, those of them
-// that exist. All loads stand before the first store, so that they are in flight together.
+// Copies kUnroll vectors of a row: first, first + kRowThreads, ...; with kGuarded, only those that
+// exist. All loads come before the first store, so that they are in flight together.
 template <int kUnroll, bool kGuarded>
 SIMPO_DEVICE void copy_vectors(const Vector16* from, Vector16* to, int64_t first,
                                int64_t num_vectors) {

@@ -4,9 +4,9 @@
 //
 //   add_partial: reads count e bytes, and count c bytes unless the product is the first; writes
 //   count c bytes.
-//   hidden_gradient: reads 8 bytes a row and, where the row has a token, its label, 8 bytes. Then
-//   it reads c and H (2 e + c) bytes, or c and 2 H e without a sum, and writes H e bytes. If the
-//   token's label is out of range, it only writes a row of NaN.
+//   hidden_gradient: reads 8 bytes a row and, if the row has a token, the label, 8 bytes. Then it
+//   reads c + H (2 e + c) bytes, or c + 2 H e without a sum, and writes H e bytes. If the label is
+//   out of range, it only writes a row of NaN.
 //
 // No scratch. Every element has one writer and one order of additions, so equal inputs give equal
 // bits.
@@ -49,8 +49,8 @@ SIMPO_DEVICE void write_hidden_element(const HiddenGradientRow<T>& row, int64_t 
                              value, Elements<T>::widen(load(row.weight + h * row.weight_stride)))));
 }
 
-// Writes kUnroll vectors of a row: first, first + kRowThreads, ...; with kGuarded, those of them
-// that exist. All loads stand before the first store, so that they are in flight together.
+// Writes kUnroll vectors of a row: first, first + kRowThreads, ...; with kGuarded, only those that
+// exist. All loads come before the first store, so that they are in flight together.
 template <typename T, bool kHasSum, int kUnroll, bool kGuarded>
 SIMPO_DEVICE void write_hidden_vectors(const HiddenGradientRow<T>& row, int64_t first,
                                        int64_t num_vectors) {
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocksPerSM)
 constexpr int kAddThreads = 256;
 constexpr int kAddBlocksPerSM = 6;  // 40 registers for each thread
 
-// The number of a product's vectors that a thread has in flight. The sum that they are added to has
-// as many vectors, or twice as many.
+// The number of a product's vectors that a thread has in flight. The sum has as many vectors, or
+// twice as many.
 template <bool kIsFirst>
 constexpr int kPartialsInFlight = kIsFirst ? 4 : 2;
 

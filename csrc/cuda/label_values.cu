@@ -1,11 +1,11 @@
-// The label's value of each row: its log-probability, once all chunks of logits are summed up, and
-// its element of dlogits.
+// Writes values of each row's label: its log-probability, after all chunks of logits have been
+// summed, and its element of dlogits.
 //
 // Memory contract, with e the size of a logit and c that of a compute value:
 //
-//   write_logps: reads 8 bytes a row and, where the row has a token, 8 + 2 c bytes; then writes c
+//   write_logps: reads 8 bytes a row. If the row has a token, reads 8 + 2 c bytes more and writes c
 //   bytes. A report reads and writes 16 bytes more.
-//   put_label_gradients: reads 8 bytes a row. Where the chunk has the row's label, reads c and
+//   put_label_gradients: reads 8 bytes a row. If the chunk has the row's label, reads c bytes and
 //   writes e bytes.
 //
 // No scratch. Every element has one writer.

@@ -1,5 +1,5 @@
-// The functions of CUDA that the kernels use. Only this header includes the CUDA toolkit for them.
-// Besides, kernels use CUDA's language: __global__, __syncthreads, threadIdx ...
+// The functions of CUDA that the kernels use. For the kernels, only this header includes the CUDA
+// toolkit. They also use CUDA's language: __global__, __syncthreads, threadIdx ...
 #pragma once
 
 #include <cuda_runtime.h>
@@ -45,7 +45,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
   const CaptureModeRelaxed relaxed;
   const cudaError_t error =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  if (error != cudaSuccess) cudaGetLastError();  // otherwise the next launch returns it again
+  if (error != cudaSuccess) cudaGetLastError();  // clears it: the next launch would return it again
   return static_cast<int>(error);
 }
 
@@ -66,8 +66,8 @@ SIMPO_DEVICE T load_uniform(const T* pointer) {
   return *pointer;
 }
 
-// Like load_uniform, but the load stays at its place in the code. The compiler may move an ordinary
-// load below a branch that does not need it, and the row would wait for memory again.
+// Like load_uniform, but the load stays in its place. The compiler may move an ordinary load below
+// a branch that does not need it, and the row would then wait for memory twice.
 template <typename T>
 SIMPO_DEVICE T load_uniform_early(const T* pointer) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
@@ -108,7 +108,7 @@ SIMPO_DEVICE void store_streaming(Vector16* pointer, Vector16 v) {
          make_uint4(v.words[0], v.words[1], v.words[2], v.words[3]));
 }
 
-// ---- instructions that C++ has no spelling for ----------------------------------------------
+// ---- instructions that C++ cannot express ---------------------------------------------------
 
 // 2^x within 2 ulp; exact at 0; 0 where the result would be subnormal.
 SIMPO_DEVICE float exp2_approx(float x) {
@@ -147,7 +147,7 @@ SIMPO_DEVICE uint32_t narrow_float16x2(float low, float high) {
   return result;
 }
 
-// The larger of each half. Of a number and a NaN, it is the number.
+// The larger of each half; the number if the other is NaN.
 SIMPO_DEVICE uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
   uint32_t result;
   asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

@@ -4,9 +4,9 @@
 // backward reads labels, and O(P) values in each block, and writes [B, T].
 //
 // The forward has two kernels. The first has a block for each sequence, so that the whole GPU works
-// on the tokens. The second has one block for the O(P) rest, which adds up the pairs in a fixed
-// order without atomics. For the same reason, each sequence in the backward searches all pairs for
-// its own if pairs are given by indices.
+// on the tokens. The second has one block, which adds up the pairs in a fixed order without
+// atomics. For the same reason, if pairs are given by indices, each sequence in the backward
+// searches all pairs for its own.
 
 #include <cstdint>
 
@@ -19,7 +19,7 @@ namespace simpo_ext::cuda {
 namespace {
 
 constexpr int kPairThreads = 128;
-// For the backward. Each block counts the pairs, so more blocks than fill a GPU do not pay off.
+// For the backward. Each block counts all pairs, so more blocks than fill a GPU do not pay off.
 constexpr int64_t kMaxBackwardBlocks = 1024;
 
 template <typename Scalar>
@@ -138,7 +138,7 @@ SIMPO_DEVICE double sequence_gradient(const PreferenceLossBackwardArgs& args,
     if (members.rejected == s) sum += gradients.rejected;
   }
   sum = reduce_warp(sum, [](double a, double b) { return a + b; });
-  __syncthreads();  // all threads have read of_warps for the sequence before
+  __syncthreads();  // all threads have read of_warps for the previous sequence
   if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = sum;
   __syncthreads();
   sum = 0.0;

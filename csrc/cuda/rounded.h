@@ -8,9 +8,9 @@
 
 namespace simpo_ext::cuda {
 
-// A number whose products are rounded. The compiler would fuse a plain product with the sum that
-// follows it. Then z = logit_scale * x would be unrounded in z - max but rounded where the label's
-// z is stored, and a label with all the probability would not have a log-probability of 0.
+// A number whose products are rounded. The compiler would fuse a plain product with the following
+// sum. Then z = logit_scale * x would be unrounded in z - max but rounded where the label's z is
+// stored, and a label with probability 1 would not have a log-probability of 0.
 template <typename Scalar>
 struct Rounded {
   Scalar value;

@@ -1,4 +1,4 @@
-// The report of a row, which a block of threads computes from the same loads as the log-sum-exp.
+// The report of a row. A block of threads computes it from the same loads as the log-sum-exp.
 #pragma once
 
 #include <cmath>
@@ -63,8 +63,7 @@ SIMPO_DEVICE void reduce_warp_of_reports(LogSumExp<Scalar>& sum, RowReport& repo
   sum = of_warp;
 }
 
-// Merges the reports of all threads, in thread 0. sum is the sum that goes with the thread's
-// report.
+// Merges the reports of all threads, in thread 0. sum is the LogSumExp of the thread's values.
 template <typename Scalar, int kThreads>
 SIMPO_DEVICE RowReport reduce_block_of_reports(LogSumExp<Scalar> sum, RowReport report) {
   constexpr int kWarps = kThreads / kWarpSize;
@@ -117,7 +116,7 @@ SIMPO_DEVICE double sum_z_of_vectors(const Vector16* vectors, int64_t first, int
   return static_cast<double>(sums[0] + sums[1]);
 }
 
-// This thread's share of the sum of a row's z.
+// This thread's part of the sum of a row's z.
 template <typename T, class Logits, int kThreads, int kUnroll>
 SIMPO_DEVICE double sum_z_of_row(const T* x, int64_t V, const Logits& logits) {
   const RowCut<T> cut(x, V);

@@ -10,15 +10,14 @@
 namespace simpo_ext::cuda {
 
 // A grid with z blocks for each of count > 0 rows. If the first dimension is too small for all
-// rows, the second one divides them into equal shares, so that at most gridDim.y blocks have no
-// row.
+// rows, the second divides them into equal parts, so that fewer than gridDim.y blocks have no row.
 inline dim3 grid_of_rows(int64_t count, unsigned z = 1) {
   const int64_t y = (count + kMaxGridX - 1) / kMaxGridX;
   const int64_t x = (count + y - 1) / y;
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), z);
 }
 
-// The row of this block. A block without a row gets a number >= count.
+// The row of this block; >= count if the block has none.
 SIMPO_DEVICE int64_t row_of_block() {
   return static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
 }
@@ -106,7 +105,7 @@ SIMPO_HOST_DEVICE inline int num_segments(int64_t V) {
              : static_cast<int>((V + kSegmentColumns<T> - 1) / kSegmentColumns<T>);
 }
 
-// With fewer rows than kBusyBlocks, several blocks share each row.
+// If there are fewer rows than kBusyBlocks, several blocks share each row.
 inline unsigned blocks_per_row(int64_t N, int num_segments) {
   if (N == 0 || N >= kBusyBlocks) return 1;
   const int64_t wanted = (kBusyBlocks + N - 1) / N;
@@ -146,7 +145,7 @@ class RowSegments {
   int count_, begin_, end_;
 };
 
-// row[0, V) = value. The kThreads threads of a block call it together.
+// row[0, V) = value. All kThreads threads of a block must call it.
 template <typename T, int kThreads>
 SIMPO_DEVICE void fill_row(T* row, int64_t V, Compute<T> value) {
   constexpr int kWidth = Elements<T>::kWidth;

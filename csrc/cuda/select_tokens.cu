@@ -1,7 +1,6 @@
-// Which tokens are rows: select_tokens reads each label once and writes 16 R bytes, and c bytes for
-// each position if logps are given, with c the size of a compute value.
-//
-// No scratch. The order of rows is that of the positions.
+// select_tokens lists the valid tokens as rows, in the order of their positions. It reads each
+// label once and writes 16 R bytes. If logps are given, it writes c bytes for each position, with c
+// the size of a compute value. No scratch.
 
 #include <cstdint>
 #include <limits>
@@ -16,7 +15,7 @@ namespace simpo_ext::cuda {
 namespace {
 
 // One block goes through all labels, so that the order of rows needs no second pass. It takes 4096
-// labels a turn, with a few dependent steps each: some microseconds for a usual batch.
+// labels a turn, and some microseconds for a usual batch.
 constexpr int kSelectThreads = 1024;
 constexpr int kTokensPerThread = 4;
 constexpr int64_t kTokensPerTurn = kSelectThreads * kTokensPerThread;
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(kSelectThreads) select_tokens_kernel(SelectTok
   const int lane = tid % kWarpSize, warp = tid / kWarpSize;
   Scalar* logps = static_cast<Scalar*>(args.logps);
 
-  int64_t num_selected = 0;  // in the turns before
+  int64_t num_selected = 0;  // in earlier turns
   int* counts = of_warps;
   for (int64_t first = 0; first < N; first += kTokensPerTurn) {
     const int64_t first_of_mine = first + tid * kTokensPerThread;

@@ -1,6 +1,6 @@
-// Sums over the valid tokens of a sequence, and the gradient on its way back to the tokens. Each
-// sequence has a block, which reads each valid token once and no masked one. Sums are compensated,
-// in double, in a fixed order.
+// Sums over the valid tokens of a sequence, and the gradients of these tokens. Each sequence has a
+// block, which reads each valid token once and no masked one. Sums are compensated, in double, in a
+// fixed order.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ SIMPO_DEVICE bool is_valid_token(const Targets& targets, int64_t b, int64_t t) {
          load(targets.labels + targets.label_offset(b, t)) != targets.ignore_index;
 }
 
-// The positions of sequence s. It is not found if they are not in the batch.
+// The positions of sequence s, which is not found if they are not in the batch.
 struct FoundRange {
   TokenRange range;
   bool is_found;

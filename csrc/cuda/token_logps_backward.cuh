@@ -15,8 +15,8 @@
 
 namespace simpo_ext::cuda {
 
-// How many threads must fit on a multiprocessor. This limits a kernel to 64 registers, or to 128
-// for the exp of a double, which is enough to spill none.
+// The number of threads that must fit on a multiprocessor. This limits a kernel to 64 registers, or
+// to 128 for the exp of a double, which is enough to spill none.
 template <class Logits>
 constexpr int kBackwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512 : 1024;
 
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   T* dx =
       static_cast<T*>(args.dlogits) + args.dlogits_strides.offset(token.b, token.t) + first_column;
 
-  // Loaded together, even if the label will show that the others are not needed, so that the row
-  // waits for memory only once.
+  // Loaded together, so that the row waits for memory only once. The label may show that the others
+  // are not needed.
   const int64_t label = uniform_label_at(targets, token);
   const Scalar grad = load_uniform_early(static_cast<const Scalar*>(args.grad_logps) +
                                          args.grad_strides.offset(token.b, token.t));
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreadsPerSM<Logits> / kThr
   // softmax = exp(z - max) / sum_exp, with the division folded into the coefficient.
   const RowGradient<T, Logits> gradient{logits, max, -common_grad / static_cast<Scalar>(sum_exp)};
 
-  // Vector access needs x and dx to be aligned alike. Where they are not, as in a slice of an odd
-  // vocabulary, threads access single elements.
+  // Vector access needs x and dx to have the same alignment. If they differ, as in a slice of an
+  // odd vocabulary, threads access single elements.
   const bool is_aligned_alike =
       (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(dx)) % 16 == 0;
   const RowCut<T> cut(x, V);
 
-  // In place, another thread may already have overwritten the label's logit. So only the thread
-  // that writes this element reads it beforehand, and it writes the label's gradient last.
+  // In place, another thread may already have overwritten the label's logit. So the thread that
+  // writes this element reads it first, and writes the label's gradient last.
   const bool writes_label =
       has_label &&
       tid == (is_aligned_alike ? cut.thread_of_element(column, kThreads) : column % kThreads);

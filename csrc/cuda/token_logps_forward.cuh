@@ -19,8 +19,8 @@
 
 namespace simpo_ext::cuda {
 
-// How many threads must fit on a multiprocessor. This limits a kernel to 48 or 64 registers, or to
-// 128 for the exp of a double, which is enough to spill none.
+// The number of threads that must fit on a multiprocessor. This limits a kernel to 48 or 64
+// registers, or to 128 for the exp of a double, which is enough to spill none.
 template <class Logits>
 constexpr int kForwardThreadsPerSM = sizeof(typename Logits::ScalarType) == 8 ? 512
                                      : Logits::kIsCapped                      ? 1024
@@ -48,9 +48,10 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_warp_of_sums(const LogSumExp<Scalar>& mine
   return result;
 }
 
-// Merges the threads' sums. Only thread 0 gets the result. Two sets of shared memory take turns
-// from call to call: while warp 0 reads one, the other warps go on and write the other. They cannot
-// come back to the first before warp 0 has left it, because it must reach the next call's barrier.
+// Merges the threads' sums. Only thread 0 gets the result. Calls alternate between two sets of
+// shared memory: while warp 0 reads one, the other warps go on and write the other. They cannot
+// write the first again before warp 0 has read it, because they wait for warp 0 at the next call's
+// barrier.
 template <typename Scalar, int kThreads>
 SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine, int call) {
   constexpr int kWarps = kThreads / kWarpSize;
@@ -77,11 +78,11 @@ SIMPO_DEVICE LogSumExp<Scalar> reduce_block(const LogSumExp<Scalar>& mine, int c
   return of_block;
 }
 
-// Adds kUnroll vectors: first, first + kThreads, ...; with kGuarded, those of them that exist. All
-// loads stand before the first use, so that they are in flight together. The terms of these vectors
-// are added up in Scalar, and the sums of all batches in double. If one label has nearly all the
-// probability, its term is large and all others are small. Added to it in Scalar, each small term
-// would lose its last digits.
+// Adds kUnroll vectors: first, first + kThreads, ...; with kGuarded, only those that exist. All
+// loads come before the first use, so that they are in flight together. The terms of these vectors
+// are added up in Scalar, and the sums of all batches in double: if one label has nearly all the
+// probability, its term is so large that small terms added to it in Scalar would lose their last
+// digits.
 template <typename T, class Logits, int kThreads, int kUnroll, bool kGuarded, bool kReports>
 SIMPO_DEVICE void add_vectors(const Vector16* vectors, int first, int num_vectors,
                               const Logits& logits, LogSumExp<Compute<T>>& sum, RowReport& report) {
@@ -120,7 +121,7 @@ SIMPO_DEVICE void add_vectors(const Vector16* vectors, int first, int num_vector
   if constexpr (kReports) of_report.add_to(report, reference);
 }
 
-// Adds this thread's share of the columns x[0, n).
+// Adds this thread's part of the columns x[0, n).
 template <typename T, class Logits, int kThreads, int kUnroll, bool kReports>
 SIMPO_DEVICE void add_columns(const T* x, int n, const Logits& logits, LogSumExp<Compute<T>>& sum,
                               RowReport& report) {
@@ -154,7 +155,7 @@ SIMPO_DEVICE void add_columns(const T* x, int n, const Logits& logits, LogSumExp
   }
 }
 
-// Writes what merge_shards reads of a segment, which it treats like a shard.
+// Writes the values of a segment for merge_shards, which treats it like a shard.
 template <typename Scalar>
 SIMPO_DEVICE void write_segment(const TokenLogpsArgs& args, int segment, int64_t row,
                                 const LogSumExp<Scalar>& sum, Scalar label_z) {
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, (kReports ? kReportThreadsPerSM<Logi
 
   const T* x = static_cast<const T*>(args.logits) + args.logits_strides.offset(token.b, token.t);
   // Loaded first, so that it has arrived when the row is done. NaN marks a block without the label,
-  // which takes no further register while columns are added.
+  // which takes no other register while columns are added.
   T label_x = Elements<T>::narrow(std::numeric_limits<Scalar>::quiet_NaN());
   // The LogSumExp and the RowReport of the row so far, for thread 0 only. They are in shared memory
   // because registers are scarce while columns are added.

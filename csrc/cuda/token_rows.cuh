@@ -1,5 +1,5 @@
-// Shared by the kernels around hidden states, whose R rows stand for the valid tokens of a batch. A
-// row has a thread or a block of threads.
+// Shared by the kernels for hidden states, whose R rows are the valid tokens of a batch. A row has
+// a thread or a block of threads.
 #pragma once
 
 #include <cstdint>
@@ -30,9 +30,9 @@ SIMPO_DEVICE bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// ---- sums that go with vectors of T ---------------------------------------------------------
+// ---- sums for vectors of T ------------------------------------------------------------------
 
-// The compute values that go with a vector of T: one vector, or two.
+// The compute values for a vector of T: one vector, or two.
 template <typename T>
 struct Sums {
   using Scalar = Compute<T>;
@@ -40,8 +40,8 @@ struct Sums {
   static constexpr int kWidth = Elements<Scalar>::kWidth;
   Vector16 v[kVectors];
 
-  // Loads those that go with vector i. Two loads share a cache line, so the second one is a hit in
-  // the first-level cache.
+  // Loads the values for vector i. Two loads share a cache line, so the second one is a hit in the
+  // first-level cache.
   SIMPO_DEVICE void load_from(const Vector16* sums, int64_t i) {
     SIMPO_UNROLL
     for (int j = 0; j < kVectors; ++j) v[j] = load_cached(sums + i * kVectors + j);

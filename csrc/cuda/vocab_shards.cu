@@ -1,4 +1,4 @@
-// A vocabulary in shards: merges the shards of each row, and completes the gradient of the hidden
+// A sharded vocabulary: merges the shards of each row, and completes the gradient of the hidden
 // states before and after the sum over shards.
 //
 // Memory contract, with e the size of a hidden state's element and c that of a compute value:

@@ -40,7 +40,7 @@ SIMPO_DEVICE SumInWarp add_in_warp(int value) {
   return sum;
 }
 
-// ---- structs of 8-byte members, which shuffles and shared arrays take as words --------------
+// ---- structs of 8-byte members, shuffled and shared as words --------------------------------
 
 template <typename Value>
 constexpr int kWordsOf = sizeof(Value) / sizeof(uint64_t);

@@ -9,10 +9,10 @@
 
 namespace simpo_ext::ops {
 
-// Zeros where the system provides them without writing.
+// A tensor that holds zeros if the system provides them without writing.
 LargeTensor new_large_cpu_tensor(const Tensor& like, std::initializer_list<int64_t> sizes);
 
-// A tensor of which the caller writes every element.
+// A tensor that the caller writes completely.
 Tensor new_large_cpu_tensor_for_writing(const Tensor& like, std::initializer_list<int64_t> sizes);
 
 }  // namespace simpo_ext::ops

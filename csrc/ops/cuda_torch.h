@@ -1,5 +1,5 @@
-// What a CUDA build of torch provides: the current stream, and the cuBLAS that it multiplies with.
-// The library looks these up when it runs, since it also works with a CPU build of torch.
+// The functions of a CUDA build of torch: its current stream and its cuBLAS. The library looks them
+// up when it runs, since it also works with a CPU build of torch.
 #pragma once
 
 #include <dlfcn.h>

@@ -11,8 +11,8 @@
 
 namespace simpo_ext::ops {
 
-// Where torch leaves C++ exceptions as they are, a direct call of the op in Python gets an
-// IndexError for std::out_of_range and a ValueError for std::invalid_argument.
+// If torch does not convert C++ exceptions, a direct call of the op in Python raises an IndexError
+// for std::out_of_range and a ValueError for std::invalid_argument.
 [[noreturn]] inline void throw_index_error(const std::string& message) {
   throw std::out_of_range(kIndexErrorTag + message);
 }
@@ -20,7 +20,7 @@ namespace simpo_ext::ops {
   throw std::invalid_argument(kValueErrorTag + message);
 }
 
-// ---- errors that a kernel found -------------------------------------------------------------
+// ---- errors that kernels return -------------------------------------------------------------
 
 inline void check_labels_in_range(const LabelError& error, int64_t ignore_index, int64_t V,
                                   bool is_flat = false) {

@@ -8,7 +8,7 @@
 //   kChunkColumns            the most columns of a chunk of logits: see linear/plan.h
 //   new_large(like, sizes)   a tensor as large as logits, which may already hold zeros
 //   new_large_for_writing(like, sizes)
-//                            the same for a tensor of which the op writes every element
+//                            the same for a tensor that the op writes completely
 //   adds_products()          whether add_product(sum, a, b, is_first) can do sum += a b inside the
 //                            matrix product
 //   token_logps(args), ...   the kernels of core/kernels.h; throws the errors that they return

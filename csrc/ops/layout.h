@@ -14,7 +14,7 @@
 
 namespace simpo_ext::ops {
 
-// How labels score logits: arguments that all ops from logits or hidden states share.
+// How labels score logits. All ops from logits or hidden states have these arguments.
 struct Scoring {
   int64_t ignore_index;
   bool shift;
@@ -34,7 +34,7 @@ Targets make_targets(const Device& device, const Tensor& labels, int64_t ignore_
           shift};
 }
 
-// The labels that the V columns of logits stand for: [first_label, first_label + V) of num_labels.
+// The labels of the V columns of logits: [first_label, first_label + V) of num_labels.
 struct VocabPart {
   int64_t first_label;
   int64_t num_labels;
@@ -50,8 +50,8 @@ struct VocabPart {
 // The sequences of a batch, and which of them are pairs. Holds the tensors that the views point to.
 class Layout {
  public:
-  // With cu_seqlens, the targets must be aligned already: a shift would take labels across the ends
-  // of sequences.
+  // With cu_seqlens, the targets must be aligned already, because a shift would cross the ends of
+  // sequences.
   template <class Device>
   Layout(const Device& device, const Targets& targets, const std::optional<Tensor>& cu_seqlens) {
     sequences_ = {nullptr, targets.B};

@@ -20,7 +20,7 @@ class Cuda {
   Cuda(const Tensor&, const char* name) {
     STD_TORCH_CHECK(false, name,
                     ": this build of simpo_ext has kernels for CPU tensors only, got a CUDA "
-                    "tensor; move it with .cpu(), or build simpo_ext from source where nvcc is");
+                    "tensor; move it with .cpu(), or build simpo_ext from source with nvcc");
   }
   void check(const Tensor&, const char*) const {}
   LargeTensor new_large(const Tensor& like, std::initializer_list<int64_t>) const {

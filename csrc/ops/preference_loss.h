@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefe
   return {loss, losses, logps, rewards, sft_loss, metrics, slopes, counts};
 }
 
-// The gradient of one output of preference_loss. An absent one counts as zero. A scalar has stride
-// 0, so that every pair reads it.
+// The gradient of one output of preference_loss. A missing gradient counts as zero. A scalar has
+// stride 0, so that every pair reads it.
 struct OutputGradient {
   const void* data = nullptr;
   int64_t stride = 0;

@@ -1,6 +1,6 @@
 // Registers the ops when the library is loaded, unless another copy in the process has done so.
 // Torch accepts the ops of a namespace once, and a second STABLE_TORCH_LIBRARY crashes the process.
-// So a second copy registers nothing, and simpo_ext_load_error() tells its callers why.
+// So a second copy registers nothing, and simpo_ext_load_error() returns the reason.
 
 #include "ops/registration.h"
 

@@ -34,7 +34,7 @@ template <class Device>
 Tensor sequence_targets(const Tensor& labels, const Tensor& cu_seqlens, int64_t num_labels,
                         int64_t ignore_index, bool shift) {
   const Device device(labels, "labels");
-  // Layout takes targets that are aligned already. Here the kernel aligns them.
+  // Layout requires targets without a shift. The kernel applies the shift.
   Targets given = make_targets(device, labels, ignore_index, false);
   const Layout layout(device, given, cu_seqlens);
   given.shift = shift;

@@ -33,9 +33,9 @@ class ContiguousStrides {
 };
 
 // An uninitialized contiguous tensor that has at most three dimensions, on the device of `like`.
-// Its dtype is that of `like` unless one is given. torch::stable has such a function, but that one
-// looks an op up by its name and dispatches it: for the nine small tensors of preference_loss, this
-// takes longer than the loss itself.
+// Its dtype is that of `like` unless one is given. The function of torch::stable looks up an op by
+// name and dispatches it: for the nine small tensors of preference_loss, this takes longer than the
+// loss itself.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
                         std::optional<ScalarType> dtype = std::nullopt) {
   const ContiguousStrides strides(sizes);
@@ -61,7 +61,7 @@ inline LargeTensor new_empty_large(const Tensor& like, std::initializer_list<int
   return {new_empty(like, sizes), false};
 }
 
-// The check saves the dispatch of an op where nothing has to be copied.
+// The check saves the dispatch of an op if nothing has to be copied.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

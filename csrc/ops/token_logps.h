@@ -37,7 +37,7 @@ inline Tensor with_unit_stride(const Tensor& logits) {
   return has_unit_stride_in_vocabulary(logits) ? logits : as_contiguous(logits);
 }
 
-// False if two rows may share memory: both cannot be overwritten.
+// False if two rows may share memory. Such rows cannot both be overwritten.
 inline bool has_distinct_rows(const Tensor& logits) {
   const int64_t B = logits.size(0), T = logits.size(1), V = logits.size(2);
   const int64_t stride_b = logits.stride(0), stride_t = logits.stride(1);

@@ -1,11 +1,11 @@
-// The ops from logits for a vocabulary that is divided into shards. linear/vocab_shards.h has those
-// from hidden states. No op communicates: the caller gathers and adds up between the ops.
+// The ops from logits for a sharded vocabulary. linear/vocab_shards.h has those from hidden states.
+// No op communicates: the caller gathers and adds up between the ops.
 //
 //   token_logps_shard           logits of the shard -> stats [3, B, T]
 //   token_logps_merge           stats of all shards, in order -> logps, max, sum_exp
 //   token_logps_shard_backward  max and sum_exp of the whole vocabulary -> the shard's dlogits
 //
-// stats are float64, which holds all values exactly. Of each row they have the largest z,
+// stats are float64, which holds all values exactly. For each row they have the largest z,
 // sum(exp(z - max)), and the label's z, which is NaN if the label is on another shard. All three
 // are 0 at masked rows.
 #pragma once
@@ -40,7 +40,7 @@ class ShardStats {
   double* sum_exp() const { return row(1).template mutable_data_ptr<double>(); }
   void* label_z() const { return label_z_.mutable_data_ptr(); }
 
-  // The stats, once the kernels are enqueued.
+  // Returns the stats. Call it after the kernels are enqueued.
   Tensor finish() const {
     if (is_converted_) {
       convert(max_, 0);

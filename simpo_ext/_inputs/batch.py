@@ -24,15 +24,15 @@ class Batch(NamedTuple):
     """Tokens and labels that belong together. The labels are int64."""
 
     name: str
-    """Of ``tokens``, for messages."""
+    """The name of ``tokens`` in messages."""
     tokens: Tensor  # [B, T, ...]
     labels: Tensor  # [B, T]
     layout: Layout
     shape: torch.Size
-    """Of the labels as they were given."""
+    """The shape of the labels as given."""
 
     def as_given(self, by_token: Tensor) -> Tensor:  # [B, T]
-        """Values by token in the shape that the labels had."""
+        """Returns values of tokens in the shape that the labels were given in."""
         return by_token if by_token.shape == self.shape else by_token.view(self.shape)
 
     def paired(self, pairs: object, pair_weight: object) -> Batch:
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 def _batch(name: str, tokens: Tensor, labels: object, cu_seqlens: object) -> Batch:
-    """Brings tokens and labels into one layout and checks that their shapes fit."""
+    """Converts tokens and labels to one layout, and checks that their shapes fit."""
     labels = check_tensor("labels", labels)
     shape, last = labels.shape, LAST_DIMENSION.get(name, "")
     dimensions = 2 + bool(last)
@@ -89,7 +89,7 @@ def logits_batch(
     cu_seqlens: object,  # [S + 1], or None
     inplace_backward: bool,
 ) -> Batch:
-    """A batch of logits, which the backward may overwrite if it is asked to."""
+    """A batch of logits. With ``inplace_backward``, checks that they may be overwritten."""
     batch = _batch("logits", check_floating("logits", logits), labels, cu_seqlens)
     if inplace_backward:
         _check_may_be_overwritten(batch.tokens)
@@ -105,12 +105,12 @@ def token_logps_batch(token_logps: object, labels: object, cu_seqlens: object) -
 
 
 def labels_batch(labels: object, cu_seqlens: object) -> Batch:
-    """A batch of labels alone: they are the tokens, too."""
+    """A batch of labels alone. They also take the place of the tokens."""
     return _batch("labels", check_tensor("labels", labels), labels, cu_seqlens)
 
 
 class LinearBatch(NamedTuple):
-    """A batch of hidden states, and the lm_head that it goes into, at the dtype to compute with."""
+    """A batch of hidden states and the parameters of lm_head, all of one dtype."""
 
     batch: Batch
     weight: Tensor  # [V, H]
@@ -124,7 +124,7 @@ def linear_batch(
     bias: object,  # [V], or None
     cu_seqlens: object,  # [S + 1], or None
 ) -> LinearBatch:
-    """A batch of hidden states, cast as torch casts the arguments of F.linear under autocast."""
+    """A batch of hidden states. Autocast casts it as it casts the arguments of F.linear."""
     hidden = check_floating("hidden", hidden)
     weight = check_floating("weight", weight)
     batch = _batch("hidden", hidden, labels, cu_seqlens)
@@ -202,7 +202,7 @@ def _check_pair_weight(value: object, num_pairs: int, batch: Batch) -> Tensor:
     if weight.requires_grad:
         raise ValueError(
             "pair_weight: expected constants, got a tensor that requires grad; detach it, or "
-            "multiply losses, the output, by it"
+            "multiply the output's losses by it"
         )
     if weight.dim() != 1 or weight.shape[0] != num_pairs:
         raise ValueError(
@@ -229,7 +229,7 @@ def _check_index_tensor(
     return tensor
 
 
-# For CPU tensors beside tokens on a GPU. If all are on the CPU, the kernels check the values.
+# Checks for CPU tensors that come with tokens on a GPU. On the CPU, the kernels check the values.
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -245,7 +245,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def check_pairs_in_range(pairs: Tensor, sequences: int) -> None:
-    """IndexError unless each of ``pairs``, on the CPU, names two sequences that exist."""
+    """Raises IndexError if ``pairs``, on the CPU, name a sequence that does not exist."""
     indices = pairs.to(torch.int64)
     wrong = ((indices < 0) | (indices >= sequences)).nonzero()
     if len(wrong) > 0:
@@ -260,7 +260,7 @@ def check_pairs_in_range(pairs: Tensor, sequences: int) -> None:
 
 
 def _check_may_be_overwritten(logits: Tensor) -> None:  # [B, T, V]
-    """The backward may overwrite the memory of the logits with their gradient."""
+    """Raises ValueError if the backward must not overwrite the logits with their gradient."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return
     # A leaf that is itself a view (of a flat parameter buffer, say) has a base without gradient.

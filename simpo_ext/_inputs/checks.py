@@ -1,4 +1,4 @@
-"""Argument checks: each error names the argument, what was expected and what came."""
+"""Argument checks. Each error names the argument, the expectation and the value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HAS_CUDA_KERNELS = bool(_C.build_info()["cuda_runtime_version"])
 
 
 def names_of(dtypes: Iterable[torch.dtype]) -> str:
-    """For messages."""
+    """The dtypes as a list for messages."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
@@ -30,10 +30,10 @@ def check_tensor(name: str, value: object) -> Tensor:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if is_dtensor(value):
         raise TypeError(
-            f"{name}: expected a plain torch.Tensor, got a DTensor; a weight that FSDP has sharded "
-            "is whole within the forward of the module that gathers it; pass a weight that is "
-            "sharded over the vocabulary to simpo_ext.distributed."
-            "vocab_parallel_linear_token_logps, and such logits to vocab_parallel_token_logps"
+            f"{name}: expected a plain torch.Tensor, got a DTensor; use an FSDP-sharded weight in "
+            "the forward of the module that gathers it; pass a weight sharded over the vocabulary "
+            "to simpo_ext.distributed.vocab_parallel_linear_token_logps, and such logits to "
+            "vocab_parallel_token_logps"
         )
     if value.layout != torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else str(value.layout)
@@ -43,7 +43,7 @@ def check_tensor(name: str, value: object) -> Tensor:
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether it is a DTensor. This does not import torch.distributed.tensor."""
+    """Whether ``value`` is a DTensor, without importing torch.distributed.tensor."""
     kind = type(value)
     return (
         kind is not Tensor
@@ -135,7 +135,7 @@ def check_ignore_index(name: str, value: object) -> int:
 
 
 def check_count(name: str, value: object) -> int:
-    """A number of things. A compiler may hold it as a symbol."""
+    """A count. A compiler may represent it as a symbol."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 0 or value >= 2**63:

@@ -1,1 +1,1 @@
-"""What turns the outputs of the ops into what the public functions return."""
+"""Turns the outputs of the ops into the results of the public functions."""

@@ -1,4 +1,4 @@
-"""What the losses return, made from the outputs of the preference_loss op."""
+"""The result of a loss, made from the outputs of the preference_loss op."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .report import asked_for, metric_names, report_values
 
 
 class SimPOOutput(NamedTuple):
-    """What :func:`simpo_loss` returns. float32, or float64 for float64 logits.
+    """The result of :func:`simpo_loss`, float32, or float64 for float64 logits.
 
     ``loss``, ``losses``, ``chosen_logps``, ``rejected_logps`` and ``sft_loss`` are differentiable;
     the rewards and the metrics are detached.
@@ -26,7 +26,7 @@ class SimPOOutput(NamedTuple):
     chosen_logps: Tensor
     """[P] mean (or sum) log-probability of each chosen completion; NaN if it is empty."""
     rejected_logps: Tensor
-    """[P] the same of each rejected completion."""
+    """[P] the same for each rejected completion."""
     chosen_rewards: Tensor
     """[P] beta * chosen_logps, detached."""
     rejected_rewards: Tensor
@@ -34,7 +34,7 @@ class SimPOOutput(NamedTuple):
     sft_loss: Tensor
     """The SFT term before its weight: a scalar, or [P] with ``reduction="none"``."""
     metrics_values: Tensor
-    """[9], or more with a ``report``, float64, detached: what :meth:`metrics` reads."""
+    """[9], or more with a ``report``, float64, detached: the values for :meth:`metrics`."""
 
     def metrics(self) -> dict[str, float]:
         """The training metrics as floats. This makes one copy from the device to the host.
@@ -51,7 +51,7 @@ class SimPOOutput(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The metrics to add to those of the loss, and the tokens that they are about."""
+    """The metrics to add to those of the loss, and the labels and layout of their tokens."""
 
     names: tuple[str, ...]
     labels: Tensor  # [B, T]
@@ -60,7 +60,7 @@ class Report(NamedTuple):
     all_mean_logits: Tensor | None = None
 
     def values(self, out: LossOutputs, options: LossOptions) -> Tensor:
-        """The values of ``names``, and which names these are."""
+        """The values of ``names``, then :func:`asked_for`, which says which names these are."""
         of_all = out.mean_logit if self.all_mean_logits is None else self.all_mean_logits
         values = {"logits": out.mean_logit, "logits_all": of_all, "entropy": out.entropy}
         means = report_values(
@@ -82,11 +82,11 @@ def compose_output(
     loss: Callable[[LossOptions], LossOutputs],
     report: Report | None = None,
 ) -> SimPOOutput:
-    """The SimPOOutput of a loss. ``denominators`` replace those that the loss counts itself."""
+    """The SimPOOutput of a loss. ``denominators`` replace the counts of the batch."""
     if denominators is None:
         out = loss(options)
     else:
-        # Outside the op: torch.compile takes an op's floats for constants, and these vary by step.
+        # Divides outside the op: torch.compile treats floats of an op as constants, and these vary.
         out = loss(options._replace(reduction="sum", sft_weight=0.0))
         total = (out.loss / denominators[0]).to(out.loss.dtype)
         sft_loss = (out.sft_loss / denominators[1]).to(out.loss.dtype)

@@ -1,8 +1,7 @@
-"""Metrics on request: from values of tokens to means over the chosen and the rejected side.
+"""Metrics on request: averages values of tokens over the chosen and over the rejected side.
 
-The values are mean logits and entropies as the forward reports them, [B, T], or [N] for packed
-sequences. They are added up by sequence, and sequences are added up by side. The host does not wait
-for a device.
+The values are the forward's mean logits and entropies, [B, T], or [N] for packed sequences. Sums
+over sequences come first, then sums over sides. The host does not wait for a device.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ ReportName = Literal["logits", "logits_all", "entropy"]
 REPORTS: tuple[ReportName, ...] = get_args(ReportName)
 SIDES = ("chosen", "rejected")
 
-# Elements that a reduction in another dtype may copy at once. On a CPU they stay in its caches.
+# How many elements to copy at once for a sum in another dtype. On a CPU they fit its caches.
 _CHUNK_ELEMENTS = 1 << 20
 _CHUNK_ELEMENTS_OF_GPUS = 1 << 24
 
 
 def check_report(argument: str, report: object) -> tuple[ReportName, ...]:
-    """The option ``report``: its names, each once, in the order of :data:`REPORTS`."""
+    """The names in the option ``report``, each once, in the order of :data:`REPORTS`."""
     expected = ", ".join(repr(name) for name in REPORTS)
-    # A string is a collection of its letters.
+    # A string is a collection, too: of its letters.
     if isinstance(report, str) or not isinstance(report, Collection):
         raise TypeError(
             f"{argument}: expected a sequence of names out of {expected}, got "
@@ -46,15 +45,15 @@ def check_report(argument: str, report: object) -> tuple[ReportName, ...]:
 
 
 def asked_for(report: tuple[str, ...], like: Tensor) -> Tensor:  # [3]
-    """1 for each of :data:`REPORTS` that a report has, else 0; :func:`metric_names` reads it."""
+    """1 for each of :data:`REPORTS` in ``report``, else 0. :func:`metric_names` reads it."""
     return torch.cat([like.new_full((1,), float(name in report)) for name in REPORTS])
 
 
 def metric_names(values: Sequence[float]) -> tuple[str, ...]:
     """The names of metric values, in their order.
 
-    The values are the metrics [9] and, with a report, those that it adds and its
-    :func:`asked_for` [3], which has no names.
+    The values are the metrics [9]. With a report, its metrics follow, then :func:`asked_for` [3],
+    which has no names.
     """
     if len(values) == len(METRIC_NAMES):
         return METRIC_NAMES
@@ -72,10 +71,10 @@ def mean_logits(
     bias: Tensor | None,  # [V]
     logit_scale: float,
 ) -> Tensor:  # [...]
-    """Mean over the vocabulary of ``logit_scale * (hidden @ weight.T + bias)``, without logits.
+    """Mean of ``logit_scale * (hidden @ weight.T + bias)`` over the vocabulary, without logits.
 
-    The mean is linear, so the mean row of the weight suffices. float32, or float64 for float64
-    arguments.
+    The mean is linear, so the weight's mean row is enough. The result is float32, or float64 for
+    float64 arguments.
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     hidden, weight = hidden.detach(), weight.detach()
@@ -116,7 +115,7 @@ def _dot_products(rows: Tensor, vector: Tensor) -> Tensor:
 
 
 def _chunks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Chunks with few enough rows that a copy of one is small."""
+    """Chunks of rows, so small that each can be copied."""
     elements = _CHUNK_ELEMENTS_OF_GPUS if matrix.is_cuda else _CHUNK_ELEMENTS
     rows = max(1, elements // max(1, matrix.shape[1]))
     chunks: tuple[Tensor, ...] = torch.split(matrix, rows)
@@ -127,7 +126,7 @@ def _chunks(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 def _sequence_of_position(positions: int, cu_seqlens: Tensor) -> Tensor:
-    """[N]: 1 + the sequence that each position is in; 0 before the first, S + 1 past the last."""
+    """[N]: 1 + the sequence of each position; 0 before the first and S + 1 past the last."""
     steps = torch.arange(positions, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens, steps, right=True)
 
@@ -156,7 +155,7 @@ def sequence_sums(
     is_counted: Tensor | None = None,  # as values, bool; None: all of them
     cu_seqlens: Tensor | None = None,  # [S + 1]
 ) -> tuple[Tensor, Tensor]:  # [S], [S]
-    """Sum and number of each sequence's counted values, in float64."""
+    """Sum and count of each sequence's values with ``is_counted``, in float64."""
     values = values.to(torch.float64)
     if is_counted is None:
         counted = torch.ones_like(values)
@@ -183,7 +182,7 @@ def _sides(of_sequences: Tensor, pairs: Tensor | None) -> Tensor:
     last = of_sequences.shape[0] - 1
     if last < 0:
         return of_sequences.new_zeros((2, pairs.shape[0]))
-    # An index out of range has made the loss NaN on a GPU. It must not stop the device here.
+    # On a GPU, an index out of range has already made the loss NaN. Here it would stop the device.
     return of_sequences[pairs.clamp(0, last).t()]
 
 

@@ -1,8 +1,8 @@
-"""simpo_loss from logits: two ops, run as one autograd node where nothing has to see them apart.
+"""simpo_loss from logits: runs two ops as one autograd node, unless something must see each op.
 
-For small batches the time of a call is that of PyTorch's dispatch. ``python -m bench overhead``
-measures what one node saves. The private functions of PyTorch that this needs are used in this
-module only; tests/loss/test_call_path.py goes through each of them.
+For small batches, PyTorch's dispatch takes most of a call. ``python -m bench overhead`` measures
+what one node saves. This module alone uses the private functions of PyTorch that this needs;
+tests/loss/test_call_path.py tests each of them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from .token_logps import logits_gradient, logits_gradient_in_place, token_logps_
 def is_plain_call(*tensors: Tensor) -> bool:
     """Whether no compiler, tracer, mode, transform or subclass has to see the registered ops.
 
-    This holds for the forward. The backward calls the ops as they were in the forward, even if a
-    mode is active by then.
+    The forward decides this for the backward, too, even if a mode is active by then.
     """
     return (
         not torch.compiler.is_compiling()
@@ -41,7 +40,7 @@ def is_plain_call(*tensors: Tensor) -> bool:
 
 def _below_autograd() -> AbstractContextManager[None]:
     """Inside, op calls go straight to the kernels."""
-    if torch.compiler.is_compiling():  # this backward; the forward was not compiled
+    if torch.compiler.is_compiling():  # only a backward, whose forward was not compiled
         return nullcontext()
     return torch._C._AutoDispatchBelowAutograd()
 
@@ -83,7 +82,7 @@ class _SimPOLoss(torch.autograd.Function):
         _, _, _, rewards, _, metrics, *report = out
         ctx.mark_non_differentiable(rewards, metrics, *report)
         # The tensors that the two ops save, labels twice. A checkpoint matches saved tensors by
-        # position, and may recompute with the ops what was computed here, or the other way round.
+        # position, and one of its two forwards may call the ops instead of this node.
         ctx.save_for_backward(*saved)
         return out
 
@@ -107,7 +106,7 @@ def simpo_loss(
     inplace_backward: bool,
     all_positions: bool | None = None,
 ) -> LossOutputs:
-    """preference_loss of token_logps; with the report of token_logps unless all_positions is None.
+    """preference_loss of token_logps. With the report, unless ``all_positions`` is None.
 
     See :func:`token_logps_report` for ``all_positions``.
     """

@@ -1,4 +1,4 @@
-"""Loads the compiled library. It refuses a torch that is too old, and a second copy."""
+"""Loads the compiled library. Refuses a torch that is too old, and a second copy of the library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _check_torch_version() -> None:
 
 
 def _find_module() -> Path:
-    """The compiled module that this Python would import."""
+    """The path of the compiled module that this Python would import."""
     spec = importlib.util.find_spec(f"{_PACKAGE}._C")
     if spec is not None and spec.origin is not None:
         return Path(spec.origin)
@@ -48,7 +48,7 @@ def _refuse_second_copy(library: Path) -> None:
     if not torch._C._jit_get_schemas_for_operator("simpo_ext::token_logps"):
         return
     try:
-        # A program that links this same file may embed Python.
+        # Succeeds if this file itself is loaded: a program that links it may embed Python.
         ctypes.CDLL(str(library), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
     except OSError:
         raise ImportError(
@@ -64,9 +64,9 @@ _refuse_second_copy(_module.parent / "lib" / "libsimpo_ext.so")
 try:
     from .. import _C
 except ImportError as error:
-    # The text is the dynamic linker's. It names the missing file or symbol.
+    # The dynamic linker's text names the missing file or symbol.
     raise ImportError(
-        f"simpo_ext: its compiled module {_module} does not load with torch {torch.__version__}: "
+        f"simpo_ext: the compiled module {_module} does not load with torch {torch.__version__}: "
         f"{error}; install simpo_ext again with this Python and torch"
     ) from error
 

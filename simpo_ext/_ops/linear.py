@@ -68,7 +68,7 @@ def fake_gradients(
     dhidden_shape: Sequence[int],
     dhidden_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake: dhidden, dweight and dbias. Those that are not needed are [0]."""
+    """Fake: dhidden, dweight and dbias. Gradients that are not needed have shape [0]."""
     needs_hidden, needs_weight, needs_bias = needs
     nothing = hidden.new_empty((0,))
     return (
@@ -97,7 +97,7 @@ def _(
 def _setup(ctx: Ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, *ctx.options, _budget, _count = inputs
     _, row_max, sum_exp, kept, *report = output
-    ctx.set_materialize_grads(False)  # they would include zeros of the size of kept_logits
+    ctx.set_materialize_grads(False)  # avoids zeros of the size of kept_logits
     ctx.mark_non_differentiable(row_max, sum_exp, kept, *report)
     ctx.save_for_backward(hidden, weight, bias, labels, row_max, sum_exp, kept)
 
@@ -114,7 +114,7 @@ def _backward(ctx: Ctx, grad_logps: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 
 def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The gradients that autograd needs, and None for those that it does not need."""
+    """Replaces the gradients that autograd does not need by None."""
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
@@ -134,7 +134,7 @@ def linear_token_logps(
     *,
     with_report: bool = False,
 ) -> tuple[Tensor, ...]:  # [B, T] each
-    """token_logps of the logits hidden @ weight.T + bias; with a report, mean_logit and entropy.
+    """token_logps of hidden @ weight.T + bias, then mean_logit and entropy if there is a report.
 
     The report is float64, detached, and 0 at masked positions.
     """

@@ -1,4 +1,4 @@
-"""How much of the logits the ops hold at a time: the budget, the chunks, the number of rows."""
+"""How many logits the ops hold at a time: the budget, the chunks, the number of rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .fast_path import is_plain_call
 from .records import Validity
 
-# For numbers that a compiler may hold as symbols: no guard on their order.
+# A compiler may represent a number as a symbol. On these, max and min would guard on the order.
 _sym_max: Callable[[int, int], int] = torch.sym_max
 _sym_min: Callable[[int, int], int] = torch.sym_min
 
@@ -18,8 +18,8 @@ _sym_min: Callable[[int, int], int] = torch.sym_min
 CHUNK_COLUMNS = {"cpu": 4096, "cuda": 8192}
 CHUNK_ALIGNMENT = 64
 
-# The default budget: on a GPU, its memory divided by this; on a CPU, and for the fake tensors of a
-# GPU that this machine lacks, a number of bytes.
+# The default budget: a GPU's memory divided by the share. On a CPU, and for fake tensors on a GPU
+# that this machine lacks, a number of bytes.
 DEFAULT_LOGITS_BUDGET_SHARE = 16
 DEFAULT_LOGITS_BUDGET_BYTES = 1 << 30
 
@@ -27,7 +27,7 @@ DEFAULT_LOGITS_BUDGET_BYTES = 1 << 30
 def kept_logits_shape(
     rows: int, vocabulary: int, element_size: int, budget_bytes: int, device_type: str
 ) -> tuple[int, int, int]:
-    """The shape of the logits that are kept for the backward, as LogitsPlan in csrc/ops has it."""
+    """The shape of the logits kept for the backward, as LogitsPlan in csrc/ops computes it."""
     columns = CHUNK_COLUMNS.get(device_type, CHUNK_COLUMNS["cpu"])
     chunks = -(-vocabulary // columns)
     width = 0 if chunks == 0 else -(-vocabulary // chunks)
@@ -38,7 +38,7 @@ def kept_logits_shape(
 
 
 def _gpu_memory(device: torch.device) -> int | None:
-    """In bytes. None for fake tensors on a GPU that this machine lacks."""
+    """The GPU's memory in bytes; None for fake tensors on a GPU that this machine lacks."""
     if not torch.cuda.is_available():
         return None
     memory: int = torch.cuda.get_device_properties(device).total_memory
@@ -52,7 +52,7 @@ def default_logits_budget(device: torch.device) -> int:
 
 
 def budget_of_call(given: int | None, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
-    """The op's ``logits_budget_bytes``: 0 if there will be no backward to keep logits for."""
+    """The op's ``logits_budget_bytes``: 0 if no backward can follow."""
     inputs = (tensor for tensor in (hidden, weight, bias) if tensor is not None)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         return 0
@@ -60,7 +60,7 @@ def budget_of_call(given: int | None, hidden: Tensor, weight: Tensor, bias: Tens
 
 
 def bound_of_valid_tokens(labels: Tensor, validity: Validity, given: int | None) -> int:
-    """The number of valid tokens, or an upper bound where counting would need the host to wait."""
+    """The number of valid tokens; an upper bound where the host cannot count them."""
     scored = labels[:, 1:] if validity.shift else labels
     most = scored.numel()
     if given is not None:

@@ -108,7 +108,7 @@ def preference_loss(
     layout: Layout,
     options: LossOptions,
 ) -> LossOutputs:
-    """The preference loss of token log-probabilities, with everything reported beside it."""
+    """The preference loss of token log-probabilities, and its other outputs."""
     check_no_tangent(token_logps)
     *out, _slopes, _counts = forward(token_logps, labels, layout, options.arguments)
     return LossOutputs(*out)

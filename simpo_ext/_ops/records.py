@@ -1,4 +1,4 @@
-"""What the ops take beside tensors, and what they return: options, layouts, outputs, metric names.
+"""The options, layouts and outputs of the ops, and the names of the metrics.
 
 Enums are strings here. Their order in the ``Literal`` types is that of the enums in
 csrc/core/loss_math.h, whose values the ops take.
@@ -44,7 +44,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Validity(NamedTuple):
-    """Which positions are scored: the arguments of every op that reads labels."""
+    """Says which positions are scored. Every op that reads labels takes these arguments."""
 
     ignore_index: int
     shift: bool
@@ -90,12 +90,12 @@ def _argument(name: str, value: Any) -> Any:
     return ENUMS[name].index(value) if name in ENUMS else value
 
 
-# The backward op takes the others only: the slopes that the forward saved are made with them.
+# The forward applies these to the slopes that it saves, so the backward op does not take them.
 _IN_SLOPES = ("beta", "gamma_beta_ratio", "loss_type", "label_smoothing", "alpha")
 
 
 def gradient_arguments(arguments: Sequence[Any]) -> list[Any]:
-    """The trailing arguments of preference_loss_backward, out of :attr:`LossOptions.arguments`."""
+    """Selects preference_loss_backward's arguments from :attr:`LossOptions.arguments`."""
     named = zip(LossOptions._fields, arguments, strict=True)
     return [value for name, value in named if name not in _IN_SLOPES]
 
@@ -121,6 +121,6 @@ class LossOutputs(NamedTuple):
     rewards: Tensor  # [2P]
     sft_loss: Tensor  # as loss
     metrics: Tensor  # [len(METRIC_NAMES)] float64
-    # With a report, what token_logps reported:
+    # With a report, the report of token_logps:
     mean_logit: Tensor | None = None  # [2P, T] float64
     entropy: Tensor | None = None  # [2P, T] float64

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .library import _C  # its import registers the ops
+from .library import _C  # importing it registers the ops
 
 ops = torch.ops.simpo_ext
 
@@ -30,8 +30,8 @@ def register_autograd(
     torch.library.register_autograd(f"simpo_ext::{name}", backward, setup_context=setup_context)
 
 
-# Torch passes on the text of an op's error, but under some versions not its class. So the ops put a
-# tag in front of the text: see csrc/include/simpo_ext/error_tags.h.
+# Some versions of torch pass on the text of an op's error but not its class. So the ops put a tag
+# in front of the text: see csrc/include/simpo_ext/error_tags.h.
 _ERRORS: dict[str, type[Exception]] = {
     _C.INDEX_ERROR_TAG: IndexError,
     _C.VALUE_ERROR_TAG: ValueError,
@@ -41,7 +41,7 @@ _ERRORS: dict[str, type[Exception]] = {
 def call(op: Any, *args: Any) -> Any:
     """Calls a forward op, and turns an error with a tag into one of the class that the tag names.
 
-    Compiled code calls the op itself. There the tag stays in the text.
+    Compiled code calls the op directly, so its errors keep the tag in the text.
     """
     if torch.compiler.is_compiling():
         return op(*args)
@@ -63,13 +63,13 @@ def no_double_backward(*_: object) -> None:
 
 
 def refuse_create_graph() -> None:
-    """Raises where a backward is recorded: it would take what its forward saved for constants."""
+    """Raises if autograd records a backward, which would treat the saved tensors as constants."""
     if torch.is_grad_enabled():
         no_double_backward()
 
 
 def check_no_tangent(*tensors: Tensor | None) -> None:
-    """Raises for a tangent of forward-mode AD, which would bypass an op and count as zero."""
+    """Raises if a tensor has a tangent of forward-mode AD, which the ops would treat as zero."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -78,7 +78,7 @@ def check_no_tangent(*tensors: Tensor | None) -> None:
 
 
 def check_same_device(first: Tensor, *others: Tensor | None) -> None:
-    """For fake kernels: a CPU tensor beside a meta tensor would reach them and look like one."""
+    """For fake kernels: torch also calls them with a mix of CPU and meta tensors."""
     for other in others:
         if other is not None:
             torch._check(  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The ops between tokens and sequences: targets of packed tokens, sums and counts by sequence."""
+"""The ops for sequences: targets of packed tokens, sums and counts of sequences."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def sequence_targets(
     num_labels: int,
     options: TokenOptions,
 ) -> tuple[Tensor, TokenOptions]:  # [1, N]
-    """The label that each packed position is scored with, and the options that go with it.
+    """The label that each packed position is scored with, and the options for these labels.
 
-    Without ``cu_seqlens``: labels and options as they are.
+    Without ``cu_seqlens``, both are returned unchanged.
     """
     if cu_seqlens is None:
         return labels, options
@@ -86,7 +86,7 @@ def sequence_logps(
     validity: Validity,
     average_log_prob: bool,
 ) -> tuple[Tensor, Tensor]:  # [S], [S] int64
-    """Sum or mean of the valid tokens' log-probabilities, NaN for an empty sequence; their number.
+    """Sum or mean of the valid tokens' log-probabilities, NaN if there are none, and their number.
 
     The sequences are those of ``cu_seqlens``, or the rows.
     """

@@ -74,7 +74,7 @@ def logits_gradient(
     saved: Sequence[Tensor],  # logits, labels, max, sum_exp
     options: Sequence[Any],
 ) -> Tensor:
-    """The gradient of the logits, in memory of its own."""
+    """The gradient of the logits, in new memory."""
     dlogits: Tensor = ops.token_logps_backward.default(grad_logps, *saved, *options)
     return dlogits
 
@@ -86,7 +86,7 @@ def logits_gradient_in_place(
     logits, *others = saved
     dlogits = logits.detach()
     ops.token_logps_backward_.default(grad_logps, dlogits, *others, *options)
-    # Every node that saved the logits, the caller's included, now finds a newer version and fails.
+    # Any other node that saved the logits now finds a newer version and raises an error.
     torch.autograd.graph.increment_version(logits)
     return dlogits
 
@@ -147,13 +147,13 @@ def token_logps_report(
     inplace_backward: bool,
     all_positions: bool | None,
 ) -> tuple[Tensor, ...]:  # [B, T] each
-    """token_logps, then its report: mean_logit and entropy, float64, detached.
+    """token_logps and its report: mean_logit and entropy, float64, detached.
 
-    Masked positions have 0 in both; with ``all_positions`` they have their mean_logit. None means
-    that there is no report.
+    Both are 0 at masked positions; with ``all_positions``, mean_logit is computed there, too. If
+    ``all_positions`` is None, there is no report.
     """
     check_no_tangent(logits)
-    # A compiled backward plans its own memory, and may not mutate what the forward saved.
+    # torch.compile plans a backward's memory, and does not let it change saved tensors.
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace_backward and needs_gradient and not torch.compiler.is_compiling():
         outputs: tuple[Tensor, ...] = _TokenLogpsInplace.apply(  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The ops for a vocabulary in shards, around the collectives of their caller."""
+"""The ops for a sharded vocabulary, combined with the caller's collectives."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _reduce(shard: Shard, tensor: Tensor) -> Tensor:
 def _fake_merged(
     shards: Tensor, labels: Tensor, rows: Sequence[int], float64: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logps in the shape of labels; max and sum_exp in the shape ``rows``."""
+    """Fake: logps in the shape of labels, max and sum_exp in the shape ``rows``."""
     check_same_device(shards, labels)
     dtype = torch.float64 if float64 else torch.float32
     return (
@@ -111,7 +111,7 @@ def _(grad_logps: Tensor, logits: Tensor, *others: Any) -> None:
 
 
 class _TokenLogpsOfShards(torch.autograd.Function):
-    """token_logps of this rank's shard of logits. The forward gathers; the backward does not."""
+    """token_logps of this rank's shard of logits. The forward gathers, the backward does not."""
 
     @staticmethod
     def forward(
@@ -143,7 +143,7 @@ class _TokenLogpsOfShards(torch.autograd.Function):
         else:
             dlogits = logits.detach()
             ops.token_logps_shard_backward_.default(grad_logps, dlogits, *others, *ctx.options)
-            # As in token_logps.py: nodes that saved the logits find a newer version and fail.
+            # As in token_logps.py: other nodes that saved the logits raise an error.
             torch.autograd.graph.increment_version(logits)
         return dlogits, None, None, None, None
 
@@ -157,7 +157,7 @@ def token_logps_of_shards(
 ) -> Tensor:  # [B, T]
     """Log-probability of each position's label, the same bits on every rank."""
     check_no_tangent(logits)
-    # As in token_logps.py: a compiled backward may not mutate what the forward saved.
+    # As in token_logps.py: a compiled backward must not change saved tensors.
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logps: Tensor = _TokenLogpsOfShards.apply(  # type: ignore[no-untyped-call]
         logits, labels, shard, options, inplace
@@ -208,7 +208,7 @@ def _(dhidden_rows: Tensor, hidden: Tensor, labels: Tensor, *_options: Any) -> T
 
 
 class _LinearTokenLogpsOfShards(torch.autograd.Function):
-    """linear_token_logps with a shard of lm_head on this rank: one all-gather, one all-reduce."""
+    """linear_token_logps with this rank's shard of lm_head. Gathers forward, reduces backward."""
 
     @staticmethod
     def forward(
@@ -286,8 +286,8 @@ def linear_token_logps_of_shards(
 
 def _no_gradient_of_its_own(*_: object) -> None:
     raise RuntimeError(
-        "the ops of a vocabulary in shards have no gradient of their own: call them in a "
-        "torch.autograd.Function, whose backward is token_logps_shard_backward"
+        "the ops for a sharded vocabulary have no gradients: call them in a "
+        "torch.autograd.Function whose backward calls token_logps_shard_backward"
     )
 
 

@@ -1,6 +1,6 @@
 """SimPO across ranks.
 
-:func:`global_normalizer` gives the denominators of a mean over the pairs of all ranks.
+:func:`global_normalizer` computes the denominators of a mean over the pairs of all ranks.
 
 :func:`vocab_parallel_token_logps` and :func:`vocab_parallel_linear_token_logps` compute
 log-probabilities when the logits or lm_head are sharded over the vocabulary. Pass their result to

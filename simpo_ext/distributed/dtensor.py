@@ -1,6 +1,6 @@
 """The layout of a DTensor whose vocabulary is sharded over a mesh.
 
-It gives this rank's labels, the group of ranks with the other labels, and the placements that the
+It has this rank's labels, the group of ranks with the other labels, and the placements that the
 other arguments must have.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _is_plain(placement: Placement) -> bool:
-    """Whether the placement is neither a pending sum nor a shard with gaps between its labels."""
+    """Whether the placement is neither Partial nor a strided shard."""
     return placement.is_replicate() or placement.is_shard()
 
 
@@ -31,8 +31,8 @@ class VocabLayout:
 
         if shard is not None:
             raise ValueError(
-                f"shard: expected None beside {name} that are a DTensor, whose placements give the "
-                f"labels of this rank, got {type(shard).__name__}"
+                f"shard: expected None with a DTensor for {name}, whose placements give this "
+                f"rank's labels, got {type(shard).__name__}"
             )
         self._tensor = cast("DTensor", tensor)
         self._name = name
@@ -135,9 +135,9 @@ class VocabLayout:
 
 
 def replicated(name: str, tensor: Tensor) -> Tensor:
-    """The local tensor of an argument beside a plain shard of the vocabulary.
+    """The local tensor of an argument that is the same on every rank.
 
-    Such an argument is the same on every rank: a plain tensor or a replicated DTensor.
+    The argument is a plain tensor or a replicated DTensor.
     """
     if not is_dtensor(tensor):
         return tensor

@@ -26,7 +26,7 @@ class PairCounts(NamedTuple):
     pairs: Tensor
     """[] float64: the number of counted pairs."""
     tokens: Tensor
-    """[] float64: the number of their chosen completions' scored tokens."""
+    """[] float64: the number of scored tokens in their chosen completions."""
 
 
 def global_normalizer(
@@ -38,9 +38,9 @@ def global_normalizer(
     """Computes the ``normalizer`` for a mean over the pairs of all micro-batches and ranks.
 
     Averaging the means of micro-batches or ranks is wrong if they have different numbers of pairs.
-    Pass this ``normalizer`` to the loss of each micro-batch and call ``backward()`` without a
-    division by the number of micro-batches. The accumulated and reduced gradient is then the
-    gradient of one batch of all pairs. The host does not wait for the GPU.
+    Pass this ``normalizer`` to the loss of each micro-batch and call ``backward()`` without
+    dividing by the number of micro-batches. The accumulated and reduced gradient is then that of
+    one batch with all pairs. The host does not wait for the GPU.
 
     Every rank of the group must call this function, even a rank without counted pairs, because it
     makes one all_reduce of two numbers. The default ``group`` is the default group of
@@ -65,7 +65,7 @@ def global_normalizer(
         TypeError: ``counts`` has the wrong type, or ``group`` is not a process group that this rank
             is in.
         ValueError: ``counts`` is empty, its tensors have dimensions or are on different devices, or
-            ``gradients`` is neither ``"mean"`` nor ``"sum"``.
+            ``gradients`` is invalid.
     """
     gradients_are_averaged = check_choice("gradients", gradients, ("mean", "sum")) == "mean"
     values = _check_counts([counts] if isinstance(counts, PairCounts) else counts)

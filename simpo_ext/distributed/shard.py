@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The labels whose logits this rank has, and the collectives that reach the other ranks.
+    """The labels whose logits this rank has, and the collectives between the ranks.
 
     :meth:`of_group` makes one for a group of ``torch.distributed``. For other communication
     libraries, pass your own callables. Every rank calls them in the same order and with equal
@@ -39,7 +39,7 @@ class VocabShard:
     """The sum of the tensors of all ranks, the same bits on every rank. May overwrite its
     argument."""
     size: int | None = None
-    """The number of labels of this rank. If it is None, it is not checked."""
+    """The number of labels of this rank. None: not checked."""
 
     def __post_init__(self) -> None:
         check_count("first_label", self.first_label)
@@ -60,7 +60,7 @@ class VocabShard:
             )
         if self.first_label + columns > self.vocab_size:
             raise ValueError(
-                f"shard: expected labels within [0, {self.vocab_size}), got {columns} from "
+                f"shard: expected labels within [0, {self.vocab_size}), got {columns} labels from "
                 f"{self.first_label} on"
             )
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of a vocabulary that is sharded over ranks.
+"""Log-probabilities from logits or an lm_head that are sharded over the vocabulary.
 
 Public as part of :mod:`simpo_ext.distributed`.
 """
@@ -21,10 +21,10 @@ __all__ = ["VocabShard", "vocab_parallel_linear_token_logps", "vocab_parallel_to
 
 
 def _checked_shard(shard: object, name: str, columns: int) -> VocabShard:
-    """The shard, after a check that ``name`` has its number of labels, ``columns``."""
+    """Checks that ``shard`` is a VocabShard for the ``columns`` labels of ``name``."""
     if not isinstance(shard, VocabShard):
         raise TypeError(
-            f"shard: expected a VocabShard beside {name} that are not a DTensor (see "
+            f"shard: expected a VocabShard with a plain tensor for {name} (see "
             f"simpo_ext.distributed.VocabShard.of_group), got {type(shard).__name__}"
         )
     shard.check(columns)
@@ -144,7 +144,7 @@ def vocab_parallel_linear_token_logps(
         hidden, labels = replicated("hidden", hidden), replicated("labels", labels)
     linear = linear_batch(hidden, weight, labels, bias, cu_seqlens)
     batch = linear.batch
-    shard = _checked_shard(shard, "weights", linear.weight.shape[0])
+    shard = _checked_shard(shard, "weight", linear.weight.shape[0])
     targets, tokens = sequence_targets(
         batch.labels, batch.layout.cu_seqlens, shard.vocab_size, call.tokens
     )

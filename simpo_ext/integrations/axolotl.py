@@ -44,8 +44,8 @@ _OPTIONS: dict[str, Any] = {
 class PluginHooks:
     """The hooks that SimPOPlugin adds to BasePlugin.
 
-    axolotl does not pass the model to a trainer class that comes from a plugin. A hook that runs
-    before axolotl makes the trainer therefore keeps the model for it.
+    axolotl does not pass the model to a trainer class of a plugin. So a hook that runs before
+    axolotl makes the trainer keeps the model.
     """
 
     _model: Any = None
@@ -90,7 +90,7 @@ class PluginHooks:
             )
         if cfg.trainer_cls:
             raise ValueError(
-                "trainer_cls: expected no value, because axolotl ignores it if it uses simpo_ext's "
+                "trainer_cls: expected no value, because axolotl ignores it with simpo_ext's "
                 f"plugin, got {cfg.trainer_cls!r}"
             )
         from axolotl.core.trainers import AxolotlCPOTrainer

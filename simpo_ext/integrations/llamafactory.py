@@ -7,10 +7,10 @@ Run a file that calls :func:`patch` instead of ``llamafactory-cli train``::
     llamafactory.patch()
     from llamafactory.train.tuner import run_exp
 
-    run_exp()  # python this_file.py config.yaml, or torchrun with it
+    run_exp()  # start with: python this_file.py config.yaml, or with torchrun
 
 The parts can also be used on their own. :func:`get_batch_logps` and :func:`simpo_loss` have the
-signatures of the functions that CustomDPOTrainer calls. :class:`SimPOMixin` goes before
+signatures of the functions that CustomDPOTrainer calls. List :class:`SimPOMixin` before
 CustomDPOTrainer in the bases of a class. Supports LLaMA-Factory 0.9.3 to 0.9.5 and the later
 trainer of its main branch.
 """
@@ -146,9 +146,9 @@ class PairForward(NamedTuple):
 class SimPOMixin:
     """Computes CustomDPOTrainer's reference-free losses with the kernels of this package.
 
-    The mixin goes before CustomDPOTrainer in the bases of a class. It replaces the forward of
+    List the mixin before CustomDPOTrainer in the bases of a class. It replaces the forward of
     ``pref_loss: simpo`` and ``orpo``. Any other ``pref_loss`` has a reference model, and
-    LLaMA-Factory's own code computes it.
+    LLaMA-Factory's own code computes its loss.
 
     If the model allows it, log-probabilities come from the last hidden states and lm_head, and the
     logits are never in memory (:func:`simpo_ext.linear_token_logps`). Otherwise they come from the
@@ -159,8 +159,8 @@ class SimPOMixin:
 
     fused_linear: bool | None = None
     """Whether to train without logits. None: if the model allows it; otherwise a warning gives the
-    reason. True: if the model does not allow it, an error gives the reason. False: never. A batch
-    with more inputs than text always needs logits."""
+    reason. True: an error gives the reason instead. False: never. A batch with more inputs than
+    text always needs logits."""
     empty: EmptyPolicy = "drop"
     """What happens to a pair with a completion without scored tokens. ``"drop"``: the loss and the
     metrics leave the pair out. To find such pairs, the host waits for the GPU. If no pair is left,

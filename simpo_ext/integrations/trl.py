@@ -1,4 +1,4 @@
-"""TRL's CPOTrainer on the kernels of this package.
+"""TRL's CPOTrainer with the kernels of this package.
 
 ::
 
@@ -42,7 +42,7 @@ _LABEL_PAD_TOKEN_ID = -100  # the value in CPOTrainer
 
 
 class SimPOMixin:
-    """Makes :class:`SimPOTrainer` from CPOTrainer. It goes before CPOTrainer in the bases."""
+    """Makes :class:`SimPOTrainer` from CPOTrainer. List it before CPOTrainer in the bases."""
 
     if TYPE_CHECKING:  # attributes of CPOTrainer
         accelerator: Any
@@ -86,7 +86,7 @@ class SimPOMixin:
     def fused_linear(self) -> bool:
         """Whether the log-probabilities come from hidden states and lm_head, without logits.
 
-        The first batch may change True to False, because the trainer has not run the model before.
+        The first batch may change True to False, because the model has not run before it.
         """
         return self._tier.is_in_use
 
@@ -198,7 +198,7 @@ class SimPOMixin:
             out = F.simpo_loss(outputs.logits, labels, **options)
             logits = outputs.logits
         pairs = batch["chosen_labels"].shape[0]
-        # The term may be NaN, and 0 * NaN is NaN. So the term is 0 if its weight is 0.
+        # With weight 0 the term must be 0: it may be NaN, and 0 * NaN is NaN.
         nll = out.sft_loss if self.cpo_alpha != 0.0 else torch.zeros_like(out.sft_loss)
         aux_loss = (outputs.aux_loss,) if self.aux_loss_enabled else ()
         return out.chosen_logps, out.rejected_logps, logits[:pairs], logits[pairs:], nll, *aux_loss
@@ -263,8 +263,8 @@ class SimPOMixin:
         is_counted: Tensor,  # [P]
     ) -> dict[str, float]:
         """Means over the counted pairs and over the batches of all processes."""
-        # accelerate pads the last batch of an evaluation and cuts the padding off by rows. Values
-        # with a row for each pair and values with a row for each batch need a tensor each.
+        # accelerate pads the last batch of an evaluation and cuts the padding off by rows. So
+        # values with one row for each pair and values with one for each batch are in two tensors.
         batch = [value.unsqueeze(0) for value in by_batch.values()]
         tables = self.accelerator.gather_for_metrics(
             (
@@ -280,9 +280,9 @@ class SimPOMixin:
         if dropped and not self._has_warned_of_dropped_pairs:
             self._has_warned_of_dropped_pairs = True
             _logger.warning(
-                "SimPOTrainer drops %d of %d pairs from the loss and metrics of a batch, because a "
-                "completion of each has no scored tokens; a larger max_length may keep them. Later "
-                "batches drop such pairs without a warning.",
+                "SimPOTrainer drops %d of %d pairs from the loss and metrics of a batch, because "
+                "they have a completion without scored tokens; a larger max_length may keep them. "
+                "Later batches drop such pairs without a warning.",
                 dropped,
                 num_pairs,
             )
@@ -297,7 +297,7 @@ def _table(columns: list[Tensor], is_counted: Tensor) -> Tensor:
 
 
 class SimPOTrainer(SimPOMixin, CPOTrainer):  # type: ignore[misc]
-    """TRL's CPOTrainer on simpo_ext's kernels.
+    """TRL's CPOTrainer with simpo_ext's kernels.
 
     Losses, gradients and metrics equal CPOTrainer's up to rounding, and the arguments are the same.
     ``CPOConfig`` has the options of the loss. Its default ``loss_type="sigmoid"`` is CPO. Set
@@ -313,8 +313,8 @@ class SimPOTrainer(SimPOMixin, CPOTrainer):  # type: ignore[misc]
     Args:
         args: Like ``kwargs``, arguments of ``trl.experimental.cpo.CPOTrainer``.
         fused_linear: Whether to train without logits. None (default): if the model allows it;
-            otherwise a warning gives the reason. True: if the model does not allow it, an error
-            gives the reason, except for an encoder-decoder. False: never.
+            otherwise a warning gives the reason. True: an error gives the reason instead, except
+            for an encoder-decoder. False: never.
         empty: What happens to a pair if truncation leaves no token of a completion. ``"drop"``
             (default): the loss, its gradient and the metrics leave the pair out, with one warning.
             ``"nan"``: the pair's loss is NaN, as in CPOTrainer for means over tokens.
@@ -323,7 +323,7 @@ class SimPOTrainer(SimPOMixin, CPOTrainer):  # type: ignore[misc]
     Raises:
         TypeError: ``fused_linear``, ``empty`` or ``logits_budget_bytes`` has the wrong type.
         ValueError: One of them is out of range; or the model does not allow ``fused_linear=True``,
-            which the first batch may find; or CPOTrainer raises it.
+            which may show only at the first batch; or CPOTrainer raises it.
     """
 
     _tag_names = ["trl", "cpo", "simpo_ext"]  # noqa: RUF012

@@ -263,7 +263,7 @@ def error_of(capsys, *arguments):
 def test_options_that_do_not_go_together(capsys):
     code, error = error_of(capsys, "--loss-type", "hinge", "--label-smoothing", "0.1")
     assert (code, error[:7]) == (2, "error: ")
-    assert error_of(capsys, "--skip-bad") == (2, "error: --skip-bad goes with --data\n")
+    assert error_of(capsys, "--skip-bad") == (2, "error: --skip-bad: expected --data, too\n")
 
 
 def test_unusable_files_are_reported_before_training(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The C++ functions for a vocabulary in shards: the same bits as in Python."""
+"""The C++ functions for a sharded vocabulary: the same bits as in Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A vocabulary in shards on a GPU: agreement with the CPU, waiting, graphs.
+"""A sharded vocabulary on a GPU: agreement with the CPU, waiting, graphs.
 
 What the kernels compute is tested by the tests marked ``kernels``, with --kernels=cuda.
 """

@@ -1,4 +1,4 @@
-"""The ops of a vocabulary in shards and what is made of them, under PyTorch's own checks; errors
+"""The ops of a sharded vocabulary and what is made of them, under PyTorch's own checks; errors
 that a single process can have."""
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def test_refuses_what_has_no_derivative() -> None:
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(logps.sum(), leaf, create_graph=True)
     stats = OPS.token_logps_shard(leaf, labels, 0, 50, *OPTIONS)
-    with pytest.raises(RuntimeError, match="ops of a vocabulary in shards have no gradient"):
+    with pytest.raises(RuntimeError, match="ops for a sharded vocabulary have no gradients"):
         stats.sum().backward()
 
 
@@ -287,13 +287,15 @@ def test_a_shard_that_cannot_be_is_refused() -> None:
         ((-1, 50), ValueError, r"first_label: expected an int in \[0, 2\^63\), got -1"),
         ((0.0, 50), TypeError, "first_label: expected an int, got float"),
         ((0, 0), ValueError, "vocab_size: expected 1 or more, got 0"),
-        ((51, 50), ValueError, r"expected labels within \[0, 50\), got 0 from 51 on"),
+        ((51, 50), ValueError, r"expected labels within \[0, 50\), got 0 labels from 51 on"),
     ):
         with pytest.raises(error, match=message):
             VocabShard(*wrong, same, same)
     with pytest.raises(TypeError, match="all_reduce: expected a callable, got NoneType"):
         VocabShard(0, 50, same, None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"expected labels within \[0, 50\), got 21 from 30 on"):
+    with pytest.raises(
+        ValueError, match=r"expected labels within \[0, 50\), got 21 labels from 30 on"
+    ):
         VocabShard(30, 50, same, same, 21)
     with pytest.raises(RuntimeError, match=r"expected torch\.distributed to be initialised"):
         VocabShard.of_group(5)
@@ -303,11 +305,15 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
     logits, labels = make_batch()
     hidden, weight, labels, bias = make_linear_batch()
     shard = ALONE.shard(20, 50)
-    with pytest.raises(TypeError, match=r"shard: expected a VocabShard beside logits .* NoneType"):
+    with pytest.raises(
+        TypeError, match=r"shard: expected a VocabShard with a plain tensor for logits .* NoneType"
+    ):
         vocab_parallel_token_logps(logits, labels)
-    with pytest.raises(TypeError, match=r"shard: expected a VocabShard beside weights .* int"):
+    with pytest.raises(
+        TypeError, match=r"shard: expected a VocabShard with a plain tensor for weight .* int"
+    ):
         vocab_parallel_linear_token_logps(hidden, weight, labels, 3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"within \[0, 50\), got 50 from 20 on"):
+    with pytest.raises(ValueError, match=r"within \[0, 50\), got 50 labels from 20 on"):
         vocab_parallel_token_logps(logits, labels, shard)
     sized = VocabShard(20, 50, ALONE.gather, ALONE.reduce, 29)
     with pytest.raises(ValueError, match=r"logits of 29 labels, .* got 30"):

@@ -342,7 +342,7 @@ def test_layouts_that_do_not_fit_are_refused() -> None:
         "ValueError: logits: expected the vocabulary, dimension 2, to be sharded over one mesh",
         "ValueError: logits: expected the vocabulary, dimension 2, to be sharded over one mesh",
         "ValueError: logits: expected to be replicated over the mesh dimension that shards the",
-        "ValueError: shard: expected None beside logits that are a DTensor",
+        "ValueError: shard: expected None with a DTensor for logits",
         "ValueError: labels: expected placements [Replicate(), Replicate()] over the mesh of",
         "ValueError: labels: expected a plain tensor or a replicated DTensor",
         "ValueError: weight: expected Shard and Replicate placements, got placements [Partial",

@@ -1,4 +1,4 @@
-"""The ops of a vocabulary in shards, all in this process: equal to those of the whole."""
+"""The ops of a sharded vocabulary, all in this process: equal to those of the whole."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ extern "C" {
 // Throws std::invalid_argument if SIMPO_CPU_CAPABILITY is not an instruction set of this machine.
 const simpo_ext::BuildInfo* simpo_ext_build_info();
 
-// Why this process cannot use the library's ops; null if it can.
+// The reason why this process cannot use the library's ops; null if it can.
 const char* simpo_ext_load_error();
 
 }  // extern "C"

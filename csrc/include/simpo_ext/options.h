@@ -21,14 +21,14 @@ enum class LossType : int64_t {
   kIpo = 2,      // (z - 1 / (2 beta))^2
 };
 
-// How the losses of the pairs become one.
+// How to reduce the losses of the pairs.
 enum class Reduction : int64_t {
   kNone = 0,  // loss is [P]
   kMean = 1,  // over the counted pairs; a token-wise SFT term over their chosen tokens
   kSum = 2,
 };
 
-// How the SFT term is formed.
+// How the SFT term is computed.
 enum class SftReduction : int64_t {
   kSequence = 0,  // -chosen_logps, with the same reduction as the losses
   kToken = 1,     // cross entropy over all valid chosen tokens of the batch; not with kNone
@@ -42,7 +42,7 @@ enum class Empty : int64_t {
   kNan = 1,  // the pair makes the loss NaN
 };
 
-// The bounds of logit_scale, softcap and alpha. Between them, float32 keeps the digits of a product
+// The bounds of logit_scale, softcap and alpha. Within them, float32 keeps the digits of a product
 // or quotient with a logit.
 inline constexpr double kLeastFactor = 1e-30, kLargestFactor = 1e30;
 
@@ -59,7 +59,7 @@ struct TokenLogpsOptions {
   // replaces z.
   std::optional<double> softcap{};
   // The backward overwrites the logits with their gradient instead of allocating it. The logits
-  // must not be a leaf that requires grad, nor a view of one, and their rows must lie apart in
+  // must not be a leaf that requires grad, nor a view of one, and their rows must not overlap in
   // memory. Afterwards, a backward through any function that saved the logits throws, including a
   // second one through this function.
   bool inplace_backward = false;
@@ -69,9 +69,9 @@ struct TokenLogpsOptions {
 struct LinearOptions {
   // The bias of lm_head, [V] of hidden's dtype and device.
   std::optional<at::Tensor> bias{};
-  // Bytes of logits to hold at a time, >= 0. At least one chunk of the vocabulary is always held.
-  // The backward recomputes the logits that are not kept. Default: default_logits_budget_bytes of
-  // hidden's device, which is a sixteenth of a GPU's memory, and 1 GiB on CPUs.
+  // Bytes of logits to hold at a time, >= 0, but at least one chunk of the vocabulary. The backward
+  // recomputes the logits that are not kept. Default: default_logits_budget_bytes of hidden's
+  // device, which is a sixteenth of a GPU's memory, and 1 GiB on CPUs.
   std::optional<int64_t> logits_budget_bytes{};
   // An upper bound of the number of valid tokens, >= 0. Without it, the host waits for the GPU to
   // count them, which is not possible while a CUDA graph is captured. If the bound is too small,
@@ -80,7 +80,7 @@ struct LinearOptions {
 };
 
 // The denominator of a mean: a number > 0, or a tensor [] with one. The value of a tensor is not
-// checked, because reading it would wait for its device.
+// checked, because the host would have to wait for its device.
 class Normalizer {
  public:
   // Implicit, for designated initializers: {.pair_normalizer = 8.0}.
@@ -129,10 +129,10 @@ struct SimPOOptions {
 struct Layout {
   // [S + 1] of an integer dtype, not decreasing, in [0, N], for sequences packed into one row:
   // sequence s has the positions from cu_seqlens[s] up to cu_seqlens[s + 1]. Then logits are
-  // [N, V], hidden states [N, H] and labels [N], or all of these with a first dimension of 1. No
-  // sequence is scored with a label of the next. Positions before the first sequence and after the
-  // last are masked. On a GPU, a sequence with wrong ends is masked, since the host does not wait
-  // to check them.
+  // [N, V], hidden states [N, H] and labels [N], or all of these with a first dimension of 1. The
+  // label shift does not cross the end of a sequence. Positions before the first sequence and after
+  // the last are masked. On a GPU, a sequence with wrong ends is masked, since the host does not
+  // wait to check them.
   std::optional<at::Tensor> cu_seqlens{};
   // [P, 2] of an integer dtype: indices of the chosen and the rejected sequence of each pair, which
   // are rows or packed sequences. A sequence may be in several pairs, or in none.
@@ -142,16 +142,16 @@ struct Layout {
   std::optional<at::Tensor> pair_weight{};
 };
 
-// The names of SimPOOutput::metrics, in their order. Over the counted pairs of the batch they are
-// the means of beta * logps, the share of pairs with chosen > rejected, the mean difference of the
-// rewards without gamma, and the means of logps. All of these are NaN if no pair was counted. Then
-// follow the numbers of counted pairs, of dropped pairs, and of tokens on both sides.
+// The names of SimPOOutput::metrics, in order. Over the counted pairs of the batch: the means of
+// beta * logps, the share of pairs with chosen > rejected, the mean difference of the rewards
+// without gamma, and the means of logps. All of these are NaN if no pair was counted. Then the
+// numbers of counted pairs, of dropped pairs, and of scored tokens on both sides.
 inline constexpr std::array<const char*, 9> kMetricNames{
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
     "logps/rejected", "num_pairs",        "dropped_pairs",      "num_tokens"};
 
-// float32, or float64 if logits, hidden states or log-probabilities are float64; in nats. All but
-// rewards and metrics are differentiable.
+// The results of a loss: float32, or float64 if logits, hidden states or log-probabilities are
+// float64; in nats. All but rewards and metrics are differentiable.
 struct SimPOOutput {
   at::Tensor loss;              // [], or [P] with Reduction::kNone: call backward() on this
   at::Tensor losses;            // [P] the loss of each pair, without the SFT term

@@ -24,17 +24,17 @@
 // log-probabilities of masked positions are never read, and their gradient is 0. The result of a
 // valid position is NaN if its logits contain NaN or +inf, or are all -inf.
 //
-// Errors have the name of the argument, the expectation and the value. They are thrown before
-// anything is written:
+// Errors have the name of the argument, the expectation and the value. The functions throw before
+// they write anything:
 //
 //   c10::TypeError   a tensor is undefined, not dense, or has the wrong dtype
 //   c10::ValueError  a shape, a device, a number or a combination does not fit; on CPUs also
 //                    cu_seqlens that decrease or leave [0, N]
 //   c10::IndexError  on CPUs, a label that is out of range, or a pair with a sequence that does not
-//                    exist. On a GPU, the host does not wait for an error: the log-probability or
-//                    the loss becomes NaN
-//   c10::Error       the base class of these; itself if there are no kernels for the device, if
-//                    another copy of the library was loaded first, or for a second derivative
+//                    exist. On a GPU, the host does not wait to check: the log-probability or the
+//                    loss becomes NaN
+//   c10::Error       the base class of these; thrown itself if there are no kernels for the device,
+//                    if another copy of the library was loaded first, or for a second derivative
 #pragma once
 
 #include <ATen/ATen.h>
@@ -138,7 +138,7 @@ inline SimPOOutput loss_of_token_logps(const at::Tensor& logps, const at::Tensor
   };
 }
 
-// Targets that are 0 at masked positions and 1 at all others, and options to score them with. The
+// Targets that are 0 at masked positions and 1 at all others, and the options that fit them. The
 // values of the labels do not matter.
 inline std::pair<at::Tensor, SimPOOptions> validity(const Batch& batch, SimPOOptions options) {
   const at::Tensor valid = batch.labels.to(at::kLong).ne(options.tokens.ignore_index);
@@ -163,7 +163,7 @@ inline at::Tensor token_logps(const at::Tensor& logits, const at::Tensor& labels
 }
 
 // Log-probability of each sequence: the mean over its valid tokens (average_log_prob), as in SimPO,
-// or the sum. Of layout, only cu_seqlens is used.
+// or the sum. Uses only cu_seqlens of the layout.
 //
 // Returns [B], packed [S]. A sequence without a valid token is NaN, not 0, which would be the
 // highest possible log-probability.
@@ -236,7 +236,7 @@ inline SimPOOutput linear_simpo_loss(const at::Tensor& hidden, const at::Tensor&
 
 // simpo_loss from token log-probabilities [2P, T] float32 or float64, packed [N] or [1, N], as
 // token_logps returns them. labels have the same shape, and only show which positions are masked.
-// Of options.tokens, only ignore_index and shift are used.
+// Uses only ignore_index and shift of options.tokens.
 inline SimPOOutput simpo_loss_from_token_logps(const at::Tensor& token_logps,
                                                const at::Tensor& labels,
                                                const SimPOOptions& options = {},
@@ -285,8 +285,8 @@ inline SimPOOutput simpo_loss_from_logps(const at::Tensor& chosen_logps,
 // The denominators of simpo_loss's mean for the same labels, options and layout. Only ignore_index,
 // shift, empty, cu_seqlens and pairs matter. The values of the labels are not checked.
 //
-// For one optimizer step over several micro-batches or ranks, add their counts up and clamp them to
-// 1 or more. With these sums as pair_normalizer and token_normalizer, the gradients of the
+// For one optimizer step over several micro-batches or ranks, add up their counts and clamp the
+// sums to at least 1. With these as pair_normalizer and token_normalizer, the gradients of the
 // micro-batches and ranks add up to the gradient of the mean over the whole batch.
 inline PairCounts count_pairs(const at::Tensor& labels, const SimPOOptions& options = {},
                               const Layout& layout = {}) {
@@ -294,8 +294,8 @@ inline PairCounts count_pairs(const at::Tensor& labels, const SimPOOptions& opti
   const auto batch =
       detail::as_batch("labels", labels, labels, of_sequences, 0, true, options.tokens.shift);
   detail::check_labels(batch.labels, "labels", batch.labels);
-  // The loss op counts. With log-probabilities of -1, each chosen token of a counted pair adds 1 to
-  // a token-wise SFT term.
+  // Lets the loss op count. With log-probabilities of -1, each chosen token of a counted pair adds
+  // 1 to a token-wise SFT term.
   const auto [targets, counting] = detail::validity(
       batch,
       {.sft_reduction = SftReduction::kToken,

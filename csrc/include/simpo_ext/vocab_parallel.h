@@ -1,7 +1,6 @@
-// Log-probabilities for a vocabulary that is divided over ranks, for C++ programs that use
-// libtorch. The ranks exchange the same values at the same times as in the Python functions of the
-// same name. Formulas, defaults and edge cases are the same, too. The program provides the
-// collectives.
+// Log-probabilities for a vocabulary that is sharded over ranks, for C++ programs that use
+// libtorch. Formulas, defaults, edge cases and the calls of collectives are those of the Python
+// functions of the same name. The program provides the collectives.
 //
 //   simpo_ext::VocabShard shard{first_label, vocab_size, all_gather, all_reduce};
 //   at::Tensor logps = simpo_ext::vocab_parallel_token_logps(logits, labels, shard);
@@ -58,7 +57,8 @@ inline at::Tensor gather(const VocabShard& shard, const at::Tensor& tensor) {
   const at::Tensor gathered = shard.all_gather(tensor);
   TORCH_CHECK_VALUE(
       gathered.dim() == tensor.dim() + 1 && gathered.sizes().slice(1) == tensor.sizes(),
-      "shard.all_gather: expected [K, ...] of ", tensor.sizes(), ", got ", gathered.sizes());
+      "shard.all_gather: expected [K, ...] from tensors of shape ", tensor.sizes(), ", got ",
+      gathered.sizes());
   return gathered;
 }
 
@@ -224,8 +224,8 @@ inline at::Tensor vocab_parallel_token_logps(const at::Tensor& logits, const at:
 
 // hidden [B, T, H], weight [V_k, H] with this rank's rows of lm_head, labels [B, T] -> [B, T]. The
 // forward calls all_gather once, with [3, R] float64 for R valid tokens. If hidden requires a
-// gradient, the backward calls all_reduce once, with [R, H] float32, or float64 for float64. That
-// gradient is the one over the whole vocabulary.
+// gradient, the backward calls all_reduce once, with [R, H] float32, or float64 for float64.
+// hidden's gradient is then that of the whole vocabulary.
 inline at::Tensor vocab_parallel_linear_token_logps(const at::Tensor& hidden,
                                                     const at::Tensor& weight,
                                                     const at::Tensor& labels,

@@ -10,11 +10,11 @@
 // product has been rounded.
 //
 // The products for dhidden leave out the label's element of dlogits, which outweighs all others. A
-// kernel adds its share at the end, unrounded. This makes up for the rounding of the products.
+// kernel adds its term at the end, unrounded. This makes up for the rounding of the products.
 //
 // Memory besides arguments and results: one chunk of dlogits, the rows [R, H], the sum [R, H] in
-// the compute dtype, and one more [R, H] unless the device adds inside the products. A vocabulary
-// of one chunk needs no sum, but the other [R, H] in any case.
+// the compute dtype, and one more [R, H] unless the device adds inside the products. With a single
+// chunk there is no sum, but always the other [R, H].
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -39,19 +39,18 @@ struct GradientNeeds {
   bool hidden, weight, bias;
 };
 
-// What the products add up to. Tensors that are not needed are [0].
+// The results of the products. Tensors that are not needed are [0].
 struct LinearGradients {
   Rows rows;
   Tensor of_labels;  // [R] compute: the labels' elements of dlogits
-  // dhidden of the rows, without the labels' shares. With sums_all, all of it is in sum, and
-  // partial has no meaning.
+  // dhidden of the rows, without the labels' terms: sum + partial, or with sums_all only sum.
   Tensor partial;  // [R, H]: the last chunk's product
   Tensor sum;      // [R, H] compute: the products of the chunks before; [0] if there are none
   bool sums_all;
   Tensor dweight, dbias;  // [V, H], [V]
 };
 
-// What the forward saved.
+// The values that the forward saved.
 struct SavedRows {
   int64_t R;
   Tensor max, sum_exp;  // [R] contiguous
@@ -72,7 +71,7 @@ struct SavedRows {
   }
 };
 
-// The forward's plan, whose number of kept chunks is read from kept_logits.
+// The forward's plan. The number of kept chunks is that of kept_logits.
 template <class Device>
 LogitsPlan plan_of(const Device& device, const Problem& problem, int64_t R, const Tensor& hidden,
                    const Tensor& kept_logits) {
@@ -90,7 +89,7 @@ LogitsPlan plan_of(const Device& device, const Problem& problem, int64_t R, cons
 template <class Device>
 class LinearBackward {
  public:
-  // wants_sum: dhidden is wanted as a sum in the compute dtype even with a single chunk.
+  // wants_sum: return dhidden as a sum in the compute dtype even with a single chunk.
   LinearBackward(const Device& device, const Problem& problem, const Tensor& grad_logps,
                  const Tensor& hidden, const SavedRows& saved, const Tensor& kept_logits,
                  LogitTransform transform, const GradientNeeds& needs, bool wants_sum)
@@ -141,7 +140,7 @@ class LinearBackward {
   }
 
  private:
-  // For outputs that are not needed: one tensor each, since an op's outputs must not share memory.
+  // An output that is not needed. Each has its own, since outputs of an op must not share memory.
   static Tensor new_nothing(const Tensor& like) { return new_empty(like, {0}); }
 
   // Needed for dweight and to recompute logits. Rows without a gradient are zeros.
@@ -218,7 +217,7 @@ class LinearBackward {
     multiply_into(torch::stable::narrow(dbias, 1, columns.begin, columns.length), ones_, slopes);
   }
 
-  // The order matters: each member is initialized from those above it.
+  // The order matters: members are initialized from those above them.
   const Device& device_;
   const Problem& problem_;
   const SavedRows& saved_;
@@ -255,7 +254,7 @@ LinearGradients multiply_gradients(const Device& device, const Problem& problem,
       .run();
 }
 
-// gradients.sum += the labels' shares, for labels in first_label + [0, V).
+// Adds the terms of the labels in [first_label, first_label + V) to gradients.sum.
 template <class Device>
 void add_label_shares(const Device& device, const Problem& problem,
                       const LinearGradients& gradients, int64_t first_label) {
@@ -276,7 +275,7 @@ void add_label_shares(const Device& device, const Problem& problem,
   });
 }
 
-// dhidden [B, T, H] from the rows' sums, the last product and the labels' shares.
+// dhidden [B, T, H] from the rows' sums, the last product and the labels' terms.
 template <class Device>
 Tensor hidden_gradient(const Device& device, const Problem& problem, const Tensor& hidden,
                        const LinearGradients& gradients) {
@@ -308,7 +307,7 @@ Tensor hidden_gradient(const Device& device, const Problem& problem, const Tenso
   return dhidden;
 }
 
-// dhidden, dweight, dbias. Those that are not needed are [0].
+// dhidden, dweight, dbias. Gradients that are not needed are [0].
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_token_logps_backward(
     const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight,

@@ -26,8 +26,8 @@ enum DataType : int { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 14 }
 enum ComputeType : int { kComputeFloat32 = 68, kComputeFloat64 = 70 };
 constexpr int kDefaultAlgorithm = -1;
 
-// cublasGemmEx: C = alpha op(A) op(B) + beta C. Matrices are stored by columns, lda, ldb and ldc
-// elements apart: op(A) is [m, k], op(B) [k, n], C [m, n]. Where beta is 0, C is not read.
+// cublasGemmEx: C = alpha op(A) op(B) + beta C. Matrices are stored by columns, which lie lda, ldb
+// and ldc elements apart: op(A) is [m, k], op(B) [k, n], C [m, n]. If beta is 0, C is not read.
 using GemmEx = int (*)(void* handle, int operation_a, int operation_b, int m, int n, int k,
                        const void* alpha, const void* A, int type_a, int lda, const void* B,
                        int type_b, int ldb, const void* beta, void* C, int type_c, int ldc,
@@ -74,7 +74,7 @@ struct ByColumns {
   }
 };
 
-// sum [R, H] += a [R, V] b [V, H], or = for the first product. sum is contiguous and has the
+// sum [R, H] += a [R, V] b [V, H]; the first product is assigned. sum is contiguous and has the
 // compute dtype; the rows of a are contiguous; b may have any strides.
 inline void add_product(GemmEx gemm, void* handle, const Tensor& sum, const Tensor& a,
                         const Tensor& b, bool is_first) {

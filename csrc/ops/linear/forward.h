@@ -32,7 +32,7 @@ struct RowReports {
   Tensor mean_logit, entropy;  // [B, T]
   Tensor sum_z, sum_exp_z;     // [R]
 
-  // logps as select_tokens left them: 0 at masked positions, and NaN at valid ones. The report
+  // logps are as select_tokens wrote them: 0 at masked positions, and NaN at valid ones. The report
   // starts with the same values.
   RowReports(const Tensor& hidden, const Tensor& logps, int64_t R)
       : mean_logit(new_empty(hidden, {logps.size(0), logps.size(1)}, ScalarType::Double)),
@@ -52,7 +52,7 @@ struct RowReports {
   }
 };
 
-// Where the chunks are folded, one value for each of the R rows.
+// The sums over the chunks so far, one value for each of the R rows.
 struct RowSums {
   void* max;  // compute
   double* sum_exp;
@@ -62,7 +62,7 @@ struct RowSums {
   double* sum_exp_z = nullptr;
 };
 
-// kept [kept, R, width]: zeros where no product writes, which is in rows without a token and in
+// Writes zeros to kept [kept, R, width] where no product writes: to rows without a token and to
 // columns past the vocabulary. An op must not return uninitialized memory.
 inline void zero_unwritten_logits(Tensor kept, const LogitsPlan& plan, int64_t V, int64_t count) {
   if (plan.kept == 0) return;
@@ -78,7 +78,7 @@ inline void zero_unwritten_logits(Tensor kept, const LogitsPlan& plan, int64_t V
   }
 }
 
-// Forms each chunk of logits and folds it into sums. The first plan.kept chunks stay in kept.
+// Computes each chunk of logits and folds it into sums. The first plan.kept chunks stay in kept.
 template <class Device>
 void fold_logits(const Device& device, const Problem& problem, const LogitsPlan& plan,
                  const Rows& rows, const Tensor& hidden, const Tensor& kept,
@@ -88,7 +88,7 @@ void fold_logits(const Device& device, const Problem& problem, const LogitsPlan&
   const bool keeps_all = plan.kept == plan.chunks;
   const Tensor scratch =
       keeps_all ? new_empty(hidden, {0}) : new_logits(device, hidden, rows.R, plan.width);
-  // A shard without a label has one chunk without a column, so that the kernel writes its sums.
+  // A shard without labels gets one chunk without columns, so that the kernel writes its sums.
   for (int64_t chunk = 0; chunk < std::max<int64_t>(plan.chunks, 1); ++chunk) {
     const Columns columns(problem, plan.width, chunk);
     const Tensor logits = chunk < plan.kept ? torch::stable::select(kept, 0, chunk) : scratch;
@@ -115,7 +115,7 @@ void fold_logits(const Device& device, const Problem& problem, const LogitsPlan&
   }
 }
 
-// report: null, or the place for a report.
+// Writes a report to report unless it is null.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_hidden(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,

@@ -7,9 +7,9 @@
 
 namespace simpo_ext::ops {
 
-// The most columns of a chunk on each device. On a CPU, a chunk of logits stays in a core's share
-// of the last-level cache from product to kernel to product. Fewer columns would slow the products
-// down.
+// The largest number of columns of a chunk. On a CPU, a chunk of logits stays in a core's share of
+// the last-level cache from one product through the kernel to the next product. Fewer columns would
+// slow the products down.
 constexpr int64_t kCpuChunkColumns = 4096;
 // On a GPU, the products keep every multiprocessor busy for many waves. Reading and writing the sum
 // of dhidden for each chunk then takes a few percent of the products' time.

@@ -22,7 +22,7 @@ struct Problem {
   int64_t B, T, V, H;
   const Tensor& weight;               // [V, H]
   const std::optional<Tensor>& bias;  // [V]
-  VocabPart part;                     // the labels that weight has rows for
+  VocabPart part;                     // the labels of weight's rows
   Targets targets;
 
   template <class Device>
@@ -49,7 +49,7 @@ struct Problem {
     check_shape(labels, {B, T}, "labels");
   }
 
-  // R: an upper bound of the number of valid tokens. num_valid_tokens -1: none is given.
+  // R: an upper bound of the number of valid tokens. num_valid_tokens is -1 if it is not given.
   int64_t rows_for(int64_t num_valid_tokens, int64_t logits_budget_bytes) const {
     STD_TORCH_CHECK(num_valid_tokens >= -1, "num_valid_tokens: expected -1 or more, got ",
                     num_valid_tokens);
@@ -66,7 +66,7 @@ struct Columns {
   Columns(const Problem& problem, int64_t width, int64_t chunk)
       : begin(chunk * width), length(std::min(width, problem.V - chunk * width)) {}
 
-  // Of logits [R, width] that hold this chunk, the first count rows: [count, length].
+  // The first count rows of this chunk's logits: [R, width] -> [count, length].
   Tensor of(Tensor logits, int64_t count) const {
     Tensor rows = torch::stable::narrow(logits, 0, 0, count);
     return torch::stable::narrow(rows, 1, 0, length);

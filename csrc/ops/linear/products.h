@@ -1,4 +1,4 @@
-// Torch's matrix products into memory that exists already.
+// Torch's matrix products, written into existing tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,7 @@ inline void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  to<Tensor>(stack[0]);  // frees the returned handle, a second one of out
+  to<Tensor>(stack[0]);  // frees the returned handle, which is a second handle of out
 }
 
 // out = a b^T + bias, rounded once

@@ -14,8 +14,8 @@
 
 namespace simpo_ext::ops {
 
-// Rows from count on have no token. Where the device tells the host the number of valid tokens,
-// count is that number, and the products leave the other rows out.
+// Rows from count on have no token. If the host knows the number of valid tokens, count is that
+// number, and the products leave out the other rows. Otherwise count is R.
 struct Rows {
   int64_t R, T, ignore_index;
   Tensor positions, labels;  // [R]
@@ -26,7 +26,7 @@ struct Rows {
       : Rows(device, problem.weight, problem.targets, problem.dtype, R_, logps,
              problem.part.num_labels) {}
 
-  // The default of num_labels is for labels that have been checked.
+  // The default of num_labels is for labels that were checked before.
   template <class Device>
   Rows(const Device& device, const Tensor& like, const Targets& targets_of_batch, DType dtype,
        int64_t R_, void* logps, int64_t num_labels = std::numeric_limits<int64_t>::max())
@@ -54,8 +54,8 @@ struct Rows {
   // [R, ...] -> [count, ...]
   Tensor first(Tensor rows) const { return torch::stable::narrow(rows, 0, 0, count); }
 
-  // source [B, T, length] of dtype, or [B, T] -> [R, length]. gradients [R] may be null. If they
-  // are given, rows whose gradient is 0 become zeros.
+  // source [B, T, length] of dtype, or [B, T] -> [R, length]. With gradients [R], which may be
+  // null, rows whose gradient is 0 become zeros.
   template <class Device>
   Tensor gather(const Device& device, DType dtype, int64_t length, const Tensor& source,
                 const void* gradients = nullptr) const {

@@ -1,9 +1,9 @@
-// The ops from hidden states for a vocabulary that is divided into shards: see ops/vocab_shards.h.
+// The ops from hidden states for a sharded vocabulary: see ops/vocab_shards.h.
 //
 //   linear_token_logps_shard           hidden, weight of the shard -> stats [3, R], kept_logits
 //   linear_token_logps_merge           stats of all shards, in order -> logps, max, sum_exp
-//   linear_token_logps_shard_backward  -> the shard's share of dhidden [R, H], unrounded, which the
-//                                      caller adds up over the shards; dweight, dbias of the shard
+//   linear_token_logps_shard_backward  -> the shard's term of dhidden [R, H], unrounded; the caller
+//                                      adds up the terms of all shards; dweight, dbias of the shard
 //   linear_token_logps_dhidden         that sum -> dhidden [B, T, H], rounded once
 #pragma once
 
@@ -77,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_token_logps_merge(const Tensor& shards
   return {logps, max, sum_exp};
 }
 
-// dhidden_rows [R, H] compute, dweight, dbias. Those that are not needed are [0].
+// dhidden_rows [R, H] compute, dweight, dbias. Gradients that are not needed are [0].
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_token_logps_shard_backward(
     const Tensor& grad_logps, const Tensor& hidden, const Tensor& weight,

@@ -1,4 +1,4 @@
-"""`python -m simpo_ext demo`: train a small byte-level model by SimPO, then time the loss.
+"""`python -m simpo_ext demo`: train a small byte-level model with SimPO, then time the loss.
 
 The package is cheap to import: the demo imports torch and its other dependencies when it runs.
 """

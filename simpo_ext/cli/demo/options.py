@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_integer(1, 4096),
         default=16,
         metavar="N",
-        help="pairs in a step (default: %(default)s)",
+        help="pairs per step (default: %(default)s)",
     )
     training.add_argument(
         "--lr",
@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_integer(16, 8192),
         default=128,
         metavar="BYTES",
-        help="longest text; the demo cuts the start of a longer prompt and the end of a longer "
+        help="longest text; the demo cuts off the start of a longer prompt and the end of a longer "
         "completion (default: %(default)s)",
     )
     training.add_argument(
@@ -165,10 +165,11 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     if args.loss_type == "hinge" and args.label_smoothing > 0:
         raise DemoError(
-            "--label-smoothing: expected 0 with --loss-type hinge; it needs sigmoid", code=2
+            f"--label-smoothing: expected 0 with --loss-type hinge, got {args.label_smoothing:g}",
+            code=2,
         )
     if args.skip_bad and args.data is None:
-        raise DemoError("--skip-bad goes with --data", code=2)
+        raise DemoError("--skip-bad: expected --data, too", code=2)
     # A missing package or an unwritable plot should fail now, not after training.
     for module in ("tqdm", "rich"):
         require(module)
@@ -255,7 +256,7 @@ def _examples(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
     else:
         examples = batches.encode(jsonl.read(args.data, args.skip_bad), args.context)
         training, held_out = batches.split(examples, args.seed)
-        print(f"data: {args.data}; pairs with the same prompt stay on one side of the split")
+        print(f"data: {args.data}; pairs with the same prompt are all held out or all trained on")
     truncated = sum(example.truncated for example in examples)
     if truncated:
         print(

@@ -58,7 +58,7 @@ def print_comparison(comparison: Comparison) -> None:
         f"SimPO loss on logits [{shape}] float32, {comparison.logits_bytes / 1e6:.0f} MB",
         table,
         f"loss and gradient agree; median of {comparison.repeats} interleaved runs with "
-        f"{count(comparison.threads, 'thread')};\nmemory beyond the logits, a process for each",
+        f"{count(comparison.threads, 'thread')};\nmemory beyond the logits, each in a process",
     )
 
 

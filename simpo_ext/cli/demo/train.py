@@ -1,4 +1,4 @@
-"""Trains by SimPO from random weights, and evaluates before, during and after training."""
+"""Trains with SimPO from random weights, and evaluates before, during and after training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVALUATION_PAIRS = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that determine a run, together with its data and the number of threads."""
+    """The options that, with the data and the number of threads, determine a run."""
 
     steps: int
     batch_pairs: int

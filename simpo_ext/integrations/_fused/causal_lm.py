@@ -1,7 +1,7 @@
 """Token log-probabilities from a causal language model's own forward, without its logits.
 
-The trainer's model is called as it is, including any DDP, FSDP or DeepSpeed wrapper, so that the
-hooks of these wrappers run. During the call, lm_head's forward is replaced: it returns
+This calls the trainer's model as it is, including any DDP, FSDP or DeepSpeed wrapper, so that the
+wrapper's hooks run. During the call, lm_head's forward is replaced: it returns
 :class:`LazyLogits` instead of logits. They carry the log-probabilities of the labels, and they
 record what the model does to the logits. The kernels need this transform before they run, so a
 probe forward of two tokens finds it first. Every later forward checks it.
@@ -105,8 +105,8 @@ class FusedHead:
             **kwargs: Other arguments of the model's forward.
 
         Raises:
-            CannotFuseError: The model does more to its logits than multiply and softcap them, or
-                it does not call lm_head exactly once with the hidden states of all tokens.
+            CannotFuseError: The model does more to its logits than scale and softcap them, or it
+                does not call lm_head exactly once with the hidden states of all tokens.
         """
         causal_lm = _causal_lm_of(unwrapped)
         input_ids = input_ids[:1, :2]
@@ -275,8 +275,8 @@ def _former(head: nn.Linear, hidden: Tensor) -> Callable[[], Tensor]:
     def form() -> Tensor:
         if is_dtensor(head.weight) or head.weight.shape != (head.out_features, head.in_features):
             raise RuntimeError(
-                "fused_linear: expected False for a model that changes its transform of the logits "
-                "after the first batch and whose lm_head is sharded, got None or True"
+                "fused_linear: expected False for a model with a sharded lm_head that changes its "
+                "transform of the logits after the first batch, got None or True"
             )
         with autocast:
             return nn.Linear.forward(head, hidden)
@@ -313,7 +313,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterato
 def _output_changed(module: nn.Module, change: Callable[[Any], Any]) -> Iterator[None]:
     """Applies ``change`` to the output of a module's forward inside the context.
 
-    A hook would not do: PEFT calls the forward directly, and FSDP's hooks must see the changed
+    A hook cannot do this: PEFT calls the forward directly, and FSDP's hooks must see the changed
     output.
     """
     forward = module.forward

@@ -81,7 +81,7 @@ class _Record:
 
 
 class LazyLogits(Tensor):
-    """Stands for logits [B, T, V] and carries a payload [B, T, 1].
+    """Stands in for logits [B, T, V] and carries a payload [B, T, 1].
 
     :meth:`instead_of` makes one.
     """
@@ -98,8 +98,8 @@ class LazyLogits(Tensor):
             form: Computes the logits [B, T, V].
             vocabulary: V.
             dtype: The dtype of the logits.
-            payload: [B, T, 1], not a view and not used elsewhere. Its class changes in place, and
-                it is the result.
+            payload: [B, T, 1], not a view and not used elsewhere. It is also the result: its class
+                changes in place.
         """
         return _as_lazy(payload, _Record(form, vocabulary, dtype, _Change(), ()))
 

@@ -1,4 +1,4 @@
-// The kernels of a vocabulary in shards on the CPU. Every buffer has exactly the size that the
+// The kernels of a sharded vocabulary on the CPU. Every buffer has exactly the size that the
 // contract states.
 
 #include <cmath>

@@ -54,7 +54,7 @@ PAIRS_MUTANTS = (
     Mutant(
         "no barrier before gradients of the sequence before are overwritten",
         LOSS,
-        "  __syncthreads();  // all threads have read of_warps for the sequence before\n",
+        "  __syncthreads();  // all threads have read of_warps for the previous sequence\n",
         "",
         "preference",
         "tsan",
@@ -285,8 +285,8 @@ PAIRS_MUTANTS = (
     Mutant(
         "an infinite slope of the shape times one of 0",
         SHARED,
-        "    if (slope != 0.0) {  // with a slope of 0",
-        "    {  // with a slope of 0",
+        "    if (slope != 0.0) {  // 0 times an infinite slope",
+        "    {  // 0 times an infinite slope",
         "preference",
     ),
 )

@@ -1,4 +1,4 @@
-"""Bugs in the CUDA kernels of a vocabulary in shards."""
+"""Bugs in the CUDA kernels of a sharded vocabulary."""
 
 from __future__ import annotations
 

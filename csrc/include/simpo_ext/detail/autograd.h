@@ -40,7 +40,7 @@ inline void refuse_double_backward() {
               "simpo_ext does not implement double backward: expected create_graph=false");
 }
 
-// The message of an error whose text has the tag; nullopt without the tag. Torch may have put a
+// The message after the tag in an error's text; nullopt if there is no tag. Torch may have put a
 // backtrace into the lines below the message.
 inline std::optional<std::string> message_after(std::string_view tag, std::string_view text) {
   const size_t begin = text.find(tag);
@@ -49,7 +49,7 @@ inline std::optional<std::string> message_after(std::string_view tag, std::strin
   return std::string(message.substr(0, message.find('\n')));
 }
 
-// Calls an op. An error with a tag is thrown again as the class that the tag names.
+// Calls an op. Rethrows an error with a tag as the class that the tag names.
 template <typename Call>
 auto with_argument_errors(const Call& call) {
   try {
@@ -112,8 +112,8 @@ struct TokenLogps : torch::autograd::Function<TokenLogps> {
       dlogits = logits.detach();
       inplace_op.call(grads[0], dlogits, labels, max, sum_exp, ignore_index, shift, logit_scale,
                       softcap);
-      // A later backward that needs the old logits, also this node's, sees the new version and
-      // fails.
+      // A later backward that needs the old logits, including this node's, sees the new version and
+      // throws.
       torch::autograd::impl::bump_version(logits);
     } else {
       dlogits = op.call(grads[0], logits, labels, max, sum_exp, ignore_index, shift, logit_scale,

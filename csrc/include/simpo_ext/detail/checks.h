@@ -49,8 +49,8 @@ inline void check_count(const char* name, const std::optional<int64_t>& count) {
 
 // ---- tensors --------------------------------------------------------------------------------
 
-// Refuses a device that the library has no kernels for. For a CUDA device, that depends on what
-// torch and the library are built for.
+// Refuses a device that the library has no kernels for. Whether it has kernels for a CUDA device
+// depends on the builds of torch and of the library.
 inline void check_device(const char* name, const at::Device& device, bool torch_is_for_rocm,
                          bool library_has_cuda) {
   TORCH_CHECK(device.is_cpu() || device.is_cuda(), name,
@@ -62,7 +62,7 @@ inline void check_device(const char* name, const at::Device& device, bool torch_
               "ROCm; move it with .cpu()");
   TORCH_CHECK(library_has_cuda, name,
               ": this build of simpo_ext has kernels for CPU tensors only, got a tensor on ",
-              device, "; move it with .cpu(), or build simpo_ext from source where nvcc is");
+              device, "; move it with .cpu(), or build simpo_ext from source with nvcc");
 }
 
 inline void check_tensor(const char* name, const at::Tensor& tensor) {
@@ -140,7 +140,7 @@ inline void check_token_arguments(const at::Tensor& logits, const at::Tensor& la
   if (options.inplace_backward) check_inplace_backward(logits);
 }
 
-// Refuses a factor of a product with hidden that has another device or dtype.
+// Refuses a factor whose device or dtype differs from that of hidden.
 inline void check_factor(const char* name, const at::Tensor& tensor, const at::Tensor& hidden) {
   check_same_device(name, tensor, "hidden", hidden);
   TORCH_CHECK_TYPE(tensor.scalar_type() == hidden.scalar_type(), name, ": expected dtype ",
@@ -170,7 +170,7 @@ inline void check_normalizer(const char* name, const std::optional<Normalizer>& 
                              Reduction reduction) {
   if (!normalizer.has_value()) return;
   TORCH_CHECK_VALUE(reduction == Reduction::kMean, name,
-                    ": expected none without Reduction::kMean, the only reduction that divides");
+                    ": expected none unless reduction is Reduction::kMean");
   if (const double* number = normalizer->number()) {
     check_above(name, *number, 0.0);
     return;

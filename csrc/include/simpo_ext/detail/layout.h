@@ -1,5 +1,5 @@
-// Turns the layouts of simpo_ext.h into that of the ops: tokens [B, T, ...] and targets [B, T],
-// which are aligned already if several sequences share a row.
+// Converts the layouts of simpo_ext.h to that of the ops: tokens [B, T, ...] and targets [B, T],
+// which are already aligned if several sequences share a row.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,8 +14,8 @@
 
 namespace simpo_ext::detail {
 
-// Tokens [B, T, ...] and labels [B, T]. A flat layout is a batch of one row here, with shift false,
-// since its targets will be aligned already.
+// Tokens [B, T, ...] and labels [B, T]. A flat layout becomes a batch of one row. Its targets will
+// be aligned, so its shift is false.
 struct Batch {
   at::Tensor tokens;
   at::Tensor labels;  // int64
@@ -75,8 +75,8 @@ inline std::pair<at::Tensor, TokenLogpsOptions> align(const Batch& batch, int64_
   return {targets, options};
 }
 
-// Checks the values of a layout on the CPU whose tokens are on a GPU, where the kernels report no
-// errors. CPU kernels check the values themselves.
+// Checks the values of a layout that is on the CPU while the tokens are on a GPU, whose kernels
+// report no errors. CPU kernels check the values themselves.
 inline void check_layout_values(const at::Tensor& tokens, const Layout& layout) {
   if (tokens.device().is_cpu()) return;
   if (layout.cu_seqlens.has_value() && layout.cu_seqlens->device().is_cpu()) {
@@ -125,9 +125,11 @@ inline Batch as_batch(const char* name, const at::Tensor& tokens, const at::Tens
     batch.layout.pairs = check_indices("pairs", *layout.pairs, 2, tokens);
     P = layout.pairs->size(0);
   } else {
-    TORCH_CHECK_VALUE(S % 2 == 0, layout.cu_seqlens.has_value() ? "cu_seqlens" : name,
-                      ": expected an even B (P chosen rows, then P rejected rows), or pairs, got ",
-                      S);
+    const bool is_flat = layout.cu_seqlens.has_value();
+    TORCH_CHECK_VALUE(S % 2 == 0, is_flat ? "cu_seqlens" : name, ": expected an even ",
+                      is_flat ? "number of sequences (P chosen, then P rejected)"
+                              : "B (P chosen rows, then P rejected rows)",
+                      ", or pairs, got ", S);
   }
   if (layout.pair_weight.has_value()) {
     const at::Tensor& weight = *layout.pair_weight;

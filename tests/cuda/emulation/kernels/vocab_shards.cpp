@@ -1,4 +1,4 @@
-// The kernels of a vocabulary in shards, compared with their specified results and memory accesses.
+// The kernels of a sharded vocabulary, compared with their specified results and memory accesses.
 
 #include <cmath>
 #include <cstdint>
