@@ -1,4 +1,4 @@
-"""Tests of the oracle itself: numerical differentiation, the specification's examples, edges."""
+"""Tests of the oracle: numerical differentiation, the specification's examples, edge cases."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _preference_cases() -> list[dict[str, Any]]:
 
 
 CASES = _preference_cases()
-# Sequences in several pairs, on one side or both, and in none; 3 pairs as of the 2P rows.
+# Sequences in several pairs, on one side or on both, and in no pair.
 SHARED = [[0, 3], [0, 5], [4, 0]]
 WEIGHTS = np.array([0.25, -1.5, 3.0])
 NEW_CASES: list[dict[str, Any]] = [
@@ -86,7 +86,7 @@ def _spec_token_logps(
     logit_scale: float = 1.0,
     softcap: Any = None,
 ) -> tuple[Array, Array]:
-    """The specification's log_softmax(logits).gather(labels) and mask, analytic in the logits."""
+    """log_softmax(logits).gather(labels) and its mask, analytic in the logits."""
     z = logit_scale * logits
     if softcap is not None:
         z = softcap * np.tanh(z / softcap)
@@ -114,7 +114,7 @@ def _spec_loss(
     pairs: Any = None,
     pair_weight: Any = 1.0,
 ) -> Any:
-    """The specification's loss, written as it writes it, analytic in per_token."""
+    """The loss as the specification writes it, analytic in per_token."""
     logps = per_token.sum(-1) / (mask.sum(-1) if average_log_prob else 1)
     p = len(logps) // 2
     chosen, rejected = (range(p), range(p, 2 * p)) if pairs is None else np.transpose(pairs)
@@ -224,7 +224,7 @@ def test_preference_grad_by_central_differences(options: dict[str, Any], empty: 
 def test_specification_example_1() -> None:
     result = _two(-1.2, -2.5, beta=2.0, gamma_beta_ratio=0.5)
     assert math.isclose(result.loss, math.log1p(math.exp(-1.6)), rel_tol=1e-15)
-    # The text takes log of sigmoid(1.6) rounded to 0.832; unrounded the loss is 0.183901.
+    # The specification takes the log of sigmoid(1.6) rounded to 0.832. Unrounded it is 0.183901.
     assert abs(result.loss - 0.183901) < 5e-7
     assert round(math.exp(-result.loss), 3) == 0.832
     assert round(-math.log(0.832), 3) == round(float(result.loss), 3) == 0.184
@@ -233,7 +233,7 @@ def test_specification_example_1() -> None:
 
 
 def test_specification_example_2() -> None:
-    # The text sets beta to 2.5 and carries over 0.184, which is the loss at beta 2: 0.304.
+    # The specification sets beta to 2.5 but adds 0.12 to 0.184, the loss at beta 2.
     carried = _two(-1.2, -2.5, beta=2.0, sft_weight=0.1)
     assert round(float(carried.loss), 3) == 0.304
     assert carried.sft_loss == 1.2
@@ -270,7 +270,7 @@ def test_specification_gradient_formulas() -> None:
     np.testing.assert_array_equal(slope(loss_type="hinge"), [-beta, -beta, 0.0, 0.0])
 
 
-def test_low_precision_logits_are_taken_as_they_are() -> None:
+def test_low_precision_logits_are_not_rounded() -> None:
     logits, labels = _batch()
     half = logits.astype(np.float16)
     expected = oracle.token_logps(half.astype(np.float64), labels)[0]
@@ -333,7 +333,7 @@ def test_sequence_logps() -> None:
 def test_dropped_pair_equals_a_batch_without_it(options: dict[str, Any], row: int) -> None:
     logits, labels = _batch()
     labels[row] = IGNORE
-    logits[[1, P + 1]] = np.nan  # The partner of the empty sequence is not read either.
+    logits[[1, P + 1]] = np.nan  # Both sequences of the pair are not read.
     keep = [0, 2, P, P + 2]
     result, dlogits = oracle.simpo_loss(logits, labels, **options)
     expected, dexpected = oracle.simpo_loss(logits[keep], labels[keep], **options)
@@ -359,7 +359,7 @@ def test_empty_sequence_as_nan() -> None:
 
 
 @pytest.mark.parametrize("sft", ["sequence", "token"])
-def test_nothing_counted(sft: str) -> None:
+def test_a_batch_without_counted_pairs(sft: str) -> None:
     options: dict[str, Any] = {"sft_weight": 0.5, "sft_reduction": sft}
     for rows, empty, reduction in itertools.product((0, 4), ("drop", "nan"), ("mean", "sum")):
         values, valid = np.full((rows, 2), np.nan), np.zeros((rows, 2), bool)
@@ -415,7 +415,7 @@ def test_meaningless_options_are_refused(options: dict[str, Any]) -> None:
         _two(-1.0, -2.0, **options)
 
 
-# ---- pairs, weights, variants, sequences laid end to end -----------------------------------------
+# ---- pairs, weights, variants, packed sequences --------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [1e-20, 1e-6, 0.1, 1.0, 5.0, -0.5, -3.0])
@@ -441,7 +441,7 @@ def test_alpha_reward_and_its_slope_in_decimal_arithmetic(alpha: float) -> None:
 def test_alpha_at_infinite_rewards() -> None:
     inf = np.inf
     options: dict[str, Any] = {"alpha": 1.0, "reduction": "sum"}
-    # exp(1000) is past every float.
+    # exp(1000) overflows.
     for chosen, rejected, loss, slopes in (
         (-1.0, -1000.0, 0.0, [0.0, 0.0]),
         (-1000.0, -1.0, inf, [-inf, 2.0 * math.e]),
@@ -463,7 +463,7 @@ def test_ipo_and_the_default_margin_of_each_loss() -> None:
 
 
 def _pack(rows: Array, lengths: Any, fill: float) -> tuple[Array, Array]:
-    """The first lengths[s] positions of each row end to end, between two that are filled."""
+    """Packs the first lengths[s] positions of each row, with filled padding before and after."""
     edge = np.full((2, *rows.shape[2:]), fill, dtype=rows.dtype)
     parts = [edge, *(row[:length] for row, length in zip(rows, lengths, strict=True)), edge[:1]]
     return np.concatenate(parts), 2 + np.concatenate([[0], np.cumsum(lengths)])
@@ -471,7 +471,7 @@ def _pack(rows: Array, lengths: Any, fill: float) -> tuple[Array, Array]:
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("shape", [(-1,), (1, -1)])
-def test_packed_sequences_are_those_of_padded_rows(scoring: dict[str, Any], shape: Any) -> None:
+def test_packed_sequences_equal_padded_rows(scoring: dict[str, Any], shape: Any) -> None:
     logits, labels = _batch()
     lengths = [6, 0, 4, 6, 1, 3]
     for s, length in enumerate(lengths):
@@ -492,13 +492,13 @@ def test_packed_sequences_are_those_of_padded_rows(scoring: dict[str, Any], shap
 
 
 @pytest.mark.parametrize("cu_seqlens", [[], [0, 7], [-1, 3], [0, 4, 3]])
-def test_boundaries_that_divide_nothing_are_refused(cu_seqlens: Any) -> None:
+def test_invalid_boundaries_are_refused(cu_seqlens: Any) -> None:
     with pytest.raises(ValueError, match="do not divide 6"):
         oracle.token_logps(np.zeros((6, V)), [0] * 6, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("sequence", [-1, 6])
-def test_pairs_of_sequences_that_there_are_not_are_refused(sequence: int) -> None:
+def test_pairs_of_missing_sequences_are_refused(sequence: int) -> None:
     with pytest.raises(IndexError, match=r"pair \[1, 0\] is of sequence"):
         oracle.simpo_loss(*_batch(), pairs=[[0, 1], [sequence, 2]])
 
@@ -511,7 +511,7 @@ def test_gradients_of_the_other_results_by_central_differences(
     options: dict[str, Any], name: str
 ) -> None:
     logits, labels = _batch()
-    labels[5] = IGNORE  # Drops a pair, whose chosen_logps have a gradient all the same.
+    labels[5] = IGNORE  # Drops a pair, whose chosen_logps still have a gradient.
     logps, _, valid = oracle.token_logps(logits, labels)
     options = {"sft_weight": 0.4, "pairs": SHARED, "pair_weight": WEIGHTS, **options}
     of_pairs = name != "sft_loss" or options.get("reduction") == "none"
@@ -525,7 +525,7 @@ def test_gradients_of_the_other_results_by_central_differences(
     grads = {"grad_loss": 0.0, f"grad_{name}": weights}
     actual = oracle.preference_grad(logps, valid, **grads, **options)
     np.testing.assert_allclose(actual, _central(weighted, logps), rtol=1e-7, atol=1e-9)
-    # With the loss's own they add up.
+    # Gradients of several results add up.
     both = oracle.preference_grad(logps, valid, **{**grads, "grad_loss": 1.0}, **options)
     alone = oracle.preference_grad(logps, valid, **options)
     np.testing.assert_allclose(both, actual + alone, rtol=1e-13, atol=1e-15)
@@ -535,7 +535,7 @@ def test_gradients_of_the_other_results_by_central_differences(
 @pytest.mark.parametrize("options", [
     {}, {"sft_weight": 0.3}, {"sft_weight": 0.3, "sft_reduction": "token"}, {"reduction": "none"},
 ])  # fmt: skip
-def test_weight_zero_leaves_a_pair_out_and_keeps_the_denominators(
+def test_weight_zero_drops_a_pair_and_keeps_the_denominators(
     options: dict[str, Any], empty: str
 ) -> None:
     logits, labels = _batch()
@@ -560,7 +560,7 @@ def test_weight_zero_leaves_a_pair_out_and_keeps_the_denominators(
 def test_count_pairs() -> None:
     _, labels = _batch()
     labels[3] = labels[1, 1:] = IGNORE
-    labels[1, 0] = 2  # Which the shift leaves unscored.
+    labels[1, 0] = 2  # The shift does not score the first column.
     assert oracle.count_pairs(labels) == (1, 3)
     assert oracle.count_pairs(labels, empty="nan") == (3, 8)
     assert oracle.count_pairs(labels, shift=False) == (2, 1 + 3)
