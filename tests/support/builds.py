@@ -9,18 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-# TorchConfig.cmake of a CUDA build of torch fails without a toolkit.
 needs_libtorch = pytest.mark.skipif(
     torch.version.cuda is not None and shutil.which("nvcc") is None,
     reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
 )
 
-# Compiling a file that includes libtorch is most of what a test of a program takes.
+# Tests of programs spend most of their time compiling files that include libtorch.
 WITHOUT_DEBUG_INFO = ("-DCMAKE_CXX_FLAGS_DEBUG=-O0",)
 
 
 def run(*command: str | Path, **options: object) -> str:
-    """The command's output; a failure shows all of it."""
+    """Returns the command's output. A failure shows all of it."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False, **options
     )
@@ -35,7 +34,7 @@ def build(source: Path, folder: Path, *definitions: str, target: str = "all") ->
 
 
 def skip_unless_sanitizer_works(sanitizer: str, folder: Path) -> None:
-    """Its runtime may be missing, or at odds with the kernel's address space layout."""
+    """Skips the test if the sanitizer's runtime is missing, or fails on this kernel."""
     (folder / "probe.cpp").write_text("int main() {}")
     flags = [f"-fsanitize={sanitizer}", "-o", "probe"]
     compiled = subprocess.run(["c++", "probe.cpp", *flags], cwd=folder, check=False)

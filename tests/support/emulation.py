@@ -1,4 +1,4 @@
-"""The CUDA kernels in the emulator: their test program, built from a copy of the sources."""
+"""The test program of the emulated CUDA kernels, built from a copy of the sources."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from support.paths import CSRC, EMULATION
 
 
 class Build(NamedTuple):
-    sanitizer: str = ""  # what -fsanitize= gets
-    optimization: str = ""  # that of tests/cuda/emulation/CMakeLists.txt
-    contract: str = "OFF"  # whether products and sums are fused
+    sanitizer: str = ""  # the value of -fsanitize=
+    optimization: str = ""  # OPTIMIZATION in tests/cuda/emulation/CMakeLists.txt
+    contract: str = "OFF"  # whether products are fused with sums
 
 
-# Without optimization a change is compiled in a quarter of the time.
+# Without optimization, a change compiles in a quarter of the time.
 BUILDS = {
     "plain": Build(),
     "asan": Build("address,undefined"),
@@ -31,14 +31,14 @@ BUILDS = {
 }
 ENVIRONMENT = {
     **os.environ,
-    # A fiber's stack is not one that AddressSanitizer could move frames away from.
+    # AddressSanitizer cannot move frames away from a fiber's stack.
     "ASAN_OPTIONS": "detect_stack_use_after_return=0",
     "TSAN_OPTIONS": "halt_on_error=1",
 }
 
 
 class EmulatedKernels:
-    """One build of tests/cuda/emulation/kernels, whose sources can be changed for a while."""
+    """A build of tests/cuda/emulation/kernels. Its sources can be changed temporarily."""
 
     def __init__(self, folder: Path, name: str) -> None:
         sanitizer, optimization, contract = BUILDS[name]
@@ -59,7 +59,7 @@ class EmulatedKernels:
         build(EMULATION, self._build, *flags, target="kernels")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs the program, after what changed has been compiled."""
+        """Compiles changes, and runs the program."""
         if not self._is_current:
             run("cmake", "--build", self._build, "--target", "kernels")
             self._is_current = True
@@ -74,7 +74,7 @@ class EmulatedKernels:
 
     @contextmanager
     def mutated(self, file: str, original: str, mutated: str) -> Iterator[None]:
-        """While inside, a piece of source that stands in the file once is another."""
+        """Replaces a piece of source temporarily. The file must contain it once."""
         path = self._sources / file
         source = path.read_text()
         assert source.count(original) == 1
