@@ -1,5 +1,4 @@
-"""The CUDA kernels, run on the CPU by the emulator: emulation/kernels, section by section; and
-the races that ThreadSanitizer finds. Of other bugs, test_mutants.py."""
+"""Runs the CUDA kernels in the emulator, and plants races. test_mutants.py plants other bugs."""
 
 from __future__ import annotations
 
@@ -30,21 +29,21 @@ SECTIONS = [
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_the_kernels_compute_what_their_contracts_say(section: str, emulated: Builds) -> None:
+def test_the_kernels_meet_their_contracts(section: str, emulated: Builds) -> None:
     done = emulated("plain").run(section)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
-# The sections whose results are rounded.
+# The sections with rounded results.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("section", ["values", "parts", "report", "token_rows", "vocab_shards"])
-def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Builds) -> None:
+def test_fused_products_meet_the_contracts(section: str, emulated: Builds) -> None:
     done = emulated("contracted").run(section)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
-# Bytes are counted alike in every build, and the sparse mappings of offsets are not for a shadow.
-# Which bytes are touched depends on every size and alignment; races on few of them.
+# All builds count the same bytes, and a sanitizer's shadow would fill the sparse mappings of the
+# section offsets. Accesses depend on every size and alignment, but races on few of them.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("build", "arguments"),
@@ -56,14 +55,14 @@ def test_fusing_products_and_sums_breaks_no_contract(section: str, emulated: Bui
         ("tsan", ("--reduced", "sequences", "preference", "schedules")),
     ],
 )
-def test_the_kernels_run_clean_under_a_sanitizer(
+def test_sanitizers_find_no_fault_in_the_kernels(
     build: str, arguments: tuple[str, ...], emulated: Builds
 ) -> None:
     done = emulated(build).run(*arguments)
     assert (done.returncode, done.stdout.strip()) == (0, "ok"), done.stderr
 
 
-# Here, for the build that has just run clean: without optimization it would take minutes to.
+# These tests use the build of the test above. Without optimization, it would take minutes.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "mutant",
