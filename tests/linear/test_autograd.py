@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simpo_ext import LinearSimPOLoss, linear_simpo_loss, linear_token_logps
 from support.batches import DTYPES
+from support.comparisons import assert_same
 from support.linear_batches import (
     OPS,
     UNLIMITED,
     LinearBatch,
-    assert_same,
     logps_and_gradients,
     make_linear_batch,
 )

@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from simpo_ext import linear_simpo_loss, linear_token_logps
 from support.batches import DTYPES
+from support.comparisons import assert_same
 from support.linear_batches import (
     CHUNK,
     OPS,
     UNLIMITED,
     LinearBatch,
     Watcher,
-    assert_same,
     logps_and_gradients,
     logps_op,
     make_linear_batch,

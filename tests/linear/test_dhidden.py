@@ -25,6 +25,7 @@ from support.linear_batches import (
     make_linear_batch,
     upstream_of,
 )
+from support.memory import allocated_bytes
 from support.vocab_batches import linear_in_shards, token_options
 
 pytestmark = [pytest.mark.kernels, pytest.mark.cuda_only, pytest.mark.emulation]
@@ -195,13 +196,7 @@ def test_cublas_needs_no_memory_for_products(cublas: EmulatedCublas) -> None:
     def allocated() -> int:
         """The bytes of all tensors that the backward allocates."""
         logps = linear_token_logps(*leaf[:3], bias=leaf.bias, logits_budget_bytes=0)
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(
-            activities=activities, profile_memory=True, acc_events=True
-        ) as profile:
-            torch.autograd.grad(logps.sum(), leaf.hidden)
-        events = profile.profiler.kineto_results.events()
-        return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+        return allocated_bytes(lambda: torch.autograd.grad(logps.sum(), leaf.hidden))
 
     inside = allocated()
     cublas.set_available(False)

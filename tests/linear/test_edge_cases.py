@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpo_ext import linear_simpo_loss, linear_token_logps
 from support import linear_oracle
-from support.batches import DTYPES
+from support.batches import DTYPES, far_apart
 from support.linear_batches import (
     CHUNK,
     UNLIMITED,
@@ -28,10 +28,9 @@ from support.linear_batches import (
     make_linear_batch,
     upstream_of,
 )
+from support.memory import peak_bytes
 
 pytestmark = pytest.mark.kernels
-
-FAR = 2**31 + 64  # elements
 
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -91,15 +90,6 @@ def test_layouts_change_only_the_order_of_sums(name: str, layout: str, dtype: to
         assert (got.double() - expected.double()).abs().max() <= bound
 
 
-def far_apart(x: Tensor, path: Path, dim: int) -> Tensor:
-    """A copy in a sparse file, whose stride in ``dim`` is just above 2^31 elements."""
-    strides = list(x.stride())
-    strides[dim] = FAR
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-    flat = torch.from_file(str(path), shared=True, size=last + 1, dtype=x.dtype)
-    return flat.as_strided(x.shape, strides).copy_(x)
-
-
 @pytest.mark.emulation  # The routing would copy the whole file to the GPU.
 @pytest.mark.parametrize(("name", "dim"), [("hidden", 0), ("hidden", 1), ("hidden", 2),
                                            ("weight", 0), ("weight", 1)])  # fmt: skip
@@ -117,20 +107,6 @@ def test_offsets_beyond_2_31_elements(
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The peak of the memory that tensors take while the function runs."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 def sizes(batch: LinearBatch) -> tuple[int, int, int, int]:

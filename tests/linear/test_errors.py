@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from simpo_ext import LinearSimPOLoss, linear_simpo_loss, linear_token_logps
+from support.messages import message
 
 pytestmark = pytest.mark.kernels
 
@@ -35,11 +35,6 @@ def _labels() -> Tensor:
 
 def _bias() -> Tensor:
     return torch.linspace(0.0, 1.0, V)
-
-
-def _message(*parts: object) -> str:
-    """A pattern that matches the parts in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 SCORERS: dict[str, Callable[..., Any]] = {
@@ -106,7 +101,7 @@ def test_invalid_tensor(scorer: str, case: Case) -> None:
     arguments: dict[str, Any] = {
         "hidden": _hidden(), "weight": _weight(), "labels": _labels(), "bias": _bias(), name: make()
     }  # fmt: skip
-    with pytest.raises(error, match=_message(f"{name}: expected", *parts)):
+    with pytest.raises(error, match=message(f"{name}: expected", *parts)):
         SCORERS[scorer](**arguments)
 
 
@@ -114,13 +109,13 @@ def test_invalid_tensor(scorer: str, case: Case) -> None:
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_hidden_states_are_refused(layout: torch.layout) -> None:
     nested = torch.nested.nested_tensor([_hidden()[0], _hidden()[1, :2]], layout=layout)
-    with pytest.raises(TypeError, match=_message("hidden: expected", "dense", "nested")):
+    with pytest.raises(TypeError, match=message("hidden: expected", "dense", "nested")):
         linear_token_logps(nested, _weight(), _labels())
 
 
 @pytest.mark.parametrize("scorer", ["linear_simpo_loss", "LinearSimPOLoss"])
 def test_an_odd_batch_cannot_be_split_into_pairs(scorer: str) -> None:
-    with pytest.raises(ValueError, match=_message("hidden: expected", "even B", "got 3")):
+    with pytest.raises(ValueError, match=message("hidden: expected", "even B", "got 3")):
         SCORERS[scorer](_hidden()[:3], _weight(), _labels()[:3])
     assert linear_token_logps(_hidden()[:3], _weight(), _labels()[:3]).shape == (3, T)
 
@@ -138,7 +133,7 @@ def test_the_error_names_a_label_out_of_range(
     labels = _labels()
     labels[2, 3] = label
     labels[3, 1] = V  # Comes later in memory, so it is not reported.
-    with pytest.raises(IndexError, match=_message("labels[2, 3]", "-100", f"[0, {V})", label)):
+    with pytest.raises(IndexError, match=message("labels[2, 3]", "-100", f"[0, {V})", label)):
         function(_hidden(), _weight(), labels, shift=shift)
 
 
@@ -148,7 +143,7 @@ def test_only_scored_labels_must_be_in_range() -> None:
     labels[1, 0] = 99  # The shift does not score the first column.
     want = linear_token_logps(_hidden(), _weight(), _labels())
     assert torch.equal(linear_token_logps(_hidden(), _weight(), labels), want)
-    with pytest.raises(IndexError, match=_message("labels[1, 0]", "got 99")):
+    with pytest.raises(IndexError, match=message("labels[1, 0]", "got 99")):
         linear_token_logps(_hidden(), _weight(), labels, shift=False)
 
 
@@ -158,7 +153,7 @@ def test_an_empty_vocabulary_has_no_valid_label() -> None:
     logps = linear_token_logps(_hidden(), _weight()[:0], labels)
     assert torch.equal(logps, torch.zeros(B, T))
     labels[1, 2] = 0
-    with pytest.raises(IndexError, match=_message("labels[1, 2]", "got 0")):
+    with pytest.raises(IndexError, match=message("labels[1, 2]", "got 0")):
         linear_token_logps(_hidden(), _weight()[:0], labels)
 
 
@@ -211,7 +206,7 @@ def test_invalid_option(function: Callable[..., object], case: OptionCase) -> No
     options, error, parts = case
     # The module's constructor raises the error.
     inputs = () if function is LinearSimPOLoss else (_hidden(), _weight(), _labels())
-    with pytest.raises(error, match=_message(*parts)):
+    with pytest.raises(error, match=message(*parts)):
         function(*inputs, **options)
 
 
@@ -219,7 +214,7 @@ def test_invalid_option(function: Callable[..., object], case: OptionCase) -> No
 def test_a_call_of_the_module_checks_its_count(count: Any, error: type[Exception]) -> None:
     with pytest.raises(
         error,
-        match=_message(
+        match=message(
             "num_valid_tokens: expected", type(count).__name__ if error is TypeError else count
         ),
     ):
@@ -282,7 +277,7 @@ def test_ops_refuse_tensors_that_do_not_match(op: str, name: str, spoiler: str) 
     ("num_valid_tokens", -2), ("num_valid_tokens", -(2**63)),
 ])  # fmt: skip
 def test_ops_refuse_invalid_numbers(name: str, value: int) -> None:
-    with pytest.raises(RuntimeError, match=_message(f"{name}: expected", value)):
+    with pytest.raises(RuntimeError, match=message(f"{name}: expected", value)):
         OPS.linear_token_logps(**{**_op_arguments("linear_token_logps"), name: value})
 
 
@@ -292,7 +287,7 @@ def test_ops_refuse_labels_out_of_range(op: str) -> None:
     arguments = _op_arguments(op)
     arguments["labels"][3, 4] = V
     # Newer versions of torch turn std::out_of_range into an IndexError.
-    with pytest.raises((IndexError, RuntimeError), match=_message("labels[3, 4]", f"got {V}")):
+    with pytest.raises((IndexError, RuntimeError), match=message("labels[3, 4]", f"got {V}")):
         getattr(OPS, op)(**arguments)
 
 

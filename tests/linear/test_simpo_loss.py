@@ -14,7 +14,9 @@ import simpo_ext
 from simpo_ext import LinearSimPOLoss, SimPOOutput, linear_simpo_loss, simpo_loss
 from support import linear_oracle
 from support.batches import DTYPES
-from support.linear_batches import LinearBatch, assert_same, make_linear_batch
+from support.comparisons import assert_same
+from support.linear_batches import LinearBatch, make_linear_batch
+from support.signatures import keywords
 
 pytestmark = pytest.mark.kernels
 
@@ -41,14 +43,6 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 # Keywords of linear_simpo_loss that simpo_loss lacks.
 OWN_KEYWORDS = {"bias": None, "logits_budget_bytes": None, "num_valid_tokens": None}
-
-
-def keywords(function: Any) -> dict[str, Any]:
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
 
 
 def scored(batch: LinearBatch, **options: Any) -> tuple[SimPOOutput, list[Tensor]]:

@@ -13,10 +13,10 @@ from torch import Tensor
 import simpo_ext
 from support import linear_oracle
 from support.batches import DTYPES
+from support.comparisons import assert_same
 from support.linear_batches import (
     UNLIMITED,
     LinearBatch,
-    assert_same,
     dense_logps,
     logps_and_gradients,
     logps_op,

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simpo_ext import SimPOLoss, SimPOOutput, simpo_loss
 from support.batches import Batch, make_batch
+from support.comparisons import assert_same
 
 pytestmark = pytest.mark.kernels
 
@@ -66,10 +67,6 @@ def gradient(leaf: Tensor, out: SimPOOutput, names: tuple[str, ...] = ("loss",))
     outputs = [getattr(out, name) for name in names]
     weights = [torch.linspace(1.0, 1.5, max(x.numel(), 1)).to(x).view(x.shape) for x in outputs]
     return torch.autograd.grad(outputs, leaf, weights)[0]
-
-
-def assert_same(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 # ---- equal results -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from simpo_ext import SimPOOutput, sequence_logps, simpo_loss, simpo_loss_from_logps, token_logps
 from support import oracle
+from support.comparisons import assert_same
 
 pytestmark = pytest.mark.kernels
 
@@ -51,11 +52,6 @@ def _logps_and_grad(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Ten
     return logps.detach(), torch.autograd.grad(logps, logits, weights)[0]
 
 
-def _assert_same(got: Any, want: Any) -> None:
-    """Compares tensors, or tuples of tensors, bit for bit. NaN equals NaN."""
-    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0, equal_nan=True)
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 # [4, 1, 7] has labels that the shift does not score.
@@ -66,7 +62,7 @@ def test_loss_zero_without_scored_tokens(shape: Any, reduction: Any, inplace: bo
     options: dict[str, Any] = {"reduction": reduction, "sft_weight": 0.5}
     out = simpo_loss(1.0 * hidden, labels, inplace_backward=inplace, **options)
     nothing = torch.zeros((pairs,) if reduction == "none" else ())
-    _assert_same((out.loss, out.sft_loss, out.losses), (nothing, nothing, torch.zeros(pairs)))
+    assert_same((out.loss, out.sft_loss, out.losses), (nothing, nothing, torch.zeros(pairs)))
     assert out.chosen_logps.isnan().all()
     assert not torch.autograd.grad(out.loss.sum(), hidden)[0].any()
     assert list(out.metrics().values()) == pytest.approx([NAN] * 6 + [0, pairs, 0], nan_ok=True)
@@ -100,7 +96,7 @@ def test_masked_logits_change_nothing(garbage: float, dtype: torch.dtype, inplac
     hidden = logits.masked_fill(masked[..., None], garbage).requires_grad_()
     out = simpo_loss(hidden.clone(), labels, sft_weight=0.3, inplace_backward=inplace)
     (grad,) = torch.autograd.grad(out.loss, hidden)
-    _assert_same((out, grad), (want, want_grad))
+    assert_same((out, grad), (want, want_grad))
     assert not grad[masked].any()
 
 
@@ -116,7 +112,7 @@ def test_a_dropped_pair_equals_a_batch_without_it(options: Any, empty_rows: list
     logits[dropped] = NAN  # The side that has tokens is not read either.
     want, want_grad = _loss_and_grad(logits[kept], labels[kept], **options)
     out, grad = _loss_and_grad(logits, labels, **options)
-    _assert_same((out.loss, out.sft_loss, grad[kept]), (want.loss, want.sft_loss, want_grad))
+    assert_same((out.loss, out.sft_loss, grad[kept]), (want.loss, want.sft_loss, want_grad))
     assert out.losses[1] == 0
     assert not grad[dropped].any()
     assert out.metrics() == {**want.metrics(), "dropped_pairs": 1.0}
@@ -134,7 +130,7 @@ def test_any_ignore_index_masks_even_one_that_is_a_token(mask: int) -> None:
     logits, labels = _batch()
     labels[labels == mask] = 5
     got = _logps_and_grad(logits, labels.masked_fill(labels == -100, mask), ignore_index=mask)
-    _assert_same(got, _logps_and_grad(logits, labels))
+    assert_same(got, _logps_and_grad(logits, labels))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,7 +140,7 @@ def test_a_nan_makes_only_its_row_nan(at: int, softcap: Any, dtype: torch.dtype)
     logits, labels = _batch(dtype, BLOCKS)
     want, want_grad = _logps_and_grad(logits, labels, softcap=softcap)
     logits[2, 3, at] = want[2, 3] = want_grad[2, 3] = NAN
-    _assert_same(_logps_and_grad(logits, labels, softcap=softcap), (want, want_grad))
+    assert_same(_logps_and_grad(logits, labels, softcap=softcap), (want, want_grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -298,12 +294,12 @@ def test_layout_of_logits_and_labels_changes_no_bit(
 ) -> None:
     logits, labels = (LAYOUTS[layout](x) for x in _batch(dtype, vocabulary))
     want = _logps_and_grad(logits.contiguous(), labels.contiguous())
-    _assert_same(_logps_and_grad(logits, labels), want)
+    assert_same(_logps_and_grad(logits, labels), want)
     if layout in ("offset", "wider", "time major"):  # These rows can be overwritten.
         hidden = logits.contiguous().requires_grad_()
         logps = token_logps(LAYOUTS[layout](1.0 * hidden), labels, inplace_backward=True)
         weights = torch.arange(1.0, B * T + 1.0, dtype=logps.dtype).view(B, T)
-        _assert_same((logps, *torch.autograd.grad(logps, hidden, weights)), want)
+        assert_same((logps, *torch.autograd.grad(logps, hidden, weights)), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -311,7 +307,7 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     logits, labels = _batch()
     narrow = labels.masked_fill(labels == -100, 100).to(dtype)
     got = _loss_and_grad(logits, narrow, ignore_index=100)
-    _assert_same(got, _loss_and_grad(logits, labels))
+    assert_same(got, _loss_and_grad(logits, labels))
 
 
 @pytest.mark.parametrize("score", [
@@ -325,7 +321,7 @@ def test_layout_of_the_incoming_gradient_changes_no_bit(score: Callable[..., Ten
     for weights in (strided, strided.flatten()[0].expand_as(result)):
         got = torch.autograd.grad(result, logits, weights, retain_graph=True)
         want = torch.autograd.grad(result, logits, weights.contiguous(), retain_graph=True)
-        _assert_same(got, want)
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -392,7 +388,7 @@ def test_threads_and_repetition_change_no_bit(shape: Any, request: Any) -> None:
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         results.append(_loss_and_grad(logits, labels, sft_weight=0.3))
-    _assert_same(results[1:], results[:1] * 2)
+    assert_same(results[1:], results[:1] * 2)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)

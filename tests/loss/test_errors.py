@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -19,6 +18,7 @@ from simpo_ext import (
     simpo_loss_from_logps,
     token_logps,
 )
+from support.messages import message
 
 pytestmark = pytest.mark.kernels
 
@@ -43,11 +43,6 @@ def _logps() -> Tensor:
 
 def _nested(layout: torch.layout) -> Tensor:
     return torch.nested.nested_tensor([torch.zeros(T, V), torch.zeros(2, V)], layout=layout)
-
-
-def _message(*parts: object) -> str:
-    """A pattern that matches the parts in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 SCORERS: dict[str, Callable[..., Any]] = {
@@ -92,7 +87,7 @@ BAD_LABELS: dict[str, Case] = {
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_invalid_logits(scorer: str, case: str) -> None:
     make, error, parts = BAD_LOGITS[case]
-    with pytest.raises(error, match=_message("logits: expected", *parts)):
+    with pytest.raises(error, match=message("logits: expected", *parts)):
         SCORERS[scorer](make(), _labels())
 
 
@@ -100,13 +95,13 @@ def test_invalid_logits(scorer: str, case: str) -> None:
 @pytest.mark.parametrize("scorer", SCORERS)
 def test_invalid_labels(scorer: str, case: str) -> None:
     make, error, parts = BAD_LABELS[case]
-    with pytest.raises(error, match=_message("labels: expected", *parts)):
+    with pytest.raises(error, match=message("labels: expected", *parts)):
         SCORERS[scorer](_logits(), make())
 
 
 @pytest.mark.parametrize("scorer", ["simpo_loss", "SimPOLoss"])
 def test_an_odd_batch_cannot_be_split_into_pairs(scorer: str) -> None:
-    with pytest.raises(ValueError, match=_message("logits: expected", "even B", "got 3")):
+    with pytest.raises(ValueError, match=message("logits: expected", "even B", "got 3")):
         SCORERS[scorer](_logits()[:3], _labels()[:3])
 
 
@@ -121,7 +116,7 @@ def test_the_error_names_a_label_out_of_range(scorer: str, label: int, shift: bo
     labels = _labels()
     labels[2, 3] = label
     labels[3, 1] = V  # Comes later in memory, so it is not reported.
-    with pytest.raises(IndexError, match=_message("labels[2, 3]", "-100", f"[0, {V})", label)):
+    with pytest.raises(IndexError, match=message("labels[2, 3]", "-100", f"[0, {V})", label)):
         SCORERS[scorer](_logits(), labels, shift=shift)
 
 
@@ -130,7 +125,7 @@ def test_only_scored_labels_must_be_in_range() -> None:
     labels = _labels()
     labels[1, 0] = 99  # The shift does not score the first column.
     assert torch.equal(token_logps(_logits(), labels), token_logps(_logits(), _labels()))
-    with pytest.raises(IndexError, match=_message("labels[1, 0]", "got 99")):
+    with pytest.raises(IndexError, match=message("labels[1, 0]", "got 99")):
         token_logps(_logits(), labels, shift=False)
 
 
@@ -216,7 +211,7 @@ BAD_OPTIONS: list[OptionCase] = [
 def test_invalid_option(function: Callable[..., object], case: OptionCase) -> None:
     options, error, parts = case
     inputs: dict[object, Any] = {simpo_loss_from_logps: (_logps(), _logps()), SimPOLoss: ()}
-    with pytest.raises(error, match=_message(*parts)):
+    with pytest.raises(error, match=message(*parts)):
         function(*inputs.get(function, (_logits(), _labels())), **options)
 
 
@@ -233,7 +228,7 @@ def test_invalid_option(function: Callable[..., object], case: OptionCase) -> No
     ],
 )
 def test_invalid_logps(chosen: Any, rejected: Any, error: Any, parts: Any) -> None:
-    with pytest.raises(error, match=_message(*parts)):
+    with pytest.raises(error, match=message(*parts)):
         simpo_loss_from_logps(chosen, rejected)
 
 
@@ -265,7 +260,7 @@ def test_logits_that_cannot_be_overwritten(scorer: str, case: str) -> None:
     make, expected = NOT_OVERWRITABLE[case]
     logits = make(_logits().requires_grad_())
     labels = _labels() % logits.shape[2]
-    with pytest.raises(ValueError, match=_message("inplace_backward: expected", expected)):
+    with pytest.raises(ValueError, match=message("inplace_backward: expected", expected)):
         SCORERS[scorer](logits, labels, inplace_backward=True)
     with torch.no_grad():  # Without a backward, nothing is overwritten.
         SCORERS[scorer](logits, labels, inplace_backward=True)
@@ -385,7 +380,7 @@ def test_ops_refuse_tensors_that_do_not_match(op: str, name: str, spoiler: str) 
 @pytest.mark.parametrize("name", ["loss_type", "sft_reduction", "reduction", "empty"])
 @pytest.mark.parametrize("value", [-1, 3, 2**62])
 def test_ops_refuse_unknown_enum_values(name: str, value: int) -> None:
-    with pytest.raises(RuntimeError, match=_message(f"{name}: expected", value)):
+    with pytest.raises(RuntimeError, match=message(f"{name}: expected", value)):
         OPS.preference_loss(**{**_op_arguments("preference_loss"), name: value})
 
 
@@ -395,7 +390,7 @@ def test_ops_refuse_labels_out_of_range(op: str) -> None:
     arguments = _op_arguments(op)
     arguments["labels"][3, 4] = V
     # Newer versions of torch turn std::out_of_range into an IndexError.
-    with pytest.raises((IndexError, RuntimeError), match=_message("labels[3, 4]", f"got {V}")):
+    with pytest.raises((IndexError, RuntimeError), match=message("labels[3, 4]", f"got {V}")):
         getattr(OPS, op)(**arguments)
 
 

@@ -19,16 +19,14 @@ from simpo_ext import (
 )
 from support import oracle
 from support.batches import DTYPES, make_batch
-from support.linear_batches import assert_same
-from support.packed_batches import (
+from support.comparisons import (
     DIFFERENTIABLE,
-    OUTPUTS,
-    PAIRS,
+    assert_outputs_match,
+    assert_same,
     loss_and_gradient,
-    make_linear_packed,
-    make_packed,
     reduced_weights,
 )
+from support.packed_batches import PAIRS, make_linear_packed, make_packed
 
 pytestmark = pytest.mark.kernels
 
@@ -118,9 +116,7 @@ def test_from_token_logps_matches_the_oracle_and_gradcheck(options: dict[str, An
     leaf = values.clone().requires_grad_()
     options = {**options, "cu_seqlens": cu, "pairs": PAIRED}
     out = simpo_loss_from_token_logps(leaf, labels, **options)
-    for name in OUTPUTS:
-        got = getattr(out, name).detach().numpy()
-        np.testing.assert_allclose(got, getattr(want, name), rtol=1e-13, atol=1e-14, err_msg=name)
+    assert_outputs_match(out, want, 1e-13, 1e-14)
     (gradient,) = torch.autograd.grad(out.loss.sum(), leaf)
     np.testing.assert_allclose(gradient.numpy(), want_gradient, rtol=1e-13, atol=1e-16)
     finite = values.nan_to_num().requires_grad_()

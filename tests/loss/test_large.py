@@ -6,23 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import simpo_ext
-from support.batches import make_batch
+from support.batches import far_apart, make_batch
 
 pytestmark = [pytest.mark.kernels, pytest.mark.emulation]  # GPU: tests/cuda/test_tensors.py
-
-FAR = 2**31 + 64
-
-
-def far_apart(logits: Tensor, path: Path, dim: int) -> Tensor:
-    """A copy whose stride in ``dim`` is just above 2^31 elements."""
-    strides = list(logits.stride())
-    strides[dim] = FAR
-    last = sum((size - 1) * stride for size, stride in zip(logits.shape, strides, strict=True))
-    flat = torch.from_file(str(path), shared=True, size=last + 1, dtype=logits.dtype)
-    return flat.as_strided(logits.shape, strides).copy_(logits)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

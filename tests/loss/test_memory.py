@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 import simpo_ext
 from support.batches import make_batch
+from support.memory import allocated_bytes
 
 pytestmark = [pytest.mark.kernels, pytest.mark.emulation]  # GPU: tests/cuda/test_tensors.py
-
-
-def allocated_bytes(function: Callable[[], object]) -> int:
-    """The sum of all allocations of tensors while the function runs, including freed ones."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,17 +13,17 @@ from torch import Tensor
 from simpo_ext import linear_simpo_loss, simpo_loss
 from support import linear_oracle, oracle
 from support.batches import DTYPES, make_batch
-from support.linear_batches import assert_same, make_linear_batch
-from support.packed_batches import (
+from support.comparisons import (
     DIFFERENTIABLE,
     OUTPUTS,
-    PAIRS,
+    assert_outputs_match,
+    assert_same,
     gradients_by_the_oracle,
     loss_and_gradient,
-    make_linear_packed,
-    make_packed,
     reduced_weights,
 )
+from support.linear_batches import make_linear_batch
+from support.packed_batches import PAIRS, make_linear_packed, make_packed
 
 pytestmark = pytest.mark.kernels
 
@@ -64,9 +64,7 @@ def five_rows(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 
 def assert_matches(out: Any, want: oracle.Preference, rtol: float = 1e-12) -> None:
-    for name in OUTPUTS:
-        got = getattr(out, name).detach().double().numpy()
-        np.testing.assert_allclose(got, getattr(want, name), rtol=rtol, atol=rtol, err_msg=name)
+    assert_outputs_match(out, want, rtol)
     assert out.metrics() == pytest.approx(want.metrics, rel=1e-5, nan_ok=True)
 
 

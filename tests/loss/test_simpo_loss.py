@@ -13,6 +13,8 @@ import torch
 import simpo_ext
 from support import oracle
 from support.batches import DTYPES, Batch, make_batch
+from support.comparisons import OUTPUTS
+from support.signatures import keywords
 
 pytestmark = pytest.mark.kernels
 
@@ -60,15 +62,7 @@ def test_every_output_and_the_gradient_match_the_oracle(
     tolerance = (
         {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 2e-6}
     )
-    for name in (
-        "loss",
-        "losses",
-        "chosen_logps",
-        "rejected_logps",
-        "chosen_rewards",
-        "rejected_rewards",
-        "sft_loss",
-    ):
+    for name in OUTPUTS:
         result = getattr(out, name)
         assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         truth = torch.as_tensor(getattr(expected, name), dtype=torch.float64)
@@ -293,15 +287,6 @@ def test_the_module_equals_the_function_with_its_options() -> None:
 
 
 def test_the_module_and_the_function_have_the_same_keywords_and_defaults() -> None:
-    import inspect
-
-    def keywords(function: Any) -> dict[str, Any]:
-        return {
-            name: parameter.default
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
-
     of_a_call = {"cu_seqlens": None, "pairs": None, "pair_weight": None}
     assert keywords(simpo_ext.simpo_loss) == {**keywords(simpo_ext.SimPOLoss), **of_a_call}
     forward = keywords(simpo_ext.SimPOLoss.forward)

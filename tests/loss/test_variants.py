@@ -16,13 +16,8 @@ from simpo_ext import (
 )
 from support import oracle
 from support.batches import DTYPES, make_batch
-from support.linear_batches import assert_same
-from support.packed_batches import (
-    OUTPUTS,
-    PAIRS,
-    loss_and_gradient,
-    make_packed,
-)
+from support.comparisons import OUTPUTS, assert_outputs_match, assert_same, loss_and_gradient
+from support.packed_batches import PAIRS, make_packed
 
 pytestmark = pytest.mark.kernels
 
@@ -55,6 +50,21 @@ def from_logps(
     gradients = torch.autograd.grad(results[0].sum(), leaves)
     assert [x.requires_grad for x in results] == [True, False, False]
     return [x.detach() for x in results], list(gradients)
+
+
+def check_against_oracle(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Compares outputs, metrics and the gradient of the loss of logits."""
+    batch = make_batch(pairs=3, time=12, vocabulary=40, dtype=dtype)
+    want, want_gradient = oracle.simpo_loss(
+        batch.logits.double().numpy(), batch.labels.numpy(), **options
+    )
+    out, (gradient, _) = loss_and_gradient(*batch, **options)
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
+    assert_outputs_match(out, want, tolerance)
+    assert out.metrics() == pytest.approx(want.metrics, rel=5e-6, abs=5e-6)
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+    error = np.abs(gradient.double().numpy() - want_gradient).max()
+    assert error < rounding * np.abs(want_gradient).max()
 
 
 # ---- AlphaPO -------------------------------------------------------------------------------------
@@ -135,20 +145,7 @@ def test_every_output_and_the_gradient_match_the_oracle(
 ) -> None:
     if "average_log_prob" in options:
         alpha /= 10  # The sums are about ten times the averages.
-    batch = make_batch(pairs=3, time=12, vocabulary=40, dtype=dtype)
-    options = {"alpha": alpha, **options}
-    want, want_gradient = oracle.simpo_loss(
-        batch.logits.double().numpy(), batch.labels.numpy(), **options
-    )
-    out, (gradient, _) = loss_and_gradient(*batch, **options)
-    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
-    for name in OUTPUTS:
-        got, expected = getattr(out, name).detach().double().numpy(), getattr(want, name)
-        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=name)
-    assert out.metrics() == pytest.approx(want.metrics, rel=5e-6, abs=5e-6)
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
-    error = np.abs(gradient.double().numpy() - want_gradient).max()
-    assert error < rounding * np.abs(want_gradient).max()
+    check_against_oracle(dtype, {"alpha": alpha, **options})
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, -0.5])
@@ -276,19 +273,7 @@ def test_a_dropped_pair_with_alpha_is_dropped() -> None:
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ipo_matches_the_oracle(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    batch = make_batch(pairs=3, time=12, vocabulary=40, dtype=dtype)
-    options = {"loss_type": "ipo", **options}
-    want, want_gradient = oracle.simpo_loss(
-        batch.logits.double().numpy(), batch.labels.numpy(), **options
-    )
-    out, (gradient, _) = loss_and_gradient(*batch, **options)
-    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
-    for name in OUTPUTS:
-        got, expected = getattr(out, name).detach().double().numpy(), getattr(want, name)
-        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=name)
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
-    error = np.abs(gradient.double().numpy() - want_gradient).max()
-    assert error < rounding * np.abs(want_gradient).max()
+    check_against_oracle(dtype, {"loss_type": "ipo", **options})
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])

@@ -6,7 +6,6 @@ C++ in Python, and the C++ API has its own structs of options.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from simpo_ext._ops.logits_plan import (
 )
 from simpo_ext._ops.records import ENUMS, METRIC_NAMES
 from support.paths import ROOT
+from support.signatures import keywords
 
 INCLUDE = "include/simpo_ext"
 
@@ -139,20 +139,15 @@ def members(struct: str) -> Iterator[tuple[str, Any]]:
             yield name, float(default) if default else None
 
 
-def signature_of(function: Any) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
 def test_defaults_of_token_options() -> None:
-    want = signature_of(simpo_ext.token_logps)
+    want = keywords(simpo_ext.token_logps)
     del want["cu_seqlens"]  # a member of Layout
     assert dict(members("TokenLogpsOptions")) == want
 
 
 def test_defaults_of_linear_options() -> None:
     options = dict(members("LinearOptions"))
-    want = signature_of(simpo_ext.linear_token_logps)
+    want = keywords(simpo_ext.linear_token_logps)
     assert {"bias", "logits_budget_bytes", "num_valid_tokens"} == options.keys()
     assert options == {name: want[name] for name in options}
 
@@ -178,7 +173,7 @@ def test_defaults_of_loss_options() -> None:
     assert {name: want[name] for name in options} == options
     assert {name: want[name] for name in tokens} == tokens
     # C++ lacks only presets and reports.
-    missing = signature_of(simpo_ext.SimPOLoss) - {**options, **tokens}.keys()
+    missing = keywords(simpo_ext.SimPOLoss) - {**options, **tokens}.keys()
     assert missing == {"preset", "report", "normalizer", "gamma", "gamma_beta_ratio"}
 
 

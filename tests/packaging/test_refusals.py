@@ -28,15 +28,11 @@ from simpo_ext import _C, distributed
 from simpo_ext._inputs import checks
 from simpo_ext._ops import library
 from support.builds import run
+from support.messages import message
 from support.paths import ROOT
 
 SOURCES = Path(simpo_ext.__file__).parent
 COMPILED = Path(_C.__file__).parent  # another folder in an editable install
-
-
-def message(*parts: object) -> str:
-    """A pattern that matches the parts in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 # ---- imports -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -51,3 +52,12 @@ def eager_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     compute = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     gathered = compute.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
     return gathered.masked_fill(targets == -100, 0.0)
+
+
+def far_apart(x: Tensor, path: Path, dim: int) -> Tensor:
+    """A copy in a sparse file, whose stride in ``dim`` is just above 2^31 elements."""
+    strides = list(x.stride())
+    strides[dim] = 2**31 + 64
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    flat = torch.from_file(str(path), shared=True, size=last + 1, dtype=x.dtype)
+    return flat.as_strided(x.shape, strides).copy_(x)

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import simpo_ext
 from simpo_ext._ops import logits_plan
@@ -140,19 +139,6 @@ def logps_op(batch: LinearBatch, budget: int = 0, num_valid_tokens: int = -1) ->
     options = (-100, True, 1.0, 0.0, budget, num_valid_tokens)
     results: tuple[Tensor, ...] = OPS.linear_token_logps(hidden, weight, bias, labels, *options)
     return results
-
-
-def assert_same(got: Any, want: Any) -> None:
-    """Compares nested tensors bit for bit. NaN equals NaN."""
-    leaves, expected = tree_leaves(got), tree_leaves(want)
-    assert [x for x in leaves if isinstance(x, str)] == [x for x in expected if isinstance(x, str)]
-    torch.testing.assert_close(
-        [x for x in leaves if not isinstance(x, str)],
-        [x for x in expected if not isinstance(x, str)],
-        rtol=0.0,
-        atol=0.0,
-        equal_nan=True,
-    )
 
 
 class Watcher(TorchDispatchMode):

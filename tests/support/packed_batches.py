@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from simpo_ext import SimPOOutput, simpo_loss
 from support import oracle
 from support.batches import Batch
 from support.linear_batches import LinearBatch
@@ -21,16 +20,6 @@ LENGTHS = (7, 0, 5, 1, 12, 2, 5, 9)
 # Some sequences are in several pairs, on one side or on both. 1 and 3 have no valid token with a
 # shift, and 7 is in no pair.
 PAIRS = ((0, 2), (0, 6), (4, 0), (5, 4), (1, 2), (6, 3), (2, 5))
-OUTPUTS = (
-    "loss",
-    "losses",
-    "chosen_logps",
-    "rejected_logps",
-    "chosen_rewards",
-    "rejected_rewards",
-    "sft_loss",
-)
-DIFFERENTIABLE = ("loss", "losses", "chosen_logps", "rejected_logps", "sft_loss")
 
 
 class Packed(NamedTuple):
@@ -152,28 +141,3 @@ def padded_linear(batch: LinearBatch, packed: Packed) -> LinearBatch:
     """The same sequences as padded rows."""
     hidden = packed._replace(logits=batch.hidden).padded()
     return batch._replace(hidden=hidden.logits, labels=hidden.labels)
-
-
-def loss_and_gradient(
-    logits: Tensor, labels: Tensor, **options: Any
-) -> tuple[SimPOOutput, list[Tensor]]:
-    """The outputs, the gradient of the loss, and that of the outputs of each pair."""
-    leaf = logits.detach().requires_grad_()
-    out = simpo_loss(leaf, labels, **options)
-    per_pair = sum((getattr(out, name).nan_to_num() * 0.7).sum() for name in DIFFERENTIABLE[1:4])
-    return out, [
-        torch.autograd.grad(result, leaf, retain_graph=True)[0]
-        for result in (out.loss.sum(), per_pair)
-    ]
-
-
-def reduced_weights(result: Tensor) -> Tensor:
-    """An incoming gradient of a result, with both signs."""
-    weights = torch.linspace(1.25, -0.5, max(result.numel(), 1), dtype=result.dtype)
-    return weights[: result.numel()].view(result.shape)
-
-
-def gradients_by_the_oracle(names: Sequence[str], out: Any) -> dict[str, Any]:
-    """`reduced_weights` of these results as keywords of the oracle."""
-    given = {f"grad_{name}": reduced_weights(getattr(out, name)).double() for name in names}
-    return {"grad_loss": 0.0, **{name: grad.numpy() for name, grad in given.items()}}

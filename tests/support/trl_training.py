@@ -43,6 +43,11 @@ STEPS = 20
 TRAIN_PAIRS, HELD_OUT_PAIRS = 37, 7
 # Sums of a few hundred float32 products, relative to the largest element of a tensor.
 TOLERANCE = 2e-5
+# The metrics in the order of TRL's logs.
+METRICS = [
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/rejected", "logps/chosen", "logits/rejected", "logits/chosen", "nll_loss"),
+]
 # Values that differ between any two runs.
 TIMES = ("_runtime", "_per_second", "total_flos", "_preparation_time")
 
