@@ -1,4 +1,4 @@
-"""``python -m simpo_ext``: info and check (the demo has a file of its own)."""
+"""The commands info and check of ``python -m simpo_ext``."""
 
 from __future__ import annotations
 

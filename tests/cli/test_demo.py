@@ -1,4 +1,4 @@
-"""The demo: its data and what it refuses, and short runs from the options to the exit code."""
+"""The demo: its data, its errors, and short runs from options to exit code."""
 
 import argparse
 import importlib
@@ -44,7 +44,7 @@ def user_pairs(count):
 
 @pytest.fixture
 def no_comparison(monkeypatch):
-    """Leave out the closing measurement, which takes seconds and has a test of its own."""
+    """Skips the final measurement, which takes seconds and has its own test."""
     small = compare.Comparison(
         (2, 4, 8),
         256,
@@ -70,7 +70,7 @@ def test_documentation_pairs_hold_the_same_words_in_another_order():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_no_held_out_text_is_trained_on(seed):
+def test_training_text_contains_no_held_out_text(seed):
     split = documentation.pairs(seed)
     size = documentation.SHINGLE
 
@@ -208,7 +208,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_bad_lines_are_named_with_their_number(name, tmp_path, capsys):
+def test_errors_name_the_number_of_a_bad_line(name, tmp_path, capsys):
     line, message = BAD_LINES[name]
     path = write_lines(tmp_path / "a.jsonl", BASIC, b"", line, BASIC)
     with pytest.raises(DemoError, match="1 bad line and 2 good"):
@@ -260,7 +260,7 @@ def error_of(capsys, *arguments):
     return code, capsys.readouterr().err
 
 
-def test_options_that_do_not_go_together(capsys):
+def test_options_that_exclude_each_other(capsys):
     code, error = error_of(capsys, "--loss-type", "hinge", "--label-smoothing", "0.1")
     assert (code, error[:7]) == (2, "error: ")
     assert error_of(capsys, "--skip-bad") == (2, "error: --skip-bad: expected --data, too\n")
@@ -282,7 +282,7 @@ def test_unusable_files_are_reported_before_training(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("module", ["tqdm", "rich", "matplotlib"])
-def test_missing_packages_are_named_with_their_remedy(module, monkeypatch, capsys, tmp_path):
+def test_missing_packages_are_named_with_a_remedy(module, monkeypatch, capsys, tmp_path):
     real = importlib.import_module
 
     def import_module(name, package=None):
@@ -356,7 +356,7 @@ def test_interrupted_training_still_reports(tmp_path, capsys, monkeypatch):
     def collate(examples):
         nonlocal calls
         calls += 1
-        if calls == 4:  # one evaluation and two steps were before
+        if calls == 4:  # after one evaluation and two steps
             raise KeyboardInterrupt
         return real(examples)
 
@@ -398,7 +398,7 @@ def test_a_run_is_determined_by_its_seed():
 
 def test_held_out_accuracy_rises():
     def encode(pairs):
-        # Backwards is told from forwards within seconds.
+        # A model learns within seconds to tell reversed text.
         return batches.encode(
             [batches.Pair(p.prompt, p.chosen, p.chosen[::-1]) for p in pairs], 128
         )
@@ -414,7 +414,7 @@ def test_held_out_accuracy_rises():
 
 
 def test_comparison_measures_every_variant():
-    # 16 MiB: far above what the allocator keeps and the kernel rounds.
+    # 16 MiB, far more than the memory that the allocator keeps.
     comparison = compare.compare((4, 64, 16384))
     assert comparison.logits_bytes == 2**24
     assert all(math.isfinite(seconds) for seconds in comparison.seconds.values())
@@ -432,8 +432,8 @@ def test_comparison_refuses_a_wrong_result(monkeypatch):
         compare.compare((2, 8, 64))
 
 
-def test_importing_the_demo_is_cheap():
-    # tqdm is not listed: torch imports it where it is installed.
+def test_importing_the_demo_imports_no_optional_packages():
+    # tqdm is not listed, because torch imports it.
     code = "import sys, simpo_ext.cli.demo; print({'rich', 'matplotlib'} & set(sys.modules))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
     assert child.stdout.strip() == "set()"

@@ -17,15 +17,14 @@ from torch import Tensor
 import simpo_ext
 from simpo_ext import _C
 from support.batches import DTYPES, make_batch
-from support.builds import build, run
-from support.paths import ROOT
+from support.builds import build_library, run
 
 # Only the choice of an instruction set and memory are tested here. Other tests check the results.
 pytestmark = pytest.mark.cpu_only
 
 VARIABLE = "SIMPO_CPU_CAPABILITY"
 LEVELS = _C.cpu_capabilities()
-KERNELS = ROOT / "tests" / "cpp" / "kernels"
+TORCH = torch.utils.cmake_prefix_path
 
 
 # ---- which level is chosen ----------------------------------------------------------------------
@@ -120,8 +119,8 @@ def test_no_object_leaves_code_for_others_that_do_not_have_its_instructions(
     # If several objects define an inline function, the linker keeps one copy for all of them. If
     # that were the one for AVX-512, the other levels would run it, too. Each level has its own
     # namespace, so that the linker cannot mix them up.
-    plain = ("-DCMAKE_BUILD_TYPE=Release", "-DSANITIZER=")
-    build(KERNELS, tmp_path, *plain, target="row_kernels")
+    definitions = ("-DSIMPO_PYTHON=OFF", "-DSIMPO_CUDA=OFF", f"-DCMAKE_PREFIX_PATH={TORCH}")
+    build_library(tmp_path, *definitions, target="kernels")
     objects = list(tmp_path.rglob("row_kernels_*.o"))
     assert objects
     tables = set()

@@ -16,7 +16,7 @@ import torch
 
 import simpo_ext
 from simpo_ext import _C
-from support.builds import WITHOUT_DEBUG_INFO, build, needs_libtorch, run
+from support.builds import WITHOUT_DEBUG_INFO, build, build_library, needs_libtorch, run
 from support.paths import CSRC, ROOT
 
 EXAMPLE = ROOT / "csrc" / "examples" / "linear_head"
@@ -29,26 +29,16 @@ Programs = Callable[[str], Path]
 pytestmark = needs_libtorch
 
 
-def wheel_definitions() -> list[str]:
-    """The CMake definitions that a build of the wheel would get, such as a compiler cache."""
-    given = os.environ.get("SKBUILD_CMAKE_DEFINE", "")
-    return [f"-D{definition}" for definition in given.split(";") if definition]
-
-
 @pytest.fixture(scope="module")
 def plain_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of an install without Python, moved to another folder after the install."""
     folder = tmp_path_factory.mktemp("plain")
-    build(
-        ROOT,
+    build_library(
         folder / "build",
-        "-DCMAKE_BUILD_TYPE=Release",
         "-DSIMPO_PYTHON=OFF",
         "-DSIMPO_CUDA=OFF",
-        "-DSIMPO_WERROR=ON",
         f"-DCMAKE_PREFIX_PATH={TORCH}",
         f"-DCMAKE_INSTALL_PREFIX={folder / 'installed'}",
-        *wheel_definitions(),
     )
     run("cmake", "--install", folder / "build")
     shutil.rmtree(folder / "build")

@@ -2,8 +2,7 @@
 
     python first_call_in_capture.py logits|logits-inplace|hidden
 
-The program replays the graph on batches that the capture has not seen, and compares loss and
-gradients with the oracle. It fails if the capture or a check fails.
+The program replays the graph on other batches, and compares loss and gradients with the oracle.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Case(NamedTuple):
     make: Callable[[int], Any]  # makes the batch of a seed
     step: Callable[[Any], LossAndGradients]
     check: Callable[..., None]
-    warm: Callable[[Any], None]  # makes torch create what the step needs of it
+    warm: Callable[[Any], None]  # runs what torch must initialize before a capture
 
 
 def logits_batch(seed: int) -> Batch:
@@ -68,10 +67,10 @@ def warm_autograd(batch: Batch) -> None:
 
 
 class Products(torch.autograd.Function):
-    """Torch's own products of the shapes that hidden_step has, forward and backward.
+    """Torch's products of the shapes in hidden_step, forward and backward.
 
-    Each thread creates a cuBLAS handle of its own, and cuBLAS loads a product's code at its first
-    call. Neither may happen in a capture, with or without this library.
+    Each thread creates its own cuBLAS handle, and cuBLAS loads the code of a product at its first
+    call. Neither is allowed in a capture.
     """
 
     @staticmethod
@@ -88,7 +87,7 @@ class Products(torch.autograd.Function):
 
 
 def warm_products(batch: LinearBatch) -> None:
-    most = batch.labels[:, 1:].numel()  # without a count, a capture has rows for all tokens
+    most = batch.labels[:, 1:].numel()  # Without a count, a capture has rows for all tokens.
     rows = batch.hidden.flatten(0, 1)[:most].detach().requires_grad_()
     weight = batch.weight[:8192].detach().requires_grad_()
     torch.autograd.grad(Products.apply(rows, weight).sum(), (rows, weight))

@@ -1,6 +1,6 @@
-"""The emulator that runs CUDA kernels on the CPU finds the faults it is there to find.
+"""The emulator of CUDA kernels finds faults.
 
-Each program of emulation/faults.cpp is a tiny kernel, with one planted fault or none.
+Each program of emulation/faults.cpp is a tiny kernel with one planted fault or none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SOURCE = EMULATION / "faults.cpp"
 
 FLAGS = ["-std=c++20", "-g", "-Wall", "-Wextra", "-Werror", "-fno-omit-frame-pointer", "-pthread"]
 FLAGS += ["-I", str(EMULATION), "-I", str(ROOT / "csrc")]
-# What the kernels are compiled with, and the emulator: TSan must not see the scheduler.
+# The emulator is compiled without -fsanitize=thread: TSan must not see the scheduler.
 KERNEL_FLAGS = {
     "plain": ["-O2"],
     "ucontext": ["-O2"],
@@ -46,7 +46,7 @@ Run = Callable[[str, str], "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs a program of faults.cpp, in a build that is made when first asked for."""
+    """Runs a program of faults.cpp. Builds are cached."""
 
     @cache
     def build(checker: str) -> Path:
@@ -69,14 +69,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def places(fault: str) -> list[str]:
-    """Where faults.cpp has planted it."""
+    """The lines of the fault in faults.cpp."""
     lines = SOURCE.read_text().splitlines()
     found = [i for i, line in enumerate(lines, 1) if line.endswith(f"// fault: {fault}")]
     assert found, fault
     return [f"{SOURCE.name}:{line}" for line in found]
 
 
-# How the emulator reports what it finds by itself, in every build.
+# Messages of faults that the emulator finds in every build.
 MESSAGES = {
     "misaligned-vector": "misaligned access, 16 bytes at an address 4 above a multiple of 16",
     "misaligned-scalar": "misaligned access, 4 bytes at an address 2 above a multiple of 4",
@@ -166,7 +166,7 @@ def test_kernels_without_a_fault_pass_every_checker(program: str, checker: str, 
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
-# Not with TSan: the kernel that records the order races on purpose.
+# Not with TSan, since the kernel that records the order has races.
 @pytest.mark.parametrize("checker", ["plain", ASAN])
 def test_threads_and_blocks_run_in_the_order_that_was_chosen(checker: str, run: Run) -> None:
     done = run(checker, "schedules")

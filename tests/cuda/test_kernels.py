@@ -1,5 +1,4 @@
-"""What the CUDA kernels do otherwise than the CPU's, or only they: labels out of range, rows of any
-alignment, more rows than one grid dimension holds. Emulated (--kernels=emulated) or on a GPU."""
+"""CUDA kernels, emulated or on a GPU: labels out of range, rows of any alignment, and many rows."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def _logps_and_grad(logits: Tensor, labels: Tensor, upstream: Tensor) -> tuple[T
 
 @pytest.mark.parametrize("label", [-1, -99, 50, 51, 2**31, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_label_out_of_range_poisons_its_row_and_no_other(dtype: torch.dtype, label: int) -> None:
+def test_a_label_out_of_range_makes_only_its_row_nan(dtype: torch.dtype, label: int) -> None:
     batch = make_batch(dtype=dtype)
     upstream = torch.ones(batch.labels.shape)
     upstream[1, 5] = 0.0
@@ -36,7 +35,7 @@ def test_a_label_out_of_range_poisons_its_row_and_no_other(dtype: torch.dtype, l
     others = torch.ones_like(labels, dtype=torch.bool)
     others[1, 4:6] = False
     assert logps[1, 4:6].isnan().all()
-    assert grad[1, 4:6].isnan().all()  # also where the incoming gradient is 0
+    assert grad[1, 4:6].isnan().all()  # even if the incoming gradient is 0
     assert torch.equal(logps[others], want[others])
     assert torch.equal(grad[others], want_grad[others])
 
@@ -54,10 +53,10 @@ def test_a_label_out_of_range_makes_the_loss_nan() -> None:
 
 @pytest.mark.parametrize("label", [-1, 5000, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_label_out_of_range_poisons_its_hidden_state_and_no_other(
+def test_a_label_out_of_range_makes_only_its_hidden_state_nan(
     dtype: torch.dtype, label: int
 ) -> None:
-    # Two parts of the vocabulary.
+    # In the emulator, two chunks.
     batch = make_linear_batch(vocabulary=5000, dtype=dtype)
 
     def logps_and_grad(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +90,8 @@ def test_tokens_beyond_num_valid_tokens_are_nan() -> None:
     assert (got[~valid] == 0).all()
 
 
-# 1 to 40: heads, tails and vectors of every length there is. 5003: several loads in flight and a
-# tail. 17001: a large block, with its last batch of loads not full.
+# 1 to 40: heads, tails and vectors of every length. 5003: several loads in flight and a tail.
+# 17001: a large block whose last batch of loads is not full.
 @pytest.mark.parametrize("vocabulary", [*range(1, 41), 5003, 17001])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_any_alignment_match_the_oracle(dtype: torch.dtype, vocabulary: int) -> None:
@@ -105,7 +104,7 @@ def test_rows_of_any_alignment_match_the_oracle(dtype: torch.dtype, vocabulary: 
     )
     rounding = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
     for first in range(16 // dtype.itemsize):
-        # Rows one element further apart than they are long: each starts elsewhere.
+        # There is one element between rows, so their alignments differ.
         memory = torch.full((first + 8 * (vocabulary + 1),), math.nan, dtype=dtype)
         strides = (4 * (vocabulary + 1), vocabulary + 1, 1)
         logits = memory.as_strided(batch.logits.shape, strides, first).copy_(batch.logits)
@@ -113,7 +112,7 @@ def test_rows_of_any_alignment_match_the_oracle(dtype: torch.dtype, vocabulary: 
         assert (logps - torch.from_numpy(expected)).abs().max() < max(2e-6, rounding)
         assert (grad.double() - torch.from_numpy(expected_grad)).abs().max() < rounding
 
-        # In place, where input and output are aligned alike.
+        # In place, input and output have the same alignment.
         hidden = torch.zeros((), dtype=dtype, requires_grad=True)
         overwritten = (memory + hidden).as_strided(batch.logits.shape, strides, first)
         logps = token_logps(overwritten, labels, shift=False, inplace_backward=True)
@@ -122,7 +121,7 @@ def test_rows_of_any_alignment_match_the_oracle(dtype: torch.dtype, vocabulary: 
         assert error.abs().max() < rounding
 
 
-def test_more_rows_than_the_first_grid_dimension_of_the_emulator() -> None:
+def test_more_rows_than_the_emulator_s_first_grid_dimension() -> None:
     batch = make_batch(pairs=3, time=50, vocabulary=12)
     logps, grad = _logps_and_grad(*batch, torch.ones(batch.labels.shape))
     args = batch.logits.double().numpy(), batch.labels.numpy()

@@ -1,6 +1,6 @@
-"""Hidden states and lm_head on a GPU: agreement with the CPU, graphs, waiting, memory.
+"""Hidden states and lm_head on a GPU: agreement with the CPU, graphs, synchronization, memory.
 
-What the kernels compute is tested by the tests marked ``kernels``, with --kernels=cuda.
+The tests marked ``kernels`` test the kernels' results with --kernels=cuda.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make_linear_batch(
     pairs: int = 2,
     time: int = 24,
     hidden: int = 64,
-    vocabulary: int = 20003,  # three chunks, the last one narrower, rows that end anywhere
+    vocabulary: int = 20003,  # three chunks of which the last is narrower
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: str = DEVICE,
@@ -62,7 +62,7 @@ def test_gpu_and_cpu_agree(dtype: torch.dtype, budget: int) -> None:
     batch = make_linear_batch(dtype=dtype)
     want = loss_and_grads(LinearBatch(*(t.cpu() for t in batch if t is not None)), sft_weight=0.3)
     got = loss_and_grads(batch, sft_weight=0.3, logits_budget_bytes=budget)
-    # Of the largest entry: products of two libraries, each rounded to the dtype.
+    # Relative to the largest entry: two libraries compute products and round them to the dtype.
     tolerance = 1e-12 if dtype == torch.float64 else max(4 * torch.finfo(dtype).eps, 1e-5)
     for ours, theirs in zip((got.loss, *got.gradients), (want.loss, *want.gradients), strict=True):
         assert ours.device.type == DEVICE
@@ -95,11 +95,11 @@ def test_compiles_without_graph_break_on_the_gpu() -> None:
 
 
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
-def test_nothing_waits_for_the_gpu_where_the_count_is_given(budget: int) -> None:
+def test_the_host_does_not_wait_for_the_gpu_if_the_count_is_given(budget: int) -> None:
     batch = make_linear_batch()
     count = int((batch.labels[:, 1:] != -100).sum())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
+        warnings.simplefilter("ignore")  # The mode is a prototype.
         try:
             torch.cuda.set_sync_debug_mode("error")
             loss_and_grads(batch, num_valid_tokens=count, logits_budget_bytes=budget)
@@ -108,14 +108,14 @@ def test_nothing_waits_for_the_gpu_where_the_count_is_given(budget: int) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_errors_against_float64_are_those_of_rounding(dtype: torch.dtype) -> None:
+def test_errors_against_float64_are_rounding_errors(dtype: torch.dtype) -> None:
     batch = make_linear_batch(dtype=dtype)
     check_of_hidden_states(loss_and_grads(batch, sft_weight=0.3), batch, sft_weight=0.3)
 
 
 @pytest.mark.parametrize("extra", [None, 0, 5])
 def test_a_captured_graph_replays_on_new_data(extra: int | None) -> None:
-    # With a bound of the count, or without one: rows for every token then.
+    # With extra, the count has a bound. Without, there are rows for all tokens.
     def step(batch: LinearBatch) -> LossAndGradients:
         bound = None if extra is None else int(most) + extra
         return loss_and_grads(batch, num_valid_tokens=bound, sft_weight=0.2)
@@ -126,7 +126,7 @@ def test_a_captured_graph_replays_on_new_data(extra: int | None) -> None:
     static = LinearBatch(*(t.clone() for t in batches[0]))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # captures want a warm-up on a stream of their own
+    with torch.cuda.stream(stream):  # A capture needs a warm-up on a side stream.
         step(static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -138,10 +138,10 @@ def test_a_captured_graph_replays_on_new_data(extra: int | None) -> None:
             destination.copy_(source)
         graph.replay()
         check_of_hidden_states(captured, batch, sft_weight=0.2)
-        check_of_hidden_states(step(batch), batch, sft_weight=0.2)  # may have other rows
+        check_of_hidden_states(step(batch), batch, sft_weight=0.2)  # The number of rows may differ.
 
 
-def test_tokens_beyond_the_bound_are_nan() -> None:
+def test_tokens_beyond_num_valid_tokens_are_nan() -> None:
     batch = make_linear_batch()
     count = int((batch.labels[:, 1:] != -100).sum())
     logps = simpo_ext.linear_token_logps(
@@ -150,7 +150,7 @@ def test_tokens_beyond_the_bound_are_nan() -> None:
     assert int(logps.isnan().sum()) == 3
 
 
-def test_a_label_out_of_range_is_nan_and_no_fault() -> None:
+def test_a_label_out_of_range_gives_nan() -> None:
     batch = make_linear_batch()
     batch.labels[1, 20] = 2**62
     loss, (dhidden, dweight, _) = loss_and_grads(batch)
@@ -161,9 +161,9 @@ def test_a_label_out_of_range_is_nan_and_no_fault() -> None:
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """How much more memory torch hands out while the function runs, at its peak."""
+    """The peak of the memory that torch allocates while the function runs."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # else torch may reuse a larger block of other tests
+    torch.cuda.empty_cache()  # Torch could reuse a larger block.
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
@@ -171,10 +171,9 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def workspace_bytes() -> int:
-    """The memory that torch allocates for cuBLAS during a product, 0 if it has kept it.
+    """The size of the workspace that torch allocates for each product of cuBLAS.
 
-    The first product makes torch keep the workspaces for the threads of the forward and the
-    backward. Or torch allocates a workspace for each product, and this returns its size.
+    It is 0 if torch keeps the workspaces of the first product.
     """
     x, w = (torch.randn(512, 512, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     leaf = x.requires_grad_()
@@ -187,7 +186,7 @@ def workspace_bytes() -> int:
 
 
 @pytest.mark.parametrize("budget", [0, 3, UNLIMITED])  # in chunks
-def test_peak_memory_is_the_gradients_and_the_logits_allowed(budget: int) -> None:
+def test_peak_memory_is_gradients_and_budget(budget: int) -> None:
     batch = make_linear_batch(time=512, hidden=512, vocabulary=8 * CHUNK, dtype=torch.bfloat16)
     hidden, weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
     rows = int((batch.labels[:, 1:] != -100).sum())
@@ -212,7 +211,7 @@ def test_peak_memory_is_the_gradients_and_the_logits_allowed(budget: int) -> Non
     assert chunk / 3 > 6 * MIB
 
 
-def test_no_product_is_held_beside_the_sum_of_dhidden() -> None:
+def test_the_sum_of_dhidden_needs_no_memory_for_products() -> None:
     # The rows are large compared with a chunk of logits, and the weight needs no gradient.
     batch = make_linear_batch(time=1024, hidden=4096, vocabulary=2 * CHUNK, dtype=torch.bfloat16)
     hidden = batch.hidden.requires_grad_()
@@ -222,11 +221,11 @@ def test_no_product_is_held_beside_the_sum_of_dhidden() -> None:
         hidden, batch.weight, batch.labels, num_valid_tokens=rows, logits_budget_bytes=UNLIMITED
     )
     peak = peak_bytes(lambda: torch.autograd.grad(logps.sum(), hidden))
-    # With kept logits, no hidden states are needed. The backward holds the sum, and beside it first
-    # a chunk of dlogits and then dhidden.
+    # All logits are kept, so the backward gathers no hidden states. Beside the sum, it holds a
+    # chunk of dlogits, and later dhidden.
     allowed = max(rows * CHUNK * 2, hidden.numel() * 2) + rows * 4096 * 4
     assert peak <= allowed + workspace + 4 * MIB
-    assert rows * 4096 * 2 / 3 > 4 * MIB  # what a product would take
+    assert rows * 4096 * 2 / 3 > 4 * MIB  # A product would be larger than the slack.
 
 
 def test_repetition_changes_no_bit() -> None:

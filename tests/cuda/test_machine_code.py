@@ -1,4 +1,4 @@
-"""The machine code of the installed library's CUDA kernels, for every architecture in it."""
+"""The machine code of the installed library's CUDA kernels, for each of its architectures."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def streaming(compiled: list[Kernel]) -> list[Kernel]:
 
 
 def around_hidden_states(compiled: list[Kernel], *names: str) -> list[Kernel]:
-    """Those around the logits of hidden states, or of the names given."""
+    """The kernels around the products of hidden states, or those with the given names."""
     files = ("select_tokens_cu", "gather_rows_cu", "label_values_cu", "hidden_gradient_cu")
     found = [k for k in compiled if any(file in k.name for file in files)]
-    # add_partial and hidden_gradient twice for each dtype, both ways to gather rows and
-    # put_label_gradients once, and two kernels for each dtype of arithmetic alone.
+    # For each dtype: add_partial and hidden_gradient twice, both ways to gather rows and
+    # put_label_gradients once. For each dtype of arithmetic: two kernels.
     assert len(found) == (4 * 7 + 2 * 2) * len({k.architecture for k in compiled})
     return [k for k in found if not names or any(name in k.name for name in names)]
 
 
-# Of 256 threads. The first two are of the flat layout, and know no dtype.
+# Kernels with 256 threads. The first two are for packed sequences, and have no dtype.
 OF_SEQUENCES = (
     "fill_targets_kernel",
     "sequence_targets_kernel",
@@ -71,11 +71,11 @@ OF_SEQUENCES = (
 
 
 def of_sequences(compiled: list[Kernel]) -> list[Kernel]:
-    """Those that are a block or more for each sequence."""
+    """The kernels with a block or more for each sequence."""
     files = ("sequence_targets_cu", "sequence_logps_cu", "preference_loss_cu")
     found = [k for k in compiled if any(file in k.name for file in files)]
     kernels = [k for k in found if any(name in k.name for name in OF_SEQUENCES)]
-    # The targets once, the others for each dtype of arithmetic; and beside them score_pairs.
+    # The targets once, and the others for each dtype of arithmetic, like score_pairs.
     architectures = len({k.architecture for k in compiled})
     assert len(kernels) == (2 + 4 * 2) * architectures
     assert len(found) == len(kernels) + 2 * architectures
@@ -95,7 +95,7 @@ def label(kernel: Kernel) -> str:
 
 
 @needs_cuda_build
-def test_the_library_carries_every_architecture_and_ptx_for_later_ones(
+def test_the_library_contains_every_architecture_and_ptx(
     machine_code: ModuleType, compiled: list[Kernel]
 ) -> None:
     names = {
@@ -104,7 +104,7 @@ def test_the_library_carries_every_architecture_and_ptx_for_later_ones(
     }
     built_for = str(simpo_ext.build_info()["cuda_archs"]).split(",")
     assert set(names) == {f"sm_{arch.removesuffix('-real')}" for arch in built_for}
-    # The same kernels for each.
+    # All architectures have the same kernels.
     assert len({frozenset(kernels) for kernels in names.values()}) == 1
     ptx = {f"sm_{arch}.ptx" for arch in built_for if not arch.endswith("-real")}
     listed = machine_code.cuobjdump("--list-ptx", LIBRARY)
@@ -113,7 +113,7 @@ def test_the_library_carries_every_architecture_and_ptx_for_later_ones(
 
 
 @needs_cuda_build
-def test_no_kernel_spills_or_touches_local_memory(compiled: list[Kernel]) -> None:
+def test_no_kernel_uses_local_memory(compiled: list[Kernel]) -> None:
     for kernel in compiled:
         assert kernel.stack_bytes == 0, label(kernel)
         assert kernel.local_bytes == 0, label(kernel)
@@ -122,7 +122,7 @@ def test_no_kernel_spills_or_touches_local_memory(compiled: list[Kernel]) -> Non
 
 @needs_cuda_build
 def test_streaming_kernels_leave_room_for_many_threads(compiled: list[Kernel]) -> None:
-    # 64 registers: 1024 threads on a multiprocessor. exp of a double takes more.
+    # With 64 registers, 1024 threads fit on a multiprocessor. exp of a double needs more.
     for kernel in streaming(compiled):
         assert kernel.registers <= (128 if is_float64(kernel) else 64), label(kernel)
 
@@ -131,10 +131,10 @@ def test_streaming_kernels_leave_room_for_many_threads(compiled: list[Kernel]) -
 def test_main_loops_have_four_wide_loads_in_flight(
     machine_code: ModuleType, compiled: list[Kernel]
 ) -> None:
-    # tanh and exp of a double take longer than memory does, and two loads suffice.
+    # tanh, and exp of a double, take longer than memory accesses, so two loads suffice.
     for kernel in streaming(compiled):
         bodies = machine_code.loops(kernel.instructions)
-        if not is_float64(kernel):  # not those without an exp, as the sum of a masked row has
+        if not is_float64(kernel):  # Loops without an exp sum masked rows.
             bodies = [body for body in bodies if any(i.opcode == "MUFU.EX2" for i in body)]
         in_flight = max(map(machine_code.loads_in_flight, bodies))
         least = 2 if is_float64(kernel) or is_capped(kernel) else 4
@@ -142,11 +142,11 @@ def test_main_loops_have_four_wide_loads_in_flight(
 
 
 @needs_cuda_build
-def test_the_backward_waits_for_memory_once_before_its_row(compiled: list[Kernel]) -> None:
+def test_the_backward_loads_the_values_of_its_row_at_once(compiled: list[Kernel]) -> None:
     for kernel in streaming(compiled):
         if "backward" not in kernel.name:
             continue
-        # The label, its gradient, max and sum_exp.
+        # The loads of the label, its gradient, max and sum_exp.
         loads = [i for i, each in enumerate(kernel.instructions) if each.name == "LDG"][:4]
         loaded: set[int] = set()
         for instruction in kernel.instructions[loads[0] : loads[-1] + 1]:
@@ -165,7 +165,7 @@ def test_rows_of_hidden_states_have_four_wide_loads_in_flight(
     names = ("gather_rows_kernel", "add_partial_kernel", "hidden_gradient_kernel")
     for kernel in around_hidden_states(compiled, *names):
         assert kernel.registers <= 64, label(kernel)
-        # add_partial is one batch for each block, without a loop.
+        # A block of add_partial has one batch and no loop.
         bodies = (kernel.instructions, *machine_code.loops(kernel.instructions))
         assert max(map(machine_code.loads_in_flight, bodies)) >= 4, label(kernel)
 
@@ -178,17 +178,17 @@ def test_a_thousand_threads_can_select_tokens(compiled: list[Kernel]) -> None:
 
 @needs_cuda_build
 def test_the_kernels_of_shards_leave_room_for_many_threads(compiled: list[Kernel]) -> None:
-    # Two kernels for each dtype, and one for each dtype of arithmetic alone.
+    # Two kernels for each dtype, and one for each dtype of arithmetic.
     found = [k for k in compiled if "vocab_shards_cu" in k.name]
     assert len(found) == (4 * 2 + 2) * len({k.architecture for k in compiled})
     for kernel in found:
-        # merge_shards holds four shards at a time, and has few blocks.
+        # merge_shards processes four shards at a time, and has few blocks.
         limit = 64 if "merge_shards" in kernel.name else 40
         assert kernel.registers <= limit, label(kernel)
 
 
 @needs_cuda_build
-def test_four_sequences_at_a_time_fit_on_a_multiprocessor(compiled: list[Kernel]) -> None:
+def test_blocks_of_four_sequences_fit_on_a_multiprocessor(compiled: list[Kernel]) -> None:
     for kernel in of_sequences(compiled):
         assert kernel.registers <= 64, label(kernel)
 
@@ -200,14 +200,12 @@ def test_no_kernel_uses_an_atomic(compiled: list[Kernel]) -> None:
         assert not opcodes & {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}, label(kernel)
 
 
-# The sum that a new maximum rescales, and the batch's terms. A report has two more sums.
+# Scaling the sum for a new maximum, and adding the batch's terms. A report has two more sums.
 FLOAT64_PER_BATCH = {"forward": 2, "report": 8, "backward": 0}
 
 
 @needs_cuda_build
-def test_main_loops_use_float64_once_a_batch_and_not_for_each_logit(
-    load, compiled: list[Kernel]
-) -> None:
+def test_main_loops_use_float64_once_per_batch(load, compiled: list[Kernel]) -> None:
     loop_counts = load("loop_counts")
     for subject, counts in loop_counts.count_all(compiled).items():
         if subject.dtype != "float64":
@@ -224,7 +222,7 @@ def test_no_kernel_costs_more_per_logit_than_recorded(
     found, record = loop_counts.count_all(compiled), loop_counts.read_record()
     assert set(found) == set(loop_counts.all_subjects({k.architecture for k in compiled}))
     is_recorded_compiler = machine_code.compilers(LIBRARY) == {record.compiler}
-    # An architecture that only this build has is not in the record.
+    # The record may lack architectures of this build.
     said = [
         f"{subject.architecture} {subject.name}: {fault}"
         for subject in sorted(found.keys() & record.counts.keys())
@@ -235,10 +233,10 @@ def test_no_kernel_costs_more_per_logit_than_recorded(
     assert not said, "\n".join(said)
 
 
-def test_the_record_is_whole_and_readme_has_its_table(load, tmp_path: Path) -> None:
+def test_the_record_is_complete_and_readme_has_its_table(load, tmp_path: Path) -> None:
     loop_counts, predicted = load("loop_counts"), load("predicted")
     record = loop_counts.read_record()
-    architectures = {"sm_80", "sm_90", "sm_100", "sm_120"}  # CMakeLists.txt's
+    architectures = {"sm_80", "sm_90", "sm_100", "sm_120"}  # those of CMakeLists.txt
     assert set(record.counts) == set(loop_counts.all_subjects(architectures))
     loop_counts.write_record(record, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == loop_counts.RECORD.read_text()
@@ -249,13 +247,13 @@ def test_the_record_is_whole_and_readme_has_its_table(load, tmp_path: Path) -> N
 def test_predictions_by_hand(load) -> None:
     loop_counts, predicted = load("loop_counts"), load("predicted")
     h200 = next(gpu for gpu in predicted.GPUS if gpu.name == "H200")
-    # 128 instructions for each logit are a logit a clock and multiprocessor: 132 * 1.755e9 logits
-    # of 2 bytes a second, 10.77 % of 4.3 TB/s.
+    # With 128 instructions per logit, each multiprocessor processes a logit per clock. These are
+    # 132 * 1.755e9 logits of 2 bytes per second, 10.77 % of 4.3 TB/s.
     counts = loop_counts.Counts(logits=4, issued=512, special=4, xu=4, alu=128, fp64=0)
     prediction = predicted.predict(counts, 2, h200)
     assert prediction.unit == "issue slots"
     assert prediction.share == pytest.approx(0.10774, rel=1e-4)
-    # 18 special functions a logit take 18 / 16 clocks, and 80 of the ALU 80 / 64.
+    # 18 special functions per logit take 18 / 16 clocks. 80 instructions of the ALU take 80 / 64.
     prediction = predicted.predict(replace(counts, xu=72), 2, h200)
     assert (prediction.unit, prediction.share) == (
         "special functions",
@@ -263,15 +261,15 @@ def test_predictions_by_hand(load) -> None:
     )
     prediction = predicted.predict(replace(counts, alu=320), 2, h200)
     assert (prediction.unit, prediction.share) == ("ALU", pytest.approx(0.10774 / 1.25, rel=1e-4))
-    # One instruction a logit leaves memory the limit: a unit is busy, and all of it is reached.
+    # With one instruction per logit, memory is the limit.
     prediction = predicted.predict(replace(counts, issued=4, alu=0, xu=0), 2, h200)
     assert prediction.share == 1.0
     assert prediction.busy == pytest.approx(1 / 128 / 0.10774, rel=1e-4)
 
 
-# What the checks above are there to find. The array is indexed by a value known only at run time,
-# so that it cannot live in registers; the second kernel uses each load before the next. The last
-# kernels differ in products and special functions per logit: 1 and 1, 2 and 1, 0 and 2.
+# Faults that the checks above must find. The array is indexed by a value known only at run time, so
+# it cannot be in registers. The second kernel uses each load before the next. The last kernels
+# differ in products and special functions per logit: 1 and 1, 2 and 1, 0 and 2.
 FAULTY = """
 __global__ void spills(const float* in, const int* at, float* out, int n) {
   float values[32];
@@ -364,7 +362,7 @@ def test_the_record_sees_one_more_instruction_per_logit(
     for is_recorded_compiler in (True, False):
         [said] = loop_counts.faults(more_special, recorded, is_recorded_compiler)
         assert said.endswith("special functions per logit, got 2.000")
-    # A record that no longer describes the kernel.
+    # An outdated record.
     [said] = loop_counts.faults(recorded, longer, True)
     assert said.endswith("record them again")
     assert loop_counts.faults(recorded, longer, False) == []

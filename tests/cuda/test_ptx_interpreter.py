@@ -1,4 +1,4 @@
-"""The PTX interpreter itself: exact arithmetic, control flow, and the faults that it must see."""
+"""The PTX interpreter: exact arithmetic, control flow, and faults that it must find."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ KERNEL = """
 def run(
     body: str, threads: int = 64, blocks: int = 1, shared: int = 0, rounding: Rounding | None = None
 ) -> np.ndarray:
-    """Executes statements that may store 32-bit words to [%rd1]; %r1 is %tid.x."""
+    """Executes statements, and returns the 32-bit words stored at [%rd1]. %r1 is %tid.x."""
     declaration = f".shared .align 4 .b8 s[{shared}];" if shared else ""
     kernel = parse(entries(KERNEL.format(body=body, shared=declaration))["k"])
     memory, size = Memory("global", 1 << 16, base=1 << 32), 1024
@@ -80,7 +80,7 @@ def compute(text: str, *sources: np.ndarray) -> np.ndarray:
 
 
 def nearest(exact: Fraction, dtype: type) -> float:
-    """The nearest normal float; the even one of two."""
+    """The nearest normal float. Ties go to the even one."""
     precision = {np.float32: 24, np.float64: 53}[dtype]
     if exact == 0:
         return 0.0
@@ -153,7 +153,7 @@ def test_approximations_flush_subnormal_numbers() -> None:
     assert got[7] == 0.0
 
 
-def test_perturbed_results_are_off_by_at_most_so_many_ulp() -> None:
+def test_perturbed_results_are_off_by_at_most_the_given_ulp() -> None:
     exact = np.float32(1.0) + np.arange(1, 4000, dtype=np.float32) * np.float32(2.0**-12)
     steps = perturbed(exact, 2, keeps_powers=False).view(np.int32) - exact.view(np.int32)
     assert set(steps.tolist()) == {-2, -1, 0, 1, 2}
@@ -238,7 +238,7 @@ SWAP = """
 """
 
 
-def test_each_block_has_shared_memory_of_its_own() -> None:
+def test_each_block_has_its_own_shared_memory() -> None:
     body = SWAP.format("bar.sync 0;") + "mov.u32 %r20, %ctaid.x; mad.lo.s32 %r1, %r20, 64, %r1;"
     got = run(body + STORE.format("%r2"), blocks=3, shared=256)
     assert got[:192].tolist() == [63 - n % 64 for n in range(192)]
@@ -279,7 +279,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_seen(name: str) -> None:
+def test_a_fault_is_found(name: str) -> None:
     body, shared, message = FAULTS[name]
     with pytest.raises(KernelFault, match=re.escape(message)):
         run(body, shared=shared)
@@ -294,6 +294,6 @@ def test_a_fault_is_seen(name: str) -> None:
         "@%p1 ret;",
     ],
 )
-def test_what_is_unknown_is_an_error(statement: str) -> None:
+def test_unknown_instructions_are_errors(statement: str) -> None:
     with pytest.raises(NotImplementedError):
         run(statement)

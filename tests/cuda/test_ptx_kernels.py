@@ -1,5 +1,4 @@
-"""The PTX of all kernels except those of token log-probs (test_ptx_logps.py), bugs planted in PTX,
-and the calls of the CUDA runtime."""
+"""The PTX of all kernels except those in test_ptx_logps.py, planted bugs, and runtime calls."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ def test_every_kernel_is_in_one_family(architecture: str, ptx_kernels: Load) -> 
     assert sorted(names) == sorted(kernels.entries)
 
 
-# ---- planted bugs, in the PTX that is easier to read
+# ---- planted bugs
 
 CHECKS = {
     check.__name__.strip("_"): check
@@ -50,7 +49,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_without_a_bug_nothing_is_found(check: str, ptx_kernels: Load) -> None:
+def test_the_checks_find_nothing_without_a_bug(check: str, ptx_kernels: Load) -> None:
     assert planted.found_by(ptx_kernels("100"), CHECKS[check]) == []
 
 
@@ -62,7 +61,7 @@ def test_a_planted_bug_is_found(bug: planted.Bug, ptx_kernels: Load) -> None:
 
 
 @pytest.mark.parametrize("kernel", planted.BARRIERS)
-def test_barriers_are_missed(kernel: str, ptx_kernels: Load) -> None:
+def test_a_missing_barrier_is_found(kernel: str, ptx_kernels: Load) -> None:
     kernels, check = ptx_kernels("100"), planted.BARRIERS[kernel]
     found = [
         bool(planted.found_by(kernels, check))
@@ -72,7 +71,7 @@ def test_barriers_are_missed(kernel: str, ptx_kernels: Load) -> None:
     assert all(found), found
 
 
-def test_a_product_that_may_be_fused_is_found_where_it_is(ptx_kernels: Load) -> None:
+def test_a_bug_of_a_fused_product_is_found_if_products_are_fused(ptx_kernels: Load) -> None:
     found = {}
     for contracts in (False, True):
         kernels = ptx_kernels("100", Rounding(contracts=contracts))
@@ -85,12 +84,12 @@ def test_a_product_that_may_be_fused_is_found_where_it_is(ptx_kernels: Load) -> 
 # ---- the first call of a process may be captured in a CUDA graph
 
 
-def test_what_may_initialize_the_runtime_does_so_in_the_relaxed_mode(ptx_kernels: Load) -> None:
+def test_calls_that_may_initialize_the_runtime_use_the_relaxed_mode(ptx_kernels: Load) -> None:
     kernels = ptx_kernels("100")
     assert kernels.use_device(1) == 0
     checks = Checks()
     check_label_gradients(kernels, checks, "float32")
-    assert kernels.use_device(1) == 0  # already the current one
+    assert kernels.use_device(1) == 0  # It is already the current device.
     assert kernels.use_device(0) == 0
     assert not checks.failures
     assert [call.function for call in kernels.runtime_calls] == [

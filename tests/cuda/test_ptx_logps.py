@@ -1,17 +1,16 @@
 """The PTX of the kernels of token log-probs, executed on the CPU and compared with float64.
 
-The emulator in tests/cuda/emulation compiles the kernels' C++ for the CPU. These tests run what
-nvcc compiles for a GPU, launched by the project's own host code, and so they also cover
+The emulator in tests/cuda/emulation compiles the kernels' C++ for the CPU. These tests execute what
+nvcc compiles for a GPU, launched by the project's host code. So they also cover
 
 - the inline PTX in csrc/cuda/platform.h, and the toolkit's exp, log and tanh;
-- what nvcc makes of the source: loads and stores of vectors, offsets, conversions, and registers
-  that are read before they are written;
+- nvcc's vector loads and stores, offsets, conversions, and reads of unwritten registers;
 - the layout of the kernels' arguments, grids, blocks and `__launch_bounds__`.
 
-They say nothing about what comes after PTX: ptxas, caches, time, and the memory model beyond "no
-two threads touch an address without a barrier between them".
+They do not cover ptxas, caches and time. Of the memory model, they check only that a barrier
+separates the accesses of two threads to one address.
 
-Every test prints its comparisons and the coverage of each kernel; pytest shows them with -rP.
+Every test prints its comparisons and the coverage of each kernel. pytest shows them with -rP.
 """
 
 from __future__ import annotations

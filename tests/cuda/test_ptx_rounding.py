@@ -1,7 +1,7 @@
-"""The kernels' PTX where it leaves arithmetic open: ptxas and a GPU may round otherwise than
-test_ptx_logps.py and test_ptx_kernels.py assume.
+"""The kernels' PTX with other roundings than test_ptx_logps.py and test_ptx_kernels.py assume.
 
-Each test takes one version of the PTX. The other has the same source, products and sums.
+PTX lets ptxas fuse products with sums, and a GPU round approximate instructions differently. Each
+test uses one architecture, since the others have the same products and sums.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The routing that lets CPU tensors test the CUDA kernels, sent to the CPU itself."""
+"""The routing of CPU ops to the CUDA kernels, tested by routing them to the CPU."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_a_moved_tensor_has_its_values_strides_and_alignment(dtype: torch.dtype,
         assert copy.data_ptr() != tensor.data_ptr()
 
 
-def test_pytest_starts_with_the_ops_routed() -> None:
-    # To a GPU that need not be there to collect.
+def test_pytest_starts_with_routed_ops() -> None:
+    # Collecting tests needs no GPU.
     command = [sys.executable, "-m", "pytest", "--kernels=cuda", "--collect-only", "-q"]
     done = subprocess.run(
         [*command, "tests/loss/test_token_logps.py"], cwd=ROOT, capture_output=True, text=True
@@ -52,7 +52,7 @@ def test_pytest_starts_with_the_ops_routed() -> None:
     assert "test_values_are_at_least_as_exact_as_eager" in done.stdout
 
 
-def test_routed_ops_return_and_overwrite_what_the_ops_do() -> None:
+def test_routed_ops_return_and_overwrite_the_same_values() -> None:
     batch = make_batch()
     token = (-100, True, 1.0, 0.0)
 

@@ -1,6 +1,6 @@
 """CUDA tensors through the public API, on a GPU: autograd, graphs, streams, memory, devices.
 
-What the kernels compute is tested by the tests marked ``kernels``, with --kernels=cuda.
+The tests marked ``kernels`` test the kernels' results with --kernels=cuda.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def test_compiles_without_graph_break_on_the_gpu() -> None:
     assert torch.equal(leaf.grad, grad)
 
 
-def test_nothing_waits_for_the_gpu() -> None:
+def test_the_host_does_not_wait_for_the_gpu() -> None:
     batch = on_gpu(make_batch())
     leaf = batch.logits.requires_grad_()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
+        warnings.simplefilter("ignore")  # The mode is a prototype.
         try:
             torch.cuda.set_sync_debug_mode("error")
             simpo_ext.simpo_loss(leaf, batch.labels, sft_weight=0.1).loss.backward()
@@ -109,7 +109,7 @@ def test_a_captured_graph_replays_on_new_data(inplace: bool) -> None:
     static = Batch(first.logits.clone(), first.labels.clone())
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # captures want a warm-up on a stream of their own
+    with torch.cuda.stream(stream):  # A capture needs a warm-up on a side stream.
         step(*static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -144,17 +144,18 @@ def test_kernels_run_on_the_current_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
-        late.logits.copy_(batch.logits)  # only work behind it on this stream sees the logits
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        late.logits.copy_(batch.logits)  # Other streams would read NaN.
         out, grad = loss_and_grad(late)
     stream.synchronize()
     assert torch.equal(out.loss, want.loss)
     assert torch.equal(grad, want_grad)
 
 
-# A row has two segments in bfloat16, three in float32. Blocks share a row of 7, not one of 700.
+# A row has two segments in bfloat16, and three in float32. Blocks share a row if there are 7 rows,
+# but not if there are 700.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: torch.dtype) -> None:
+def test_the_bits_of_a_row_do_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None:
     logits = torch.randn(1, 700, 40_007, device=DEVICE).to(dtype)
     labels = torch.randint(40_007, (1, 700), device=DEVICE)
     labels[:, 3] = -100
@@ -168,7 +169,7 @@ def test_a_row_has_the_same_bits_among_few_and_among_many(dtype: torch.dtype) ->
     assert torch.equal(many.grad[:, :7], few.grad)
 
 
-def test_several_streams_at_once_do_not_disturb_each_other() -> None:
+def test_several_streams_at_once() -> None:
     batches = [
         on_gpu(make_batch(pairs=4, time=64, vocabulary=8001, seed=seed)) for seed in range(4)
     ]
@@ -192,7 +193,7 @@ def test_peak_memory_is_one_gradient_or_none(inplace: bool) -> None:
     size = batch.logits.numel() * batch.logits.element_size()
     logits = batch.logits.requires_grad_() * 1
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # else torch may reuse a larger block of other tests
+    torch.cuda.empty_cache()  # Torch could reuse a larger block.
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss = simpo_ext.simpo_loss(logits, batch.labels, inplace_backward=inplace).loss
@@ -242,7 +243,7 @@ def test_tensors_on_different_devices_are_refused() -> None:
         torch.ops.simpo_ext.token_logps(batch.logits, batch.labels.cpu(), -100, True, 1.0, 0.0)
 
 
-def test_a_label_out_of_range_is_nan_and_no_fault() -> None:
+def test_a_label_out_of_range_gives_nan() -> None:
     batch = on_gpu(make_batch())
     batch.labels[1, 4] = 2**62
     out, grad = loss_and_grad(batch)

@@ -1,6 +1,6 @@
-"""A sharded vocabulary on a GPU: agreement with the CPU, waiting, graphs.
+"""A sharded vocabulary on a GPU: agreement with the CPU, synchronization, graphs.
 
-What the kernels compute is tested by the tests marked ``kernels``, with --kernels=cuda.
+The tests marked ``kernels`` test the kernels' results with --kernels=cuda.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from support.vocab_batches import in_shards, linear_in_shards, token_options
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32_products")]
 DEVICE = "cuda"
-# Large rows and small, a shard without a label, and one of several chunks.
+# Large and small rows, an empty shard, and one of several chunks.
 CUTS = (0, 1000, 1000, 18_001, 20_003)
 
 
@@ -34,7 +34,7 @@ def moved(batch: LinearBatch) -> LinearBatch:
 
 
 def check_close(got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Compares relative to the largest entry or 1: products are summed in other orders."""
+    """Compares relative to the largest entry or 1, since products are summed in other orders."""
     tolerance = 1e-12 if dtype == torch.float64 else max(4 * torch.finfo(dtype).eps, 1e-5)
     for ours, theirs in zip(got, want, strict=True):
         assert ours.device.type == DEVICE
@@ -57,12 +57,12 @@ def test_gpu_and_cpu_agree(dtype: torch.dtype) -> None:
         CUTS,
     )
     got += linear_in_shards(moved(linear), upstream.to(DEVICE), options, CUTS)
-    # Not max and sum_exp of the linear ops, which have rows for every token here.
+    # Without max and sum_exp of the linear ops, which have rows for all tokens on a GPU.
     check_close(got[:5] + got[7:], want[:5] + want[7:], dtype)
 
 
 def step(logits: Tensor, batch: LinearBatch, count: int) -> tuple[Tensor, ...]:
-    """Both functions with a shard and collectives by hand, and all gradients."""
+    """Both functions with one shard, and all gradients."""
     shard = VocabShard(0, 20_003, lambda x: x[None].clone(), lambda x: x * 1)
     leaf = batch.leaves()
     logits = logits.detach().clone().requires_grad_()
@@ -80,10 +80,10 @@ def inputs(seed: int) -> tuple[Tensor, LinearBatch]:
     return logits.to(DEVICE), moved(batch)
 
 
-def test_nothing_waits_for_the_gpu_where_the_count_is_given() -> None:
+def test_the_host_does_not_wait_for_the_gpu_if_the_count_is_given() -> None:
     logits, batch = inputs(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype
+        warnings.simplefilter("ignore")  # The mode is a prototype.
         try:
             torch.cuda.set_sync_debug_mode("error")
             step(logits, batch, 16)
@@ -95,7 +95,7 @@ def test_a_captured_graph_replays_on_new_data() -> None:
     logits, batch = inputs(0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # captures want a warm-up on a stream of their own
+    with torch.cuda.stream(stream):  # A capture needs a warm-up on a side stream.
         step(logits, batch, 16)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -108,5 +108,5 @@ def test_a_captured_graph_replays_on_new_data() -> None:
             assert ours is not None and theirs is not None
             ours.copy_(theirs)
         graph.replay()
-        # In a graph, cuBLAS may have another workspace, and so split products differently.
+        # In a graph, cuBLAS may have another workspace, and then split products differently.
         check_close(captured, step(new_logits, new_batch, 16), torch.float32)

@@ -1,4 +1,4 @@
-"""global_normalizer: one denominator for the micro-batches of all ranks."""
+"""global_normalizer computes one denominator for the micro-batches of all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from simpo_ext.distributed.normalizer import global_normalizer
 from support.packed_batches import PAIRS, Packed, make_packed
 from support.ranks import run_on_ranks
 
-# The ranks' processes run the package as it is.
+# The ranks' processes always run the CPU kernels.
 pytestmark = pytest.mark.cpu_only
 
 
@@ -30,14 +30,14 @@ def as_numbers(counts: PairCounts) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("gradients", ["mean", "sum"])
-def test_without_a_group_it_adds_up_micro_batches(gradients: Any) -> None:
+def test_without_a_group_micro_batches_add_up(gradients: Any) -> None:
     several = [counts_of(3, 40), counts_of(0, 0), counts_of(2, 17)]
     for counts in (several, tuple(several), iter(several)):
         assert as_numbers(global_normalizer(counts, gradients=gradients)) == (5, 57)
     assert as_numbers(several[0]) == (3, 40)
     assert as_numbers(global_normalizer(several[0], gradients=gradients)) == (3, 40)
     assert as_numbers(global_normalizer(several[1], gradients=gradients)) == (1, 1)
-    # Of float32, 2^24 + 1 would be even.
+    # float32 would round 2^24 + 1.
     large = [counts_of(2.0**24, 1, torch.float32), counts_of(1, 1, torch.int64)]
     assert as_numbers(global_normalizer(large)) == (2**24 + 1, 2)
 
@@ -60,7 +60,7 @@ def test_without_a_group_it_adds_up_micro_batches(gradients: Any) -> None:
     ],
     ids=str,
 )
-def test_what_are_no_counts_is_refused(counts: Any, error: type, message: str) -> None:
+def test_invalid_counts_are_refused(counts: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         global_normalizer(counts)
 
@@ -73,7 +73,7 @@ def test_other_arguments_are_refused() -> None:
 
 
 class Ops(TorchDispatchMode):
-    """The names of the ops that pass."""
+    """Records the names of the dispatched ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ def normalizers_on_a_rank() -> list[Any]:
     with Ops() as ops:
         whole = global_normalizer(counts)
     assert len([name for name in ops.names if name.startswith("c10d")]) == 1
-    assert "aten::_local_scalar_dense" not in ops.names  # Nothing waits for a device.
+    assert "aten::_local_scalar_dense" not in ops.names  # The host does not wait for a device.
     outer = dist.new_group([0, 2])
     if rank == 1:
         with pytest.raises(TypeError, match=r"group: expected .* that this rank is in"):
@@ -106,7 +106,7 @@ def normalizers_on_a_rank() -> list[Any]:
     ]
 
 
-def test_on_ranks_it_adds_up_those_of_the_group() -> None:
+def test_the_ranks_of_a_group_add_up() -> None:
     third = pytest.approx(1 / 3, rel=1e-15)
     for rank, (mean, total, none, part) in enumerate(run_on_ranks(3, normalizers_on_a_rank)):
         assert mean == (2, 12)
@@ -115,7 +115,7 @@ def test_on_ranks_it_adds_up_those_of_the_group() -> None:
         assert part == (None if rank == 1 else (2, 12))
 
 
-# The pairs of each of three ranks, one of which has none; pairs 4 and 5 are dropped.
+# The pairs of each rank. One rank has none, and pairs 4 and 5 are dropped.
 SHARES = ((0, 1, 2, 4), (), (3, 5, 6))
 OPTIONS: dict[str, Any] = {
     "sft_weight": 0.3,
@@ -125,7 +125,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def packed_pairs(which: Iterable[int], options: dict[str, Any]) -> tuple[Packed, dict[str, Any]]:
-    """Sequences end to end, some pairs of them, and the options with the weights of these."""
+    """Packed sequences, and the options with these pairs and their weights."""
     packed = make_packed(dtype=torch.float64, before=1, after=2)
     rows = torch.tensor(list(which), dtype=torch.int64)
     options = {**options, "cu_seqlens": packed.cu_seqlens, "pairs": torch.tensor(PAIRS)[rows]}

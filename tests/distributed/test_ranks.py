@@ -1,4 +1,4 @@
-"""run_on_ranks: what comes back from the ranks, and that a hang is a failure."""
+"""run_on_ranks returns the ranks' results and exceptions, and reports a hang as a failure."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def add_up(value: Tensor) -> Sum:
     return Sum(dist.get_rank(), value)
 
 
-# Again with fewer than before, and with more.
+# Later calls may need fewer processes, or more.
 @pytest.mark.parametrize("world_size", [2, 1, 3])
-def test_results_come_back_by_rank_from_a_group_of_the_size(world_size: int) -> None:
+def test_results_are_returned_by_rank(world_size: int) -> None:
     ones = torch.ones(3)
     total = world_size * ones + sum(range(world_size))
     results = run_on_ranks(world_size, add_up, ones)
@@ -47,8 +47,8 @@ def fail_on_rank_1() -> None:
     dist.all_reduce(torch.ones(1))
 
 
-def test_an_exception_comes_back_and_ends_the_waiting_of_others() -> None:
-    # A rank that went on waiting would make this a TimeoutError.
+def test_an_exception_is_raised_and_other_ranks_stop_waiting() -> None:
+    # If rank 0 kept waiting, this would be a TimeoutError.
     with pytest.raises(KeyError, match="what went wrong") as caught:
         run_on_ranks(2, fail_on_rank_1)
     assert "on rank 0 of 2" in str(caught.value.__cause__)
@@ -70,27 +70,27 @@ def warn() -> None:
     warnings.warn("watch out", stacklevel=1)
 
 
-def test_exceptions_that_cannot_be_sent_and_warnings_fail_as_well() -> None:
+def test_exceptions_that_cannot_be_pickled_and_warnings_are_raised() -> None:
     with pytest.raises(RankError, match="UnpicklableError: 1 and 2"):
         run_on_ranks(1, fail_unpicklably)
     with pytest.raises(UserWarning, match="watch out"):
         run_on_ranks(1, warn)
 
 
-def test_only_functions_that_a_process_can_import_are_taken() -> None:
+def test_functions_must_be_module_level() -> None:
     with pytest.raises(TypeError, match="expected a module-level function"):
         run_on_ranks(1, lambda: None)
 
 
 def end_or_wait(rank: int, exit_code: int | None) -> None:
-    """The rank ends its process, or returns; the others wait for it."""
+    """The rank ends its process, or returns. The others wait for it."""
     if dist.get_rank() != rank:
         dist.all_reduce(torch.ones(1))
     elif exit_code is not None:
         os._exit(exit_code)
 
 
-def test_a_process_that_ends_and_one_that_waits_for_ever_are_failures() -> None:
+def test_a_process_that_ends_or_never_answers_is_a_failure() -> None:
     with pytest.raises(RankError, match="rank 0's process ended with exit code 3"):
         run_on_ranks(2, end_or_wait, 0, 3)
     with pytest.raises(TimeoutError, match=r"ranks \[1\] of 2 did not answer within 1 s"):

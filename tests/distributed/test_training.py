@@ -1,7 +1,6 @@
-"""Gradient accumulation, DDP and FSDP2: the steps of one process on the whole batch.
+"""Gradient accumulation, DDP and FSDP2 take the steps of one process on the whole batch.
 
-Everything is float64 unless it says otherwise, where the order of summation is the only difference
-and tolerances can be near rounding.
+The default is float64, since only the order of summation differs and tolerances can be small.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from support import distributed_training as training
 from support.distributed_training import PAIRS, SHARES, STEPS, Pairs, make_model, make_pairs
 from support.ranks import run_on_ranks
 
-# The ranks' processes run the package as it is.
+# The ranks' processes always run the CPU kernels.
 pytestmark = pytest.mark.cpu_only
 
-# After twenty steps; a tenth of it would do.
+# Twenty steps differ by at most a tenth of this.
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 FLOAT32_CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-# The head in one group with what is in no layer, and in a group of its own.
+# FSDP shards the head together with the parameters outside the layers, or by itself.
 SHARDINGS = ("root", "head")
 
 Trained = tuple[dict[str, Tensor], list[float]]
 
 
 def batches() -> list[Pairs]:
-    """In the last but one, all pairs of all ranks but the first are dropped, in the last all."""
+    """The last batch has no valid pair. In the one before, only the first rank has valid pairs."""
     result = [make_pairs(seed) for seed in range(STEPS - 2)]
     result.append(make_pairs(STEPS, dropped=range(4, PAIRS)))
     return [*result, training.all_pairs_dropped(make_pairs(STEPS + 1))]
@@ -54,7 +53,7 @@ def train_alone(loss: str, dtype: torch.dtype) -> Trained:
 
 @cache
 def trained_alone(loss: str, dtype: torch.dtype) -> Trained:
-    """By a process with the ranks' one thread, so that many small operations take no longer."""
+    """Trains in a process with one thread. More threads slow these small operations down."""
     (result,) = run_on_ranks(1, train_alone, loss, dtype)
     return result
 
@@ -142,7 +141,7 @@ def test_fsdp_trains_as_one_process_does(
 
 
 def train_fsdp_in_bfloat16(sharding: str) -> Trained:
-    # A cast of forward's inputs would take in the normalizer.
+    # A cast of forward's inputs would round the normalizer.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -152,7 +151,7 @@ def train_fsdp_in_bfloat16(sharding: str) -> Trained:
 
 
 def steps_in_bfloat16() -> list[Pairs]:
-    """Ten epochs of two batches, so that the loss falls."""
+    """Ten epochs of two batches, which lower the loss."""
     return [make_pairs(seed % 2) for seed in range(STEPS)]
 
 
@@ -176,13 +175,13 @@ def test_fsdp_in_bfloat16_trains_as_one_process_with_the_same_casts(sharding: st
     for got, got_losses in run_on_ranks(2, train_fsdp_in_bfloat16, sharding):
         assert got_losses == pytest.approx(losses, rel=1e-3)
         for name, parameter in expected.items():
-            # Of its way, five units in the last place of a bfloat16.
+            # Relative to the change of the parameter: about five units in bfloat16's last place.
             way = (parameter - start[name]).norm()
             assert (got[name] - parameter).norm() <= 0.02 * way, name
 
 
 class Collectives(TorchDispatchMode):
-    """What goes over the wire: the op and the bytes of its tensors, of each collective."""
+    """Records the name of each collective and the bytes of its tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,7 +195,7 @@ class Collectives(TorchDispatchMode):
 
 
 class CrossEntropy(nn.Module):
-    """The loss that the logits of an lm_head usually go into."""
+    """The usual loss of the logits of an lm_head."""
 
     def forward(self, logits: Tensor, labels: Tensor, *, normalizer: Any) -> Any:
         return SimpleNamespace(loss=F.cross_entropy(logits[:, :-1].mT, labels[:, 1:]))
@@ -208,14 +207,14 @@ def collectives_of_a_step(sharding: str, front_end: str) -> list[tuple[str, int]
         model.head.loss = CrossEntropy()
     model = shard(model, sharding)
     batch = make_pairs(0)
-    model(*batch, None).backward()  # The first step also sets up.
+    model(*batch, None).backward()  # The first step also initializes FSDP.
     with Collectives() as collectives:
         model(*batch, None).backward()
     return collectives.calls
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_no_more_is_gathered_than_for_a_cross_entropy_of_the_logits(sharding: str) -> None:
+def test_collectives_are_those_of_a_cross_entropy(sharding: str) -> None:
     expected = run_on_ranks(2, collectives_of_a_step, sharding, "cross entropy")
     assert {"_allgather_base_", "_reduce_scatter_base_"} <= {name for name, _ in expected[0]}
     assert run_on_ranks(2, collectives_of_a_step, sharding, "linear") == expected
@@ -239,7 +238,7 @@ def gradients_with_labels_masked(
 
 @pytest.mark.parametrize("front_end", ["linear", "in place"])
 @pytest.mark.parametrize("wrapper", ["ddp", *SHARDINGS])
-def test_a_rank_without_a_token_to_score_neither_hangs_nor_counts(
+def test_a_rank_without_scored_tokens_neither_hangs_nor_counts(
     wrapper: str, front_end: str
 ) -> None:
     alone = make_model("token", front_end="logits")
@@ -252,7 +251,7 @@ def test_a_rank_without_a_token_to_score_neither_hangs_nor_counts(
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", *SHARDINGS])
-def test_a_step_without_a_token_to_score_has_gradient_zero(wrapper: str) -> None:
+def test_a_step_without_scored_tokens_has_gradient_zero(wrapper: str) -> None:
     for got, loss in run_on_ranks(2, gradients_with_labels_masked, wrapper, "linear", [0, 1]):
         assert loss == 0.0
         assert all((gradient == 0.0).all() for gradient in got.values())
@@ -279,5 +278,5 @@ def refused_cast_of_the_normalizer() -> None:
         model(*batch, normalizer)
 
 
-def test_a_normalizer_that_fsdp_has_rounded_is_refused() -> None:
+def test_a_normalizer_that_fsdp_rounded_is_refused() -> None:
     run_on_ranks(2, refused_cast_of_the_normalizer)

@@ -27,7 +27,7 @@ YAML = {"rl": "simpo", "rl_beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0, "pl
 
 
 class RecordingMixin:
-    """SimPOMixin's signature."""
+    """Has the signature of SimPOMixin."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names = ("fused_linear", "empty", "logits_budget_bytes")
@@ -36,7 +36,7 @@ class RecordingMixin:
 
 
 class AxolotlCPOTrainer:
-    """The signature of axolotl's trainer."""
+    """Has the signature of axolotl's trainer."""
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
         self.model, self.args, self.kwargs = model, args, kwargs
@@ -44,7 +44,7 @@ class AxolotlCPOTrainer:
 
 @pytest.fixture(autouse=True)
 def _fresh_classes() -> Iterator[None]:
-    """The module's classes are made of the axolotl that is there."""
+    """Drops the module's cached classes, which derive from the axolotl of an earlier test."""
     axolotl._simpo_plugin.cache_clear()
     yield
     axolotl._simpo_plugin.cache_clear()
@@ -62,7 +62,7 @@ recording = pytest.mark.usefixtures("_recording")
 
 
 @recording
-def test_the_trainer_has_the_model_that_axolotl_does_not_pass_to_it() -> None:
+def test_the_trainer_gets_the_model_that_axolotl_does_not_pass() -> None:
     model = nn.Linear(2, 2)
     trainer = Run(YAML).build(model, AxolotlCPOTrainer, args="arguments", train_dataset="data")
     assert isinstance(trainer, RecordingMixin) and isinstance(trainer, AxolotlCPOTrainer)
@@ -76,7 +76,7 @@ def test_the_trainer_has_the_model_that_axolotl_does_not_pass_to_it() -> None:
 
 
 @recording
-def test_a_builder_that_passes_the_model_has_its_own() -> None:
+def test_a_model_that_the_builder_passes_is_used() -> None:
     run, model = Run(YAML), nn.Linear(2, 2)
     trainer_class = run.plugins[0].get_trainer_cls(run.cfg)
     run.plugins[0].add_callbacks_pre_trainer(cfg=run.cfg, model=nn.Linear(3, 3))
@@ -104,7 +104,7 @@ def test_the_plugin_does_not_keep_the_model_alive() -> None:
         {"fused_linear": True, "empty": "drop", "logits_budget_bytes": 1 << 28},
     ],
 )
-def test_options_of_the_yaml_are_the_mixin_s_keywords(options: dict[str, Any]) -> None:
+def test_options_of_the_yaml_become_keywords_of_the_mixin(options: dict[str, Any]) -> None:
     run = Run({**YAML, **{f"simpo_{name}": value for name, value in options.items()}})
     assert run.build(None, AxolotlCPOTrainer).options == options
 
@@ -126,7 +126,7 @@ def test_the_configuration_is_checked(name: str, value: object) -> None:
 
 @recording
 @pytest.mark.parametrize("rl", ["dpo", None])
-def test_other_training_is_left_alone(rl: str | None) -> None:
+def test_other_training_is_not_changed(rl: str | None) -> None:
     run, model = Run({"rl": rl, "plugins": [PLUGIN]}), nn.Linear(2, 2)
     trainer = run.build(model, AxolotlCPOTrainer)
     assert type(trainer) is AxolotlCPOTrainer and trainer.model is model
@@ -135,14 +135,14 @@ def test_other_training_is_left_alone(rl: str | None) -> None:
 
 @recording
 @pytest.mark.parametrize("rl", ["simpo", callers.RLType.SIMPO])
-def test_rl_is_a_string_or_axolotl_s_enumeration(rl: str) -> None:
+def test_rl_may_be_a_string_or_axolotl_s_enum(rl: str) -> None:
     plugin = Run(YAML).plugins[0]
     trainer_class = plugin.get_trainer_cls(callers.Config(rl=rl, simpo_gamma=0.5))
     assert issubclass(trainer_class, AxolotlCPOTrainer)
 
 
 @recording
-def test_a_missing_margin_is_refused_before_it_reaches_the_loss_as_none() -> None:
+def test_a_missing_margin_is_refused() -> None:
     run = Run({key: value for key, value in YAML.items() if key != "simpo_gamma"})
     assert run.training_arguments()["simpo_gamma"] is None
     with pytest.raises(ValueError, match=r"simpo_gamma: expected a number.*got None"):
@@ -151,14 +151,14 @@ def test_a_missing_margin_is_refused_before_it_reaches_the_loss_as_none() -> Non
 
 
 @recording
-def test_another_trainer_class_is_refused_rather_than_ignored() -> None:
+def test_another_trainer_class_is_refused() -> None:
     run = Run({**YAML, "trainer_cls": "mine.Trainer"})
     with pytest.raises(ValueError, match=r"trainer_cls: .* got 'mine\.Trainer'"):
         run.build(None, AxolotlCPOTrainer)
 
 
 @recording
-def test_the_classes_are_found_by_name_and_made_once() -> None:
+def test_the_classes_are_created_once() -> None:
     assert axolotl.SimPOPlugin is axolotl.SimPOPlugin
     assert axolotl.SimPOPlugin.__mro__[1:3] == (axolotl.PluginHooks, callers.BasePlugin)
     assert axolotl.SimPOArgs.__module__ == axolotl.__name__
@@ -166,16 +166,16 @@ def test_the_classes_are_found_by_name_and_made_once() -> None:
         _ = axolotl.Other
 
 
-def test_without_axolotl_the_plugin_says_so() -> None:
+def test_without_axolotl_the_plugin_raises_an_error() -> None:
     with pytest.raises(ImportError, match="axolotl"):
         _ = axolotl.SimPOPlugin
 
 
-# ---- with SimPOMixin and CPOTrainer themselves ---------------------------------------------------
+# ---- with the real SimPOMixin and CPOTrainer -----------------------------------------------------
 
 
 def cpo_trainer_class() -> type:
-    """AxolotlCPOTrainer: TRL's CPOTrainer, made without data set and tokenizer."""
+    """A subclass of TRL's CPOTrainer that needs no data set and no tokenizer."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You are importing from 'trl.experimental'")
         from trl.experimental.cpo import CPOTrainer
@@ -198,7 +198,7 @@ def cpo_trainer_class() -> type:
 
 
 def preference_batch(pairs: int = 3, time: int = 11) -> dict[str, Tensor]:
-    """As TRL's collator makes it."""
+    """A batch in the format of TRL's collator."""
     generator = torch.Generator().manual_seed(2)
     batch = {}
     for half in ("chosen", "rejected"):
@@ -214,7 +214,7 @@ def preference_batch(pairs: int = 3, time: int = 11) -> dict[str, Tensor]:
 @pytest.mark.kernels
 @pytest.mark.parametrize("fused_linear", [True, False])
 @pytest.mark.parametrize("keys", [{"rl_beta": 2.0, "cpo_alpha": 0.0}, {}])
-def test_the_loss_is_cpo_trainer_s_with_the_defaults_that_axolotl_leaves_it(
+def test_the_loss_matches_cpo_trainer_with_axolotl_s_defaults(
     monkeypatch: pytest.MonkeyPatch, keys: dict[str, float], fused_linear: bool
 ) -> None:
     trainer_class = cpo_trainer_class()

@@ -1,4 +1,4 @@
-"""Logits that are not there do what logits do: what is noted down, and what forms them."""
+"""LazyLogits record scalings and softcaps, and compute the logits for any other operation."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def as_logits(result: Tensor) -> Tensor:
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(sorted(NOTED)), max_size=5))
-def test_what_is_noted_is_what_is_done(names: list[str]) -> None:
+def test_recorded_operations_give_the_same_logits(names: list[str]) -> None:
     tanhs = [name for name in names if "tanh" in name or "softcap" in name]
-    assume(len(tanhs) <= 1)  # another one forms the logits
+    assume(len(tanhs) <= 1)  # A second tanh computes the logits.
     logits = some_logits()
     expected, found = logits.clone(), lazy_of(logits)
     for name in names:
@@ -98,7 +98,7 @@ def test_what_is_noted_is_what_is_done(names: list[str]) -> None:
         assert isinstance(found, LazyLogits)
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     transform = found.transform()
-    if transform is None:  # the kernels know no factor that is not positive
+    if transform is None:  # The kernels take positive factors only.
         assert any("-" in name for name in names)
     else:
         torch.testing.assert_close(transformed(logits, transform), expected)
@@ -112,7 +112,7 @@ def test_what_is_noted_is_what_is_done(names: list[str]) -> None:
     st.sampled_from(sorted(FORMING)),
     st.lists(st.sampled_from(sorted({**NOTED, **FORMING})), max_size=2),
 )
-def test_anything_else_is_done_to_the_logits(
+def test_any_other_operation_computes_the_logits(
     before: list[str], name: str, after: list[str]
 ) -> None:
     logits = some_logits()
@@ -125,14 +125,14 @@ def test_anything_else_is_done_to_the_logits(
 
 
 @pytest.mark.parametrize("name", FORMING)
-def test_what_has_formed_them_is_named(name: str) -> None:
+def test_formed_for_names_the_operation(name: str) -> None:
     lazy = lazy_of(some_logits())
     FORMING[name](lazy)
     assert lazy.transform() is None
     assert lazy.formed_for()
 
 
-def test_a_softcap_is_found_exactly() -> None:
+def test_a_softcap_is_recognized_exactly() -> None:
     for softcap in (5.0, 15.0, 30.0, 50.0):
         lazy = lazy_of(some_logits())
         found = torch.tanh(lazy / softcap) * softcap
@@ -142,7 +142,7 @@ def test_a_softcap_is_found_exactly() -> None:
     assert lazy.transform() == Transform(0.125)
 
 
-def test_a_float32_copy_of_narrow_logits_is_not_made() -> None:
+def test_a_float32_copy_of_short_logits_is_not_made() -> None:
     logits = some_logits(torch.bfloat16)
     for copy in (lambda z: z.float(), lambda z: z.to(torch.float32)):
         lazy = lazy_of(logits)
@@ -151,10 +151,10 @@ def test_a_float32_copy_of_narrow_logits_is_not_made() -> None:
         assert (lazy.dtype, found.dtype) == (torch.bfloat16, torch.float32)
         assert found.transform() == Transform()
         assert torch.equal(found.formed(), logits.float())
-    assert not isinstance(lazy_of(some_logits()).float(), LazyLogits)  # less than there was
+    assert not isinstance(lazy_of(some_logits()).float(), LazyLogits)  # It would be less precise.
 
 
-def test_the_payload_keeps_its_gradient_and_becomes_an_ordinary_tensor() -> None:
+def test_the_payload_is_a_plain_tensor_with_a_gradient() -> None:
     source = torch.randn(B, T, 1, requires_grad=True)
     lazy = LazyLogits.instead_of(lambda: some_logits(), V, torch.float64, source.clone())
     assert lazy.requires_grad and lazy.grad_fn is not None and not lazy._is_view()
@@ -168,7 +168,7 @@ def test_the_payload_keeps_its_gradient_and_becomes_an_ordinary_tensor() -> None
     assert len(seen) == 1
 
 
-def test_an_alias_shares_what_is_done_to_either() -> None:
+def test_an_alias_shares_operations() -> None:
     logits = some_logits()
     lazy = lazy_of(logits)
     alias = lazy.detach()
@@ -181,7 +181,7 @@ def test_an_alias_shares_what_is_done_to_either() -> None:
     assert torch.equal(alias.formed(), expected)
 
 
-def test_the_logits_have_the_gradient_of_what_makes_them() -> None:
+def test_computed_logits_have_a_gradient() -> None:
     source = some_logits().requires_grad_()
     lazy = LazyLogits.instead_of(lambda: source * 1.0, V, source.dtype, torch.zeros(B, T, 1))
     (lazy * 3.0 + 1.0).sum().backward()

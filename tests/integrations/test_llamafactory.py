@@ -1,4 +1,4 @@
-"""simpo_ext.integrations.llamafactory beside what it takes the place of."""
+"""simpo_ext.integrations.llamafactory matches the code of LLaMA-Factory that it replaces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained(trainer: Any, model: nn.Module, batch: dict[str, Tensor], **kwargs: Any) -> Any:
-    """Loss, metrics and gradients of a batch, as a training step has them."""
+    """The loss, metrics and gradients of a training step."""
     model = copy.deepcopy(model)
     loss, metrics = trainer.get_batch_loss_metrics(model, batch, **kwargs)
     loss.backward()
@@ -55,11 +55,11 @@ def assert_same_step(ours: Any, theirs: Any, **tolerance: float) -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_sums_lengths_and_gradients_are_those_of_get_batch_logps(
+def test_sums_lengths_and_gradients_match_get_batch_logps(
     dtype: torch.dtype, ld_alpha: float | None
 ) -> None:
     batch = make_batch(3, time=17, vocabulary=101, dtype=dtype)
-    batch.labels[1, 9] = -100  # within a completion: the common length counts positions
+    batch.labels[1, 9] = -100  # The common length counts this position.
     leaves = [batch.logits.clone().requires_grad_() for _ in range(2)]
     weights = torch.linspace(-1, 1, 6, dtype=dtype)
     results = [
@@ -76,7 +76,7 @@ def test_sums_lengths_and_gradients_are_those_of_get_batch_logps(
     torch.testing.assert_close(leaves[0].grad, leaves[1].grad, **tolerance)
 
 
-def test_ld_alpha_weighs_what_is_past_the_shorter_completion() -> None:
+def test_ld_alpha_weights_tokens_beyond_the_shorter_completion() -> None:
     logits = torch.zeros(2, 6, 4, dtype=torch.float64)
     labels = torch.tensor([[-100, 1, 1, 1, 1, 1], [-100, 1, 1, -100, -100, -100]])
     logps, lengths = get_batch_logps(logits, labels, ld_alpha=0.5)
@@ -87,7 +87,7 @@ def test_ld_alpha_weighs_what_is_past_the_shorter_completion() -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_logits_are_as_good_as_their_float32_copy(dtype: torch.dtype) -> None:
+def test_low_precision_logits_are_as_exact_as_a_float32_copy(dtype: torch.dtype) -> None:
     batch = make_batch(4, time=33, vocabulary=257, dtype=dtype)
     truth, _ = callers.get_batch_logps(batch.logits.double(), batch.labels)
     copied, _ = callers.get_batch_logps(batch.logits.float(), batch.labels)
@@ -104,13 +104,13 @@ def test_an_empty_completion_has_sum_and_length_0() -> None:
     for function in (get_batch_logps, callers.get_batch_logps):
         logps, lengths = function(*batch)
         assert logps[2] == 0.0 and lengths[2] == 0
-        # Of its pair, the other one is past the common length from its first token on.
+        # The common length is 0, so all tokens of the other completion are weighted.
         halved, _ = function(*batch, ld_alpha=0.5)
         torch.testing.assert_close(halved[[0, 2]], 0.5 * logps[[0, 2]], **EXACT)
 
 
 @pytest.mark.kernels
-def test_a_padding_token_can_be_what_is_not_scored() -> None:
+def test_a_padding_token_can_be_the_ignored_label() -> None:
     batch = make_batch(2, dtype=torch.float64)
     labels = torch.where(batch.labels == -100, 7, batch.labels)
     ours = get_batch_logps(batch.logits, labels, 7)
@@ -127,7 +127,7 @@ def test_a_padding_token_can_be_what_is_not_scored() -> None:
         ({"labels": torch.zeros(4, 3, dtype=torch.int64)}, ValueError, "labels: expected shape"),
     ],
 )
-def test_what_does_not_fit_is_named(
+def test_errors_name_the_argument(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments = {**make_batch(2)._asdict(), **change}
@@ -161,7 +161,7 @@ def test_ld_alpha_needs_as_many_rejected_rows_as_chosen() -> None:
         {"pref_loss": "ipo", "pref_ftx": 0.25},
     ],
 )
-def test_a_step_is_that_of_custom_dpo_trainer(
+def test_a_step_matches_custom_dpo_trainer(
     options: dict[str, Any], caller: type[DPOTrainerCaller], train_eval: str, fused_linear: bool
 ) -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
@@ -172,7 +172,7 @@ def test_a_step_is_that_of_custom_dpo_trainer(
 
 
 @pytest.mark.kernels
-def test_the_loss_is_the_preset_s_and_the_formula_s() -> None:
+def test_the_loss_matches_the_preset_and_the_formula() -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
     options = {"pref_beta": 2.5, "simpo_gamma": 1.4, "pref_ftx": 0.3}
     loss, metrics = simpo_trainer(DPOTrainerCaller)(**options).get_batch_loss_metrics(model, batch)
@@ -192,7 +192,7 @@ def test_the_loss_is_the_preset_s_and_the_formula_s() -> None:
 
 @pytest.mark.kernels
 @tiers
-def test_a_bfloat16_model_has_the_step_of_float32_copies(fused_linear: bool) -> None:
+def test_a_step_of_a_bfloat16_model_matches_float32_logits(fused_linear: bool) -> None:
     model, batch = TinyCausalLM().bfloat16(), preference_batch()
     options = {"pref_beta": 2.0, "pref_ftx": 0.1}
     trainer = simpo_trainer(DPOTrainerCaller, fused_linear=fused_linear)(**options)
@@ -201,10 +201,10 @@ def test_a_bfloat16_model_has_the_step_of_float32_copies(fused_linear: bool) -> 
     assert ours[0].dtype == torch.float32
     torch.testing.assert_close(ours[0], theirs[0])
     for name, value in theirs[1].items():
-        # Of logits that are not formed, the mean is that before they are rounded.
+        # Without logits, their mean is computed before rounding.
         tolerance = 1e-3 if name.startswith("logits") and fused_linear else 0.0
         assert ours[1][name] == pytest.approx(value, rel=1e-5, abs=tolerance), name
-    for name, expected in theirs[2].items():  # through the same bfloat16 layers
+    for name, expected in theirs[2].items():  # Both use bfloat16 layers.
         scale = expected.abs().max().item()
         torch.testing.assert_close(ours[2][name], expected, rtol=2e-2, atol=1e-2 * scale)
 
@@ -225,8 +225,8 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_float32_copy_of_the_logits_is_made_nor_in_the_fused_tier_any_logits() -> None:
-    model = TinyCausalLM(vocabulary=9001).bfloat16()  # more than one chunk of the fused tier
+def test_no_float32_copy_of_the_logits_is_made() -> None:
+    model = TinyCausalLM(vocabulary=9001).bfloat16()  # more than one chunk
     batch = preference_batch(vocabulary=9001)
     logits = batch["input_ids"].numel() * 9001
     largest = []
@@ -239,9 +239,9 @@ def test_no_float32_copy_of_the_logits_is_made_nor_in_the_fused_tier_any_logits(
             trained(trainer, model, batch)
         largest.append(mode.elements)
     theirs, from_logits, fused = largest
-    assert theirs[torch.float32] == logits  # or the mode sees nothing
+    assert theirs[torch.float32] == logits  # The mode sees the logits.
     assert from_logits[torch.bfloat16] == logits
-    assert from_logits[torch.float32] <= logits / 6  # of one sequence, for its mean
+    assert from_logits[torch.float32] <= logits / 6  # A copy of one sequence, for its mean.
     assert max(fused.values()) < logits / 2
 
 
@@ -261,16 +261,16 @@ def test_logits_can_be_overwritten_with_their_gradient() -> None:
     assert not torch.equal(kept[0].detach(), before)
 
 
-def test_the_batch_stays_as_it_is_and_the_model_gets_no_labels() -> None:
+def test_the_batch_is_not_changed_and_the_model_gets_no_labels() -> None:
     model, batch = TinyCausalLM(), preference_batch()
     trainer = simpo_trainer(DPOTrainerCaller)()
     for _ in range(2):
         trainer.get_batch_loss_metrics(model, batch)
     assert {*batch} == {"input_ids", "attention_mask", "labels"}
-    assert model.calls == 3 * [{"attention_mask", "return_dict", "use_cache"}]  # with one probe
+    assert model.calls == 3 * [{"attention_mask", "return_dict", "use_cache"}]  # One is a probe.
 
 
-def test_a_reference_model_is_left_to_custom_dpo_trainer() -> None:
+def test_custom_dpo_trainer_scores_the_reference_model() -> None:
     trainer = simpo_trainer(DPOTrainerCaller)("sigmoid", ld_alpha=0.0)
     model, batch = TinyCausalLM(), preference_batch()
     output = trainer.concatenated_forward(model, batch, is_ref_model=True)
@@ -279,7 +279,7 @@ def test_a_reference_model_is_left_to_custom_dpo_trainer() -> None:
     torch.testing.assert_close(output["chosen_logps"], plain["chosen_logps"])
 
 
-def test_what_the_forward_returns_is_a_tuple_and_read_by_key() -> None:
+def test_the_output_of_the_forward_is_a_tuple_with_keys() -> None:
     model, batch = TinyCausalLM(), preference_batch()
     output = simpo_trainer(DPOTrainerCaller)().concatenated_forward(model, batch)
     first, second, *rest = output
@@ -289,7 +289,7 @@ def test_what_the_forward_returns_is_a_tuple_and_read_by_key() -> None:
         assert output[name].dim() == 0 and not output[name].requires_grad
 
 
-def test_rows_that_are_no_pairs_are_refused() -> None:
+def test_an_odd_number_of_rows_is_refused() -> None:
     batch = {name: tensor[:5] for name, tensor in preference_batch().items()}
     with pytest.raises(ValueError, match=r"batch: expected chosen rows and as many .* got 5 rows"):
         simpo_trainer(DPOTrainerCaller)().get_batch_loss_metrics(TinyCausalLM(), batch)
@@ -298,7 +298,7 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
 # ---- with logits or without ----------------------------------------------------------------------
 
 
-def test_a_batch_of_more_than_text_has_logits(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_with_images_uses_logits(caplog: pytest.LogCaptureFixture) -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
     theirs = trained(DPOTrainerCaller(), model, batch)
     batch["pixel_values"] = torch.zeros(6, 3)
@@ -326,9 +326,7 @@ def without_output_embeddings(model: nn.Module, trainer: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("change", [wrapped_for_replicas, compiled, without_output_embeddings])
-def test_a_model_that_needs_its_logits_keeps_them(
-    change: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_models_that_need_logits_use_logits(change: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
     theirs = trained(DPOTrainerCaller(), model, batch)
     trainer = simpo_trainer(DPOTrainerCaller)()
@@ -341,7 +339,7 @@ def test_a_model_that_needs_its_logits_keeps_them(
         trainer.get_batch_loss_metrics(change(copy.deepcopy(model), trainer), batch)
 
 
-def test_another_model_is_looked_at_anew() -> None:
+def test_another_model_is_probed_again() -> None:
     batch = preference_batch()
     trainer = simpo_trainer(DPOTrainerCaller, fused_linear=True)()
     for seed in range(2):
@@ -358,7 +356,7 @@ def test_another_model_is_looked_at_anew() -> None:
 @tiers
 @pytest.mark.parametrize("row", [1, 4])
 @pytest.mark.parametrize("pref_ftx", [0.0, 0.25])
-def test_a_pair_with_an_empty_completion_is_as_if_it_were_not_there(
+def test_a_pair_with_an_empty_completion_is_dropped(
     row: int, pref_ftx: float, fused_linear: bool
 ) -> None:
     model, batch = TinyCausalLM().double(), preference_batch()
@@ -367,14 +365,14 @@ def test_a_pair_with_an_empty_completion_is_as_if_it_were_not_there(
     trainer = simpo_trainer(DPOTrainerCaller, fused_linear=fused_linear)(pref_ftx=pref_ftx)
     ours = trained(trainer, model, batch)
     theirs = trained(DPOTrainerCaller(pref_ftx=pref_ftx), model, without)
-    for name in ("logits/chosen", "logits/rejected"):  # of all rows, as far as they are there
+    for name in ("logits/chosen", "logits/rejected"):  # These are means over all rows.
         ours[1][name] = theirs[1][name]
     assert_same_step(ours, theirs, **EXACT)
 
 
 @tiers
-@pytest.mark.parametrize("rows", [3, 6])  # with rejected tokens to score, and with none at all
-def test_where_no_pair_is_left_the_loss_is_nan_and_the_gradient_0(
+@pytest.mark.parametrize("rows", [3, 6])  # all chosen rows, or all rows
+def test_without_valid_pairs_the_loss_is_nan_and_the_gradient_0(
     rows: int, fused_linear: bool
 ) -> None:
     model, batch = TinyCausalLM(), preference_batch()
@@ -385,7 +383,7 @@ def test_where_no_pair_is_left_the_loss_is_nan_and_the_gradient_0(
     assert all(grad is None or not grad.any() for grad in grads.values())
 
 
-def test_on_request_an_empty_completion_makes_the_loss_nan_as_in_llama_factory() -> None:
+def test_empty_nan_matches_llama_factory() -> None:
     model, batch = TinyCausalLM(), preference_batch()
     batch["labels"][1] = -100
     for trainer in (DPOTrainerCaller(), simpo_trainer(DPOTrainerCaller, empty="nan")()):
@@ -394,10 +392,10 @@ def test_on_request_an_empty_completion_makes_the_loss_nan_as_in_llama_factory()
         assert metrics["logps/rejected"] == metrics["logps/rejected"]
 
 
-# ---- putting it in -------------------------------------------------------------------------------
+# ---- installing the trainer ----------------------------------------------------------------------
 
 
-def test_simpo_loss_can_be_put_in_by_itself() -> None:
+def test_simpo_loss_can_be_installed_alone() -> None:
     class Trainer(DPOTrainerCaller):
         simpo_loss = llamafactory.simpo_loss
 
@@ -408,7 +406,7 @@ def test_simpo_loss_can_be_put_in_by_itself() -> None:
 
 
 @pytest.mark.parametrize("is_imported_by_workflow", [True, False])
-def test_patch_has_the_workflow_make_the_new_class(
+def test_patch_makes_the_workflow_create_the_new_class(
     monkeypatch: pytest.MonkeyPatch, is_imported_by_workflow: bool
 ) -> None:
     trainer, workflow = callers.install_package(
@@ -446,7 +444,7 @@ def test_patch_has_the_workflow_make_the_new_class(
         ({"logits_budget_bytes": -1}, ValueError, "logits_budget_bytes: expected .* got -1"),
     ],
 )
-def test_options_that_do_not_fit_are_named(
+def test_errors_name_the_option(
     change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     arguments = {"trainer_class": DPOTrainerCaller, **change}
@@ -454,6 +452,6 @@ def test_options_that_do_not_fit_are_named(
         simpo_trainer(**arguments)
 
 
-def test_without_llama_factory_patch_says_so() -> None:
+def test_without_llama_factory_patch_raises_an_error() -> None:
     with pytest.raises(ImportError, match=re.escape("llamafactory")):
         llamafactory.patch()

@@ -1,4 +1,4 @@
-"""SimPOTrainer on two ranks beside stock TRL on two ranks: DDP by accelerate, and FSDP2."""
+"""SimPOTrainer on two ranks matches stock TRL on two ranks: accelerate's DDP, and FSDP2."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from support import trl_training as trl
 from support.ranks import run_on_ranks
 from support.trl_training import STOCK, TIERS
 
-# The ranks' processes run the package as it is.
+# The ranks' processes always run the CPU kernels.
 pytestmark = pytest.mark.cpu_only
 
-TIMEOUT = 240.0  # of which most is for imports
+TIMEOUT = 240.0  # seconds, mostly for imports
 DDP = {
-    # Three and one pairs in the last micro-batches of an epoch, and one alone in the evaluation's.
+    # The last micro-batches of an epoch have three pairs and one pair. The last batch of an
+    # evaluation has one.
     "max_steps": 8,
     "gradient_accumulation_steps": 2,
     "eval_strategy": "steps",
@@ -36,7 +37,7 @@ DDP = {
 
 @contextmanager
 def accelerated() -> Iterator[None]:
-    """What torchrun tells accelerate, which takes the process group that is there."""
+    """Sets torchrun's environment for accelerate, which uses the existing process group."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}
@@ -49,7 +50,7 @@ def accelerated() -> Iterator[None]:
 
 
 def _forget() -> None:
-    """The next group is another."""
+    """Resets accelerate's state, which belongs to one process group."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
 
@@ -75,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("tier", ["auto", *TIERS])
-def test_a_run_with_ddp_is_stock_trl_s(folder: Path, tier: str) -> None:
+def test_a_run_with_ddp_matches_stock_trl(folder: Path, tier: str) -> None:
     stock = stock_with_ddp(folder)
     trl.assert_same_tensors(stock[0].gradients[0], stock[1].gradients[0], 0.0)
     assert any("eval_loss" in log for log in stock[0].logs)
@@ -100,7 +101,7 @@ def evaluate_with_ddp(tier: str, folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_pair_that_one_rank_drops_is_in_no_rank_s_metrics(tmp_path: Path, tier: str) -> None:
+def test_a_dropped_pair_is_in_no_rank_s_metrics(tmp_path: Path, tier: str) -> None:
     train, _ = trl.pairs()
     parts = []
     for batch in ([train[0]], [train[1], train[2]]):
@@ -109,7 +110,7 @@ def test_a_pair_that_one_rank_drops_is_in_no_rank_s_metrics(tmp_path: Path, tier
     names = [
         name
         for name in parts[0]
-        # Of whole ranks, or of all positions.
+        # The loss is a mean over ranks, and the mean of the logits over all positions.
         if name.startswith("eval_") and not name.endswith((*trl.TIMES, "loss")) and "/" in name
         and "logits/" not in name
     ]  # fmt: skip
@@ -129,10 +130,10 @@ def train_with_empty_pairs(tier: str, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_ranks_that_drop_all_they_have_do_not_hang(tmp_path: Path, tier: str) -> None:
+def test_ranks_without_valid_pairs_do_not_hang(tmp_path: Path, tier: str) -> None:
     runs = run_on_ranks(2, train_with_empty_pairs, tier, tmp_path, timeout=TIMEOUT)
     sizes = [trl.largest(gradients) for gradients in runs[0].gradients]
-    # Two of the steps have the one whole pair on one of the ranks, the others have none at all.
+    # In two of the steps, one rank has the only valid pair. In the others, no rank has one.
     assert sorted(size > 0.0 for size in sizes) == [False, False, True, True]
     for name, parameter in runs[0].parameters.items():
         assert parameter.isfinite().all()
@@ -143,7 +144,7 @@ def test_ranks_that_drop_all_they_have_do_not_hang(tmp_path: Path, tier: str) ->
 
 
 def step_with_fsdp(tier: str, folder: Path, sharding: str, tied: bool) -> Any:
-    """By hand, since accelerate shards on accelerators alone. Each rank has its own batch."""
+    """A step on each rank's own batch. accelerate would need an accelerator to shard the model."""
     model = trl.make_model(tie_word_embeddings=tied)
     trainer = trl.make_trainer(tier, folder, model)
     batch = trl.batches(trainer)[dist.get_rank()]
@@ -167,7 +168,7 @@ def step_with_fsdp(tier: str, folder: Path, sharding: str, tied: bool) -> Any:
 
 @pytest.mark.parametrize("tier", ["auto", *TIERS])
 @pytest.mark.parametrize(("sharding", "tied"), [("root", False), ("head", False), ("root", True)])
-def test_a_step_with_fsdp_is_stock_trl_s(
+def test_a_step_with_fsdp_matches_stock_trl(
     tmp_path: Path, tier: str, sharding: str, tied: bool
 ) -> None:
     stock, ours = (

@@ -1,4 +1,4 @@
-"""Pairs of which a completion is empty: the prompt alone fills ``max_length``."""
+"""Pairs with empty completions, because the prompt alone fills ``max_length``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOSSES = {"simpo": {}, "sigmoid": {"beta": 0.1}, "ipo": {"beta": 0.5}, "alphapo"
 
 
 def filling_prompt() -> str:
-    """Of MAX_LENGTH tokens, with the one that TRL puts before it."""
+    """A prompt of MAX_LENGTH tokens, including the one that TRL prepends."""
     tokenizer = trl.tokenizer()
     words = " ".join(map(str, range(100, 100 + MAX_LENGTH)))
     prompt = tokenizer.decode(tokenizer(words)["input_ids"][: MAX_LENGTH - 1])
@@ -27,10 +27,10 @@ def filling_prompt() -> str:
 
 
 def pairs_with(*which: str) -> list[dict[str, str]]:
-    """Whole pairs by number, and empty ones.
+    """Valid pairs by number, and empty ones.
 
-    The first whole pair's rejected completion is cut at MAX_LENGTH, so that a batch with it is as
-    long with an empty pair as without.
+    The rejected completion of pair 0 is cut at MAX_LENGTH, so an empty pair does not make a batch
+    with it longer.
     """
     train, _ = trl.pairs()
     first = {**train[0], "rejected": f" {filling_prompt()}"}
@@ -60,7 +60,7 @@ def step_of(tier: str, folder: Path, *which: str, empty: str = "drop", **options
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("loss_type", LOSSES)
-def test_nan_is_what_stock_trl_makes_of_an_average(
+def test_empty_nan_matches_the_averages_of_stock_trl(
     tmp_path: Path, tier: str, loss_type: str
 ) -> None:
     which = ("0", "empty", "1")
@@ -68,7 +68,7 @@ def test_nan_is_what_stock_trl_makes_of_an_average(
     stock = step_of(STOCK, tmp_path, *which, **options)
     ours = step_of(tier, tmp_path, *which, empty="nan", **options)
     assert math.isnan(ours["loss"])
-    if loss_type == "sigmoid":  # Stock's sum of nothing is 0, the highest of rewards.
+    if loss_type == "sigmoid":  # Stock TRL's sum of no tokens is 0.
         assert math.isfinite(stock["loss"])
         assert math.isnan(ours["metrics"]["logps/chosen"])
     else:
@@ -79,7 +79,7 @@ def test_nan_is_what_stock_trl_makes_of_an_average(
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("loss_type", LOSSES)
 @pytest.mark.parametrize("which", [("0", "empty", "1"), ("empty", "0", "1", "empty", "2")])
-def test_drop_is_a_batch_without_it(
+def test_empty_drop_equals_a_batch_without_the_pair(
     tmp_path: Path, tier: str, loss_type: str, which: tuple[str, ...]
 ) -> None:
     options = {"loss_type": loss_type, **LOSSES[loss_type]}
@@ -90,13 +90,11 @@ def test_drop_is_a_batch_without_it(
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("half", ["chosen", "rejected"])
-def test_drop_is_of_the_pair_when_one_completion_is_empty(
-    tmp_path: Path, tier: str, half: str
-) -> None:
+def test_one_empty_completion_drops_the_pair(tmp_path: Path, tier: str, half: str) -> None:
     trainer = trainer_of(tier, tmp_path, "0", "1", "2")
     stock = trainer_of(STOCK, tmp_path, "0", "1", "2")
     batch = trl.first_batch(trainer)
-    row = next(  # not the longest
+    row = next(  # not the longest row
         index
         for index, prompt in enumerate(batch["prompt"])
         if prompt != pairs_with("0")[0]["prompt"]
@@ -122,13 +120,13 @@ def test_a_batch_of_empty_pairs_has_loss_and_gradient_zero(
     step = step_of(tier, tmp_path, "empty", "empty", cpo_alpha=cpo_alpha)
     assert step["loss"] == 0.0
     assert list(step["metrics"]) == list(step_of(STOCK, tmp_path, "0", "1")["metrics"])
-    # DDP waits for every parameter's.
+    # DDP waits for the gradients of all parameters.
     assert len(step["gradients"]) == len(list(trl.make_model().parameters()))
     assert trl.largest(step["gradients"]) == 0.0
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_run_with_an_empty_pair_is_the_run_without_it(tmp_path: Path, tier: str) -> None:
+def test_a_run_with_an_empty_pair_equals_one_without_it(tmp_path: Path, tier: str) -> None:
     options = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
     ours = trl.train(trainer_of(tier, tmp_path, "0", "empty", "1", **options))
     stock = trl.train(trainer_of(STOCK, tmp_path, "0", "1", **options))
@@ -136,7 +134,7 @@ def test_a_run_with_an_empty_pair_is_the_run_without_it(tmp_path: Path, tier: st
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_the_metrics_of_an_evaluation_leave_it_out(tmp_path: Path, tier: str) -> None:
+def test_the_metrics_of_an_evaluation_exclude_empty_pairs(tmp_path: Path, tier: str) -> None:
     logs = []
     for name, which in ((tier, ("0", "empty", "1")), (STOCK, ("0", "1"))):
         given = pairs_with(*which)

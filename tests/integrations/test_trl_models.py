@@ -1,8 +1,8 @@
-"""SimPOTrainer on models that differ in what lies between hidden states and logits.
+"""SimPOTrainer on models that compute logits from hidden states in different ways.
 
-Whatever a model does, the trainer's numbers are those of stock TRL on it: from hidden states where
-it is known how logits come from them, else from the logits, and where the caller insists on hidden
-states, an error. All float32; tolerances as in test_trl.py.
+The results match stock TRL on every model. The trainer uses hidden states if it knows how the model
+computes logits from them, and otherwise the logits. With fused_linear=True, it raises an error
+instead. Models are float32, and tolerances those of test_trl_runs.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOGITS = ("logits/chosen", "logits/rejected")
 
 
 def stock_step(folder: Path, model: Any, **options: Any) -> tuple[Any, trl.Step]:
-    """A batch, and what stock TRL makes of it."""
+    """A batch, and a step of stock TRL on it."""
     trainer = trl.make_trainer(STOCK, folder, model, **options)
     batch = trl.first_batch(trainer)
     return batch, trl.step(trainer, batch)
@@ -42,7 +42,7 @@ def without_logits(step: trl.Step) -> trl.Step:
 
 
 def mean_logits_of_completions(model: Any, batch: Any) -> dict[str, float]:
-    """Of rows, each of which is the mean of its own."""
+    """Means over the rows of each row's mean over its completion."""
     means = {}
     for half in ("rejected", "chosen"):
         with torch.no_grad():
@@ -76,7 +76,7 @@ def test_a_family_whose_head_is_known(tmp_path: Path, name: str, tier: str) -> N
 
 @pytest.mark.parametrize("name", sorted(EXPERTS))
 def test_the_experts_balance_is_part_of_loss_and_gradients(tmp_path: Path, name: str) -> None:
-    """So that the agreement with stock TRL, above, is of something."""
+    """The balance loss is large enough to matter in the comparison with stock TRL above."""
     model = FUSED[name]()
     batch, stock = stock_step(tmp_path, model)
     model.config.router_aux_loss_coef = 0.0
@@ -92,12 +92,12 @@ def test_the_experts_balance_is_part_of_loss_and_gradients(tmp_path: Path, name:
 
 
 def agrees_or_refuses(model: Any, folder: Path, *, must_refuse: bool = False) -> None:
-    """``None`` is always right; ``True`` is right, or an error that says what it is about."""
+    """fused_linear=None matches stock TRL. fused_linear=True matches it, or raises an error."""
     batch, stock = stock_step(folder, model)
     trainer = trl.make_trainer("auto", folder, model)
     ours = trl.step(trainer, batch)
     trl.assert_same_step(ours, stock)
-    # What was found out by the first batch holds for others, in training and evaluation.
+    # What the first batch shows holds for other batches, in training and evaluation.
     trainers = [trl.make_trainer(STOCK, folder, model), trainer]
     rest = trl.batches(trainer, "eval")[-1]
     steps = [trl.step(each, rest) for each in trainers]
@@ -127,10 +127,10 @@ def agrees_or_refuses(model: Any, folder: Path, *, must_refuse: bool = False) ->
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_family_that_names_do_not_tell_about(
+def test_a_family_whose_config_does_not_describe_its_logits(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "softcap" in name:  # of which both tiers' means may be
+    if "softcap" in name:  # Mean logits may be those before the softcap.
         monkeypatch.setattr(trl, "step", lambda *a, step=trl.step: without_logits(step(*a)))
         monkeypatch.setattr(
             trl,
@@ -145,24 +145,22 @@ def test_a_family_that_names_do_not_tell_about(
 
 
 @pytest.mark.parametrize("model_class", CHANGED, ids=lambda c: c.__name__)
-def test_logits_that_are_not_the_head_s_alone_are_never_taken_for_it(
-    tmp_path: Path, model_class: Any
-) -> None:
+def test_logits_that_are_not_only_the_head_s(tmp_path: Path, model_class: Any) -> None:
     agrees_or_refuses(trl.make_model(model_class), tmp_path, must_refuse=True)
 
 
 @pytest.mark.parametrize("model_class", UNUSUAL, ids=lambda c: c.__name__)
-def test_logits_or_a_head_that_are_treated_in_another_way(tmp_path: Path, model_class: Any) -> None:
+def test_unusual_uses_of_logits_or_head(tmp_path: Path, model_class: Any) -> None:
     agrees_or_refuses(trl.make_model(model_class), tmp_path)
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_that_is_no_plain_linear(tmp_path: Path, name: str) -> None:
+def test_a_head_that_is_not_a_plain_linear(tmp_path: Path, name: str) -> None:
     agrees_or_refuses(HEADS[name](), tmp_path)
 
 
-def test_a_model_that_changes_later_is_not_silently_another(tmp_path: Path) -> None:
-    """A hook that comes after the trainer has looked at the head."""
+def test_a_model_may_change_after_the_first_step(tmp_path: Path) -> None:
+    """The hook is registered after the trainer has checked the head."""
     model = trl.make_model()
     trainers = [trl.make_trainer(name, tmp_path, model) for name in (STOCK, "auto")]
     batch = trl.first_batch(trainers[0])
@@ -174,7 +172,7 @@ def test_a_model_that_changes_later_is_not_silently_another(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("model_class", [trl_models.Affine, trl_models.NeverCalled])
-def test_falling_back_says_why(
+def test_falling_back_to_logits_logs_a_warning(
     tmp_path: Path, model_class: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
@@ -230,7 +228,7 @@ def ours_arguments(folder: Path, model: Any, **options: Any) -> dict[str, Any]:
     }
 
 
-# ---- what else a trainer or a user does with the model ---------------------------------------
+# ---- other uses of the model -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -247,14 +245,14 @@ def test_checkpoints_of_activations(tmp_path: Path, tier: str, use_reentrant: bo
 
 @pytest.mark.parametrize("tier", ["auto", "fused"])
 def test_a_compiled_model(tmp_path: Path, tier: str) -> None:
-    """By Dynamo and AOTAutograd alone: what code comes out of a graph is not ours."""
+    """Uses Dynamo and AOTAutograd, without a compiler backend."""
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1}
     try:
         trainer = trl.make_trainer(tier, tmp_path, **options)
     except ValueError as error:
         if tier == "auto" or not re.search("fused_linear: .*compile", str(error)):
             raise
-        return  # A graph holds what was in it when it was traced.
+        return  # A traced graph would not see the replaced head.
     torch._dynamo.reset()
     ours = trl.train(trainer)
     torch._dynamo.reset()
@@ -263,7 +261,7 @@ def test_a_compiled_model(tmp_path: Path, tier: str) -> None:
 
 @pytest.mark.parametrize("tier", ["auto", *TIERS])
 def test_random_numbers_are_drawn_as_in_stock_trl(tmp_path: Path, tier: str) -> None:
-    """``disable_dropout`` finds modules alone, which attention's is not."""
+    """``disable_dropout`` changes modules only, and attention's dropout is no module."""
     model = trl.make_model(attention_dropout=0.3)
     stock, ours = (
         trl.train(trl.make_trainer(name, tmp_path, model, max_steps=3)) for name in (STOCK, tier)
@@ -328,7 +326,7 @@ def logits_of(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("tier", ["auto", *TIERS])
-def test_a_step_leaves_the_model_as_it_was(tmp_path: Path, tier: str) -> None:
+def test_a_step_does_not_change_the_model(tmp_path: Path, tier: str) -> None:
     trainer = trl.make_trainer(tier, tmp_path)
     model = trainer.model
     expected = logits_of(model)
@@ -346,7 +344,7 @@ def test_a_step_leaves_the_model_as_it_was(tmp_path: Path, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", ["auto", *TIERS])
-def test_a_step_that_fails_leaves_the_model_as_it_was(tmp_path: Path, tier: str) -> None:
+def test_a_step_that_fails_does_not_change_the_model(tmp_path: Path, tier: str) -> None:
     trainer = trl.make_trainer(tier, tmp_path)
     expected = logits_of(trainer.model)
     batch = trl.first_batch(trainer)

@@ -1,4 +1,4 @@
-"""SimPOTrainer with PEFT: adapters beside lm_head are trained as in stock TRL, others not fused."""
+"""SimPOTrainer trains adapters of PEFT like stock TRL. Adapters of lm_head are not fused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.trl_training import STOCK, TIERS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # Of PEFT about transformers.
+    # PEFT uses a deprecated attribute of transformers.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
@@ -22,7 +22,7 @@ LAYERS = ["q_proj", "v_proj", "down_proj"]
 
 
 def lora(**options: Any) -> peft.LoraConfig:
-    """Whose second factor is not zero, so that both have gradients."""
+    """A config whose second factor is not zero, so that both factors have gradients."""
     given = {"r": 4, "target_modules": LAYERS, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     return peft.LoraConfig(**{**given, **options})
 
@@ -73,7 +73,7 @@ def test_a_run_with_lora(tmp_path: Path, tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_peft_model_that_is_given_whole(tmp_path: Path, tier: str) -> None:
+def test_a_model_that_is_already_a_peft_model(tmp_path: Path, tier: str) -> None:
     torch.manual_seed(0)
     model = peft.get_peft_model(trl.make_model(), lora())
     _, stock, batch = step_of(STOCK, tmp_path, None, model)
@@ -120,7 +120,7 @@ def test_an_adapter_of_lm_head_is_trained_from_the_logits_or_refused(
 )
 @pytest.mark.filterwarnings(TIED)
 def test_an_adapter_of_an_embedding_that_lm_head_is_tied_to(tmp_path: Path, config: Any) -> None:
-    """Whatever PEFT makes of lm_head, which may then not be the embedding any more."""
+    """PEFT may untie lm_head from the embedding."""
     model = trl.make_model(tie_word_embeddings=True)
     _, stock, batch = step_of(STOCK, tmp_path, config, model)
     trl.assert_same_step(step_of("auto", tmp_path, config, model, batch)[1], stock)
@@ -151,7 +151,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_learned_prompts_are_refused_or_trained_as_in_stock_trl(tmp_path: Path, name: str) -> None:
-    """Virtual tokens make logits longer than labels, which stock TRL refuses as well."""
+    """Virtual tokens make logits longer than labels. Stock TRL may refuse them too."""
     with pytest.raises(ValueError, match=r"fused_linear: .*prompt"):
         step_of("fused", tmp_path, PROMPTS[name])
     stock_trainer = trl.make_trainer(STOCK, tmp_path, peft_config=PROMPTS[name])

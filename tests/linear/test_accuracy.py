@@ -1,5 +1,8 @@
-"""The accuracy rule in bfloat16: relative errors of the gradients of hidden states and weight of at
-most 1.1 times those of the dense eager computation, however many chunks the vocabulary makes."""
+"""The accuracy rule in bfloat16, for any number of chunks of the vocabulary.
+
+The relative errors of the gradients of hidden states and weight are at most 1.1 times those of the
+dense eager computation.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from support.linear_batches import CHUNK, LinearBatch, dense_logps, logps_and_gr
 
 pytestmark = pytest.mark.kernels
 
-PAIRS, T, H = 2, 64, 64  # N = 256 rows, of which the shift leaves 252 and the masks fewer
+PAIRS, T, H = 2, 64, 64  # 256 rows; at most 252 are scored
 RULE = 1.1
 
 
 def trained_like(vocabulary: int, heights: tuple[float, float], wrong: float) -> LinearBatch:
-    """Hidden states along the row of their label, or for a share ``wrong`` of another token.
+    """Hidden states along the weight row of their label, or of another token for a share ``wrong``.
 
-    With weight rows of length 1 and the heights given, that token's logit lies between them, and
-    the others' are spread by 1: log V + 1/2 is the height of a probability of one half.
+    The logit of that token lies between the two heights. The other logits have variance 1, so a
+    height of log V + 1/2 means a probability of one half.
     """
     generator = torch.Generator().manual_seed(vocabulary)
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
@@ -41,8 +44,8 @@ def trained_like(vocabulary: int, heights: tuple[float, float], wrong: float) ->
     return LinearBatch(hidden.bfloat16(), weight.bfloat16(), labels, None)
 
 
-# flat: every probability near 1 / V. peaked: most labels sure, a quarter sure of a wrong token.
-# sure: 1 - p of every label small, of which a p rounded to bfloat16 keeps nothing.
+# flat: every probability is near 1 / V. peaked: most labels are sure, and a quarter of the rows are
+# sure of a wrong token. sure: every label's 1 - p is so small that bfloat16 rounds p to 1.
 BATCHES: dict[str, Callable[[int], LinearBatch]] = {
     "flat": lambda vocabulary: trained_like(vocabulary, (0.0, 0.0), 1.0),
     "peaked": lambda vocabulary: trained_like(vocabulary, (8.0, 24.0), 0.25),
@@ -51,14 +54,14 @@ BATCHES: dict[str, Callable[[int], LinearBatch]] = {
 
 
 def preference_of(logps: Tensor, labels: Tensor) -> Tensor:
-    """SimPO's loss by the formula, with beta 2 and ratio 0.5."""
+    """The formula of the SimPO loss with beta 2 and gamma_beta_ratio 0.5."""
     means = logps.sum(1) / (labels[:, 1:] != -100).sum(1)
     margins = means[:PAIRS] - means[PAIRS:] - 0.5
     return -torch.nn.functional.logsigmoid(2.0 * margins).mean()
 
 
 def errors(results: list[Tensor | None], truth: list[Tensor]) -> list[float]:
-    """Relative errors in the Frobenius norm, of the gradients of hidden and weight."""
+    """Relative errors of the gradients of hidden and weight in the Frobenius norm."""
     return [
         ((got.double() - want).norm() / want.norm()).item()
         for got, want in zip(results[1:3], truth, strict=True)
@@ -73,7 +76,7 @@ def check_rule(ours: list[float], eager: list[float]) -> None:
 
 
 def true_gradients(upstream: Tensor, batch: LinearBatch) -> list[Tensor]:
-    """Those of hidden and weight in float64: the oracle's formulas, fast enough for any V."""
+    """The gradients of hidden and weight in float64. The oracle's formulas, but fast for any V."""
     hidden, weight = batch.hidden.double(), batch.weight.double()
     targets = torch.full_like(batch.labels, -100)
     targets[:, :-1] = batch.labels[:, 1:]
@@ -81,7 +84,7 @@ def true_gradients(upstream: Tensor, batch: LinearBatch) -> list[Tensor]:
     rows = hidden[valid]
     dlogits = (rows @ weight.t()).softmax(1).neg_()
     at = torch.arange(len(rows)), targets[valid]
-    # 1 - p from the others' p, without cancellation.
+    # 1 - p is the sum of the others' p, which does not cancel.
     dlogits[at] = 0.0
     dlogits[at] = -dlogits.sum(1)
     dlogits *= upstream[valid].double()[:, None]
@@ -90,7 +93,7 @@ def true_gradients(upstream: Tensor, batch: LinearBatch) -> list[Tensor]:
     return [dhidden, dlogits.t() @ rows]
 
 
-def test_the_truth_is_the_oracle_s() -> None:
+def test_true_gradients_match_the_oracle() -> None:
     batch = BATCHES["sure"](500)
     upstream = upstream_of(batch.labels)
     want = linear_oracle.linear_token_logps_grad(upstream.numpy(), *batch.doubles())
@@ -98,7 +101,7 @@ def test_the_truth_is_the_oracle_s() -> None:
     assert max(errors([None, *got], [torch.from_numpy(x) for x in want[:2]])) < 1e-12
 
 
-def test_the_batches_are_what_they_are_called() -> None:
+def test_the_batches_have_the_stated_probabilities() -> None:
     for chunks in (1, 32):
         scored = {
             name: dense_logps(*batch[:3])[:, :-1][batch.labels[:, 1:] >= 0].exp()

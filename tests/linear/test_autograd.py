@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simpo_ext import LinearSimPOLoss, linear_simpo_loss, linear_token_logps
 from support.batches import DTYPES
+from support.comparisons import assert_same
 from support.linear_batches import (
     OPS,
     UNLIMITED,
     LinearBatch,
-    assert_same,
     logps_and_gradients,
     make_linear_batch,
 )
@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sft_token": {"sft_weight": 0.5, "sft_reduction": "token"},
     "none": {"reduction": "none", "sft_weight": 0.5},
     "softcap": {"softcap": 4.0, "logit_scale": 0.8},
-    # Margins of this batch stay well away from the kink at 1.
+    # The margins of this batch are far from the kink at 1.
     "hinge": {"loss_type": "hinge"},
     "not_shifted": {"shift": False},
 }
@@ -79,7 +79,7 @@ def test_gradcheck_of_linear_token_logps(options: dict[str, Any], bias: bool) ->
 # ---- opcheck -------------------------------------------------------------------------------------
 
 
-# A vocabulary that fills its one chunk, and such as leave a part of the last one empty.
+# 128 fills one chunk. The other vocabularies leave a part of the last chunk empty.
 OPCHECKED = [(torch.float32, 128, True), (torch.float64, 4099, False), (torch.bfloat16, 4099, True),
              (torch.float16, 50, False)]  # fmt: skip
 
@@ -156,7 +156,7 @@ def test_fake_and_meta_tensors_give_shapes_and_dtypes(
 
 
 def as_function(**options: Any) -> Any:
-    """A loss of all of the outputs, behind operations that the compiler may fuse."""
+    """A sum of all outputs, with operations around the loss that the compiler may fuse."""
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         out = linear_simpo_loss(hidden * 2, weight, labels, bias=bias, **options)
@@ -166,7 +166,7 @@ def as_function(**options: Any) -> Any:
 
 
 def both_ways(function: Any, compiled: Any, batch: LinearBatch) -> None:
-    """The compiled function has the value and the gradients of the eager one."""
+    """Compares the value and the gradients of the compiled function with the eager function's."""
     results = []
     for call in (function, compiled):
         leaf = batch.leaves()
@@ -208,7 +208,7 @@ def test_compiles_with_dynamic_shapes(options: dict[str, Any]) -> None:
         both_ways(loss, compiled, make_linear_batch(*shape))
 
 
-def test_compiled_code_takes_a_new_count_and_normalizer_every_step() -> None:
+def test_a_compiled_loss_takes_a_new_count_and_normalizer_every_step() -> None:
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, count: int, pairs: float) -> Tensor:
         return linear_simpo_loss(
             hidden, weight, labels, num_valid_tokens=count, normalizer=pairs
@@ -217,7 +217,7 @@ def test_compiled_code_takes_a_new_count_and_normalizer_every_step() -> None:
     batch = make_linear_batch(pairs=3)
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    # More values than torch.compile would compile anew for.
+    # More values than torch.compile's limit of recompilations.
     for step in range(12):
         args = (*batch[:3], 36 + step, step + 0.5)
         torch.testing.assert_close(compiled(*args), loss(*args))
@@ -258,14 +258,14 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(
     assert got[0] is not None and got[0].dtype == torch.float32
     for ours, theirs in zip(got, want, strict=True):
         assert_same(ours, None if theirs is None else theirs.float())
-    # What came in from layers before is short already, the weight is not.
+    # Earlier layers return hidden states of the short dtype, but the weight is float32.
     mixed = logps_and_gradients(under_autocast, batch._replace(hidden=short.hidden))
     assert_same(mixed[0], want[0])
     assert_same(mixed[1], want[1])
     assert mixed[2] is not None and mixed[2].dtype == torch.float32
 
 
-def test_autocast_reaches_the_loss_and_leaves_it_in_float32() -> None:
+def test_the_loss_under_autocast_is_float32() -> None:
     hidden, weight, labels, bias = make_linear_batch()
     want = linear_simpo_loss(
         hidden.bfloat16(), weight.bfloat16(), labels, bias=bias.bfloat16(), sft_weight=0.1
@@ -276,7 +276,7 @@ def test_autocast_reaches_the_loss_and_leaves_it_in_float32() -> None:
     assert want.loss.dtype == torch.float32
 
 
-def test_autocast_leaves_float64_as_it_is() -> None:
+def test_autocast_does_not_cast_float64() -> None:
     batch = make_linear_batch(dtype=torch.float64)
     want = logps_and_gradients(linear_token_logps, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):

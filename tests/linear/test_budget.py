@@ -1,4 +1,4 @@
-"""The default of logits_budget_bytes: a share of the GPU's memory. No GPU is needed."""
+"""The default of logits_budget_bytes is a share of the GPU's memory. The tests need no GPU."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_the_ops_get_the_default_of_their_device(
 
 
 @pytest.mark.parametrize("memory", [None, MEMORY])
-def test_a_compiler_takes_the_default_for_a_constant(
+def test_the_default_is_a_constant_in_a_compiled_graph(
     monkeypatch: pytest.MonkeyPatch, memory: int | None
 ) -> None:
-    if memory is not None:  # otherwise torch is asked, through functions that Dynamo must know
+    if memory is not None:  # Otherwise Dynamo must trace the query of torch.
         monkeypatch.setattr(logits_plan, "_gpu_memory", lambda device: memory)
     elif torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(GPU).total_memory
@@ -104,7 +104,7 @@ def test_a_compiler_takes_the_default_for_a_constant(
     assert factors == [budget]
 
 
-def test_a_function_of_tensors_on_a_gpu_compiles_without_graph_break() -> None:
+def test_a_function_of_gpu_tensors_compiles_without_graph_break() -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:

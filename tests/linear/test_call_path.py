@@ -1,5 +1,7 @@
-"""What linear_token_logps keeps and computes, by budget, count and gradients asked for, and how it
-goes through what PyTorch offers around a function. Nobody can tell by the results."""
+"""linear_token_logps keeps and computes what budget, count and requested gradients need.
+
+The results do not depend on that, nor on checkpoints and other features of autograd.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from simpo_ext import linear_simpo_loss, linear_token_logps
 from support.batches import DTYPES
+from support.comparisons import assert_same
 from support.linear_batches import (
     CHUNK,
     OPS,
     UNLIMITED,
     LinearBatch,
     Watcher,
-    assert_same,
     logps_and_gradients,
     logps_op,
     make_linear_batch,
@@ -29,14 +31,14 @@ from support.linear_batches import (
 
 pytestmark = pytest.mark.kernels
 
-# Four chunks of the CPU and two of CUDA, none full, the last the shortest.
+# Four chunks on a CPU and two on CUDA. None is full, and the last is the shortest.
 FOUR = 3 * CHUNK + 5
 NEEDS = [needs for needs in itertools.product((True, False), repeat=3) if any(needs)]
 ALL = (True, True, True)
 
 
 def bytes_of_a_chunk(batch: LinearBatch, num_valid_tokens: int = -1) -> int:
-    """Of one chunk of logits, as the op makes them for so many tokens."""
+    """The size of one chunk of logits for this number of tokens."""
     kept = logps_op(batch, UNLIMITED, num_valid_tokens)[3]
     return kept[0].numel() * kept.element_size()
 
@@ -55,7 +57,7 @@ def gradients_of_the_loss(batch: LinearBatch, **options: Any) -> list[Tensor]:
     return [x.grad for x in leaf.inputs()]
 
 
-# ---- what is kept --------------------------------------------------------------------------------
+# ---- kept logits ---------------------------------------------------------------------------------
 
 
 @pytest.mark.cpu_only
@@ -64,7 +66,7 @@ def gradients_of_the_loss(batch: LinearBatch, **options: Any) -> list[Tensor]:
     [(1, 1, 64), (64, 1, 64), (131, 1, 192), (4096, 1, 4096), (4097, 2, 2112), (8192, 2, 4096),
      (8193, 3, 2752), (FOUR, 4, 3136), (32000, 8, 4032)],
 )  # fmt: skip
-def test_chunks_are_of_one_width_which_the_vocabulary_fills(
+def test_all_chunks_have_the_width_of_an_even_split(
     vocabulary: int, chunks: int, width: int
 ) -> None:
     batch = make_linear_batch(pairs=1, time=3, vocabulary=vocabulary, width=2)
@@ -75,9 +77,7 @@ def test_chunks_are_of_one_width_which_the_vocabulary_fills(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_valid_tokens", [-1, 24, 32, 40])
-def test_as_many_chunks_are_kept_as_fit_beside_the_one_in_work(
-    num_valid_tokens: int, dtype: torch.dtype
-) -> None:
+def test_chunks_are_kept_as_the_budget_allows(num_valid_tokens: int, dtype: torch.dtype) -> None:
     batch = make_linear_batch(vocabulary=FOUR, width=3, dtype=dtype)
     rows = batch.labels.numel() if num_valid_tokens == -1 else num_valid_tokens
     assert rows >= valid_tokens(batch)
@@ -98,7 +98,7 @@ def test_as_many_chunks_are_kept_as_fit_beside_the_one_in_work(
         assert_same(logps, logps_op(batch, 0, num_valid_tokens)[0])
 
 
-def test_an_op_without_rows_keeps_none() -> None:
+def test_an_op_without_rows_keeps_no_logits() -> None:
     batch = make_linear_batch(vocabulary=FOUR, width=3)
     batch.labels.fill_(-100)
     logps, row_max, sum_exp, kept = logps_op(batch, UNLIMITED, 0)
@@ -114,23 +114,23 @@ def test_the_budget_changes_no_bit(dtype: torch.dtype, bias: bool, options: Any)
     batch = make_linear_batch(vocabulary=FOUR, width=8, dtype=dtype, bias=bias)
     want = logps_and_gradients(linear_token_logps, batch, logits_budget_bytes=0, **options)
     size = bytes_of_a_chunk(batch)
-    # With the rows that are valid, or all of them, half of the chunks are kept, and all of them.
+    # These keep some chunks, or all of them, for the valid rows or for all rows.
     for budget in (2 * size, 3 * size, 4 * size, UNLIMITED, None):
         got = logps_and_gradients(linear_token_logps, batch, logits_budget_bytes=budget, **options)
         assert_same(got, want)
 
 
 def kept_by(watcher: Watcher) -> int:
-    """How many chunks the one call of the op kept."""
+    """The number of chunks that the only call of the op kept."""
     return len(watcher.named("linear_token_logps")[1][3])
 
 
-def test_the_function_hands_on_the_budget_and_keeps_for_the_backward_alone() -> None:
+def test_the_function_passes_the_budget_and_keeps_logits_only_for_a_backward() -> None:
     leaf = make_linear_batch(vocabulary=FOUR, width=3).leaves()
     count = len(logps_op(leaf, UNLIMITED)[3])
     _, watcher = watched_logps(leaf, logits_budget_bytes=UNLIMITED)
     assert kept_by(watcher) == count
-    _, watcher = watched_logps(leaf)  # A default that such a batch fits.
+    _, watcher = watched_logps(leaf)  # The default budget is larger than this batch's logits.
     assert kept_by(watcher) == count
     _, watcher = watched_logps(leaf, logits_budget_bytes=0)
     assert kept_by(watcher) == 0
@@ -146,7 +146,7 @@ def test_the_function_hands_on_the_budget_and_keeps_for_the_backward_alone() -> 
         assert kept_by(watcher) == count, needs
 
 
-def test_the_loss_hands_on_the_budget_too() -> None:
+def test_the_loss_passes_the_budget() -> None:
     leaf = make_linear_batch(vocabulary=FOUR, width=3).leaves()
     for budget, some in ((0, False), (UNLIMITED, True)):
         with Watcher() as watcher:
@@ -154,12 +154,12 @@ def test_the_loss_hands_on_the_budget_too() -> None:
         assert (kept_by(watcher) > 0) == some
 
 
-# ---- what is computed ----------------------------------------------------------------------------
+# ---- requested gradients -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
-def test_gradients_are_computed_if_asked_for_and_have_the_same_bits(
+def test_requested_gradients_have_the_same_bits(
     needs: tuple[bool, bool, bool], budget: int
 ) -> None:
     batch = make_linear_batch(vocabulary=FOUR, width=8)
@@ -177,7 +177,7 @@ def test_gradients_are_computed_if_asked_for_and_have_the_same_bits(
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
-def test_the_loss_computes_what_is_asked_for(needs: tuple[bool, bool, bool]) -> None:
+def test_the_loss_computes_only_requested_gradients(needs: tuple[bool, bool, bool]) -> None:
     batch = make_linear_batch(vocabulary=131)
     want = gradients_of_the_loss(batch)
     leaf = batch.leaves(needs)
@@ -186,7 +186,7 @@ def test_the_loss_computes_what_is_asked_for(needs: tuple[bool, bool, bool]) -> 
     assert_same(got, [x if needed else None for x, needed in zip(want, needs, strict=True)])
 
 
-def test_without_a_bias_none_is_asked_for() -> None:
+def test_without_a_bias_its_gradient_is_not_requested() -> None:
     batch = make_linear_batch(bias=False)
     with Watcher() as watcher:
         logps_and_gradients(linear_token_logps, batch)
@@ -209,9 +209,7 @@ def test_a_gradient_of_some_leaves_has_the_same_bits(inputs: list[str]) -> None:
 
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_given_count_changes_nothing_but_the_order_of_sums(
-    dtype: torch.dtype, budget: int
-) -> None:
+def test_a_given_count_changes_only_the_order_of_sums(dtype: torch.dtype, budget: int) -> None:
     batch = make_linear_batch(vocabulary=FOUR, width=8, dtype=dtype)
     want = logps_and_gradients(linear_token_logps, batch, logits_budget_bytes=budget)
     exact = valid_tokens(batch)
@@ -231,14 +229,14 @@ def test_a_given_count_changes_nothing_but_the_order_of_sums(
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("short", [1, 23])
 @pytest.mark.parametrize("function", [linear_token_logps, linear_simpo_loss])
-def test_fewer_tokens_than_there_are_is_an_error(function: Any, short: int) -> None:
+def test_a_count_that_is_too_small_is_an_error(function: Any, short: int) -> None:
     batch = make_linear_batch()
     there = valid_tokens(batch)
     with pytest.raises(ValueError, match=rf"num_valid_tokens: .*\b{there}\b.*\b{there - short}\b"):
         function(*batch[:3], num_valid_tokens=there - short)
 
 
-def test_the_shift_decides_what_is_counted() -> None:
+def test_the_count_depends_on_the_shift() -> None:
     batch = make_linear_batch()
     batch.labels[:, 0] = 3  # Scored only if not shifted.
     count = valid_tokens(batch)
@@ -248,12 +246,12 @@ def test_the_shift_decides_what_is_counted() -> None:
     assert_same(logps, linear_token_logps(*batch[:3], shift=False))
 
 
-# ---- what autograd offers around a node ----------------------------------------------------------
+# ---- autograd features ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
-def test_a_checkpoint_recomputes_the_same(budget: int, reentrant: bool) -> None:
+def test_a_checkpoint_gives_the_same_gradients(budget: int, reentrant: bool) -> None:
     batch = make_linear_batch(vocabulary=FOUR, width=3)
     want = gradients_of_the_loss(batch)
     leaf = batch.leaves()
@@ -266,7 +264,7 @@ def test_a_checkpoint_recomputes_the_same(budget: int, reentrant: bool) -> None:
     assert_same([x.grad for x in leaf.inputs()], want)
 
 
-# Kept logits may be overwritten by the backward: a second one has to find out, or to do without.
+# A backward that overwrote the kept logits would make a second one wrong.
 @pytest.mark.parametrize("budget", [0, 1, 2, UNLIMITED])
 def test_a_graph_that_is_retained_runs_again(budget: int) -> None:
     batch = make_linear_batch(vocabulary=FOUR, width=3)

@@ -1,7 +1,7 @@
-"""The gradient of the hidden states on a GPU, a sum over the chunks of the vocabulary.
+"""dhidden on a GPU: the gradient of the hidden states, a sum over the chunks of the vocabulary.
 
-cuBLAS adds to the sum inside its products. Where torch offers no cuBLAS, a kernel adds products
-that have been rounded.
+cuBLAS adds each product to the sum without rounding it. If torch offers no cuBLAS, a kernel adds
+products that were rounded.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from support.linear_batches import (
     make_linear_batch,
     upstream_of,
 )
+from support.memory import allocated_bytes
 from support.vocab_batches import linear_in_shards, token_options
 
 pytestmark = [pytest.mark.kernels, pytest.mark.cuda_only, pytest.mark.emulation]
@@ -73,7 +74,7 @@ def gradients(batch: LinearBatch) -> list[Tensor | None]:
 
 
 def dhidden(batch: LinearBatch) -> Tensor:
-    """dhidden, with the weight as it lies in memory. A clone of it might be contiguous."""
+    """dhidden with the strides of the batch's weight, which a clone might not keep."""
     hidden = batch.hidden.detach().requires_grad_()
     logps = linear_token_logps(
         hidden, batch.weight, batch.labels, bias=batch.bias, logits_budget_bytes=0
@@ -96,9 +97,7 @@ def error(batch: LinearBatch) -> float:
 @pytest.mark.parametrize(
     ("vocabulary", "chunks"), [(50, 1), (CHUNK, 1), (CHUNK + 1, 2), (THREE, 3)]
 )
-def test_each_chunk_is_added_in_one_way(
-    cublas: EmulatedCublas, vocabulary: int, chunks: int
-) -> None:
+def test_each_chunk_is_added_once(cublas: EmulatedCublas, vocabulary: int, chunks: int) -> None:
     batch = make_linear_batch(vocabulary=vocabulary, dtype=torch.bfloat16)
     # One chunk needs no sum. Without cuBLAS, the kernel that writes dhidden adds the last product.
     assert cublas.calls_of(lambda: gradients(batch)) == (chunks if chunks > 1 else 0, 0)
@@ -106,7 +105,7 @@ def test_each_chunk_is_added_in_one_way(
     assert cublas.calls_of(lambda: gradients(batch)) == (0, chunks - 1)
 
 
-def test_shards_are_added_in_one_way(cublas: EmulatedCublas) -> None:
+def test_each_chunk_of_a_shard_is_added_once(cublas: EmulatedCublas) -> None:
     batch = make_linear_batch(vocabulary=THREE, dtype=torch.bfloat16)
     upstream, cuts = upstream_of(batch.labels).float(), (0, CHUNK + 1, CHUNK + 1, THREE)
 
@@ -119,7 +118,7 @@ def test_shards_are_added_in_one_way(cublas: EmulatedCublas) -> None:
 
 
 @pytest.mark.parametrize("needs", [(False, True, True), (False, False, True)])
-def test_no_product_is_added_without_a_gradient_asked_for(
+def test_no_product_is_added_if_dhidden_is_not_requested(
     cublas: EmulatedCublas, needs: tuple[bool, bool, bool]
 ) -> None:
     batch = make_linear_batch(vocabulary=THREE)
@@ -128,7 +127,7 @@ def test_no_product_is_added_without_a_gradient_asked_for(
 
 
 def strided(weight: Tensor, layout: str) -> Tensor:
-    """The weight in another layout, as views have it. Overlapping rows have other values."""
+    """The weight with the layout of a view. Overlapping rows change its values."""
     vocabulary, width = weight.shape
     if layout == "columns":
         return weight.t().contiguous().t()
@@ -154,12 +153,12 @@ LAYOUTS = [
     [(dtype, "rows") for dtype in DTYPES]
     + [(dtype, layout) for dtype in (torch.float64, torch.bfloat16) for layout in LAYOUTS],
 )
-def test_dhidden_is_as_exact_as_the_way_that_rounds_each_product(
+def test_dhidden_is_as_exact_as_a_sum_of_rounded_products(
     cublas: EmulatedCublas, dtype: torch.dtype, layout: str
 ) -> None:
     batch = make_linear_batch(vocabulary=THREE, width=8, dtype=dtype)
     batch = batch._replace(weight=strided(batch.weight, layout))
-    # This fills new memory with NaN: the first product must not read the sum.
+    # New memory is filled with NaN, since the first product must not read the sum.
     torch.use_deterministic_algorithms(True)
     try:
         ours = error(batch)
@@ -169,7 +168,7 @@ def test_dhidden_is_as_exact_as_the_way_that_rounds_each_product(
     rounded = error(batch)
     if dtype.itemsize == 2:
         assert ours <= rounded
-    else:  # neither way rounds products, but the order of sums differs
+    else:  # Neither way rounds products, but they sum in another order.
         assert ours <= 2 * rounded + torch.finfo(dtype).eps
     assert 0 < ours <= 16 * torch.finfo(dtype).eps
 
@@ -177,33 +176,27 @@ def test_dhidden_is_as_exact_as_the_way_that_rounds_each_product(
 @pytest.mark.parametrize("width", [1, 5])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_products_of_a_single_row_or_column(cublas: EmulatedCublas, rows: int, width: int) -> None:
-    # The last chunk has one column, whose stride means nothing.
+    # The last chunk has one column, so its stride is arbitrary.
     batch = make_linear_batch(vocabulary=2 * CHUNK + 1, width=width, dtype=torch.float64)
     batch.labels[:] = -100
     batch.labels[0, 1 : 1 + rows] = torch.arange(rows)
     assert error(batch) < 1e-14
 
 
-def test_without_rows_there_is_nothing_to_add(cublas: EmulatedCublas) -> None:
+def test_without_rows_dhidden_is_zero(cublas: EmulatedCublas) -> None:
     batch = make_linear_batch(vocabulary=THREE)
     batch.labels.fill_(-100)
     assert not dhidden(batch).any()
 
 
-def test_the_products_are_not_held_beside_the_sum(cublas: EmulatedCublas) -> None:
+def test_cublas_needs_no_memory_for_products(cublas: EmulatedCublas) -> None:
     batch = make_linear_batch(vocabulary=THREE, width=64)
     leaf = batch.leaves((True, False, False))
 
     def allocated() -> int:
         """The bytes of all tensors that the backward allocates."""
         logps = linear_token_logps(*leaf[:3], bias=leaf.bias, logits_budget_bytes=0)
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(
-            activities=activities, profile_memory=True, acc_events=True
-        ) as profile:
-            torch.autograd.grad(logps.sum(), leaf.hidden)
-        events = profile.profiler.kineto_results.events()
-        return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+        return allocated_bytes(lambda: torch.autograd.grad(logps.sum(), leaf.hidden))
 
     inside = allocated()
     cublas.set_available(False)

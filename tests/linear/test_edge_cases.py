@@ -1,5 +1,7 @@
-"""Layouts, sizes and memory of the linear front end: strides of every kind, offsets past 2^31
-elements, and what is allocated; then random batches against the oracle."""
+"""Edge cases of the linear front end: strides, offsets beyond 2^31 elements, and allocated memory.
+
+Random batches are compared with the oracle.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from simpo_ext import linear_simpo_loss, linear_token_logps
 from support import linear_oracle
-from support.batches import DTYPES
+from support.batches import DTYPES, far_apart
 from support.linear_batches import (
     CHUNK,
     UNLIMITED,
@@ -26,17 +28,16 @@ from support.linear_batches import (
     make_linear_batch,
     upstream_of,
 )
+from support.memory import peak_bytes
 
 pytestmark = pytest.mark.kernels
-
-FAR = 2**31 + 64  # elements
 
 
 # ---- layouts -------------------------------------------------------------------------------------
 
 
 def transposed(x: Tensor) -> Tensor:
-    """With the memory of its last two dimensions the other way round: a weight as [H, V].t()."""
+    """The tensor with its last two dimensions swapped in memory, such as a weight [H, V].t()."""
     return x.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
@@ -54,7 +55,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def gradients_of_the_inputs(batch: LinearBatch) -> list[Tensor]:
-    """logps and the gradients of the very tensors of the batch, whatever their strides."""
+    """logps and the gradients of the batch's own tensors, which keep their strides."""
     inputs = [x.detach().requires_grad_() for x in batch.inputs()]
     logps = linear_token_logps(*inputs[:2], batch.labels, bias=inputs[2])
     upstream = upstream_of(batch.labels).to(logps.dtype)
@@ -72,9 +73,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_layouts_change_nothing_but_the_order_of_sums(
-    name: str, layout: str, dtype: torch.dtype
-) -> None:
+def test_layouts_change_only_the_order_of_sums(name: str, layout: str, dtype: torch.dtype) -> None:
     batch = make_linear_batch(vocabulary=4099, width=6, dtype=dtype)
     fields = [f for f in LinearBatch._fields if f != "bias" or layout in OF_VECTORS]
     changed = {
@@ -91,20 +90,11 @@ def test_layouts_change_nothing_but_the_order_of_sums(
         assert (got.double() - expected.double()).abs().max() <= bound
 
 
-def far_apart(x: Tensor, path: Path, dim: int) -> Tensor:
-    """A copy whose stride in ``dim`` is just past 2^31 elements, on a sparse file."""
-    strides = list(x.stride())
-    strides[dim] = FAR
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-    flat = torch.from_file(str(path), shared=True, size=last + 1, dtype=x.dtype)
-    return flat.as_strided(x.shape, strides).copy_(x)
-
-
-@pytest.mark.emulation  # Copies of the whole file go to the GPU otherwise.
+@pytest.mark.emulation  # The routing would copy the whole file to the GPU.
 @pytest.mark.parametrize(("name", "dim"), [("hidden", 0), ("hidden", 1), ("hidden", 2),
                                            ("weight", 0), ("weight", 1)])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_offsets_past_2_31_elements(
+def test_offsets_beyond_2_31_elements(
     dtype: torch.dtype, name: str, dim: int, tmp_path: Path
 ) -> None:
     batch = make_linear_batch(pairs=1, time=3, vocabulary=5, width=3, dtype=dtype)
@@ -119,25 +109,11 @@ def test_offsets_past_2_31_elements(
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that tensors take at a time while the function runs, above what was there before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
-
-
 def sizes(batch: LinearBatch) -> tuple[int, int, int, int]:
-    """Bytes: of all logits, of one chunk, of the gradients, and of what is small beside a chunk.
+    """The bytes of all logits, of one chunk, of the gradients, and of small tensors.
 
-    That is a few [rows, H] in float32, numbers by row, and the scratch of bfloat16's GEMM, which
-    grows with the chunk where H is as short as here.
+    The small ones are a few [rows, H] in float32, numbers by row, and the scratch of bfloat16's
+    GEMM, which grows with the chunk because H is small.
     """
     element, rows = batch.hidden.element_size(), batch.labels.numel()
     kept = logps_op(batch, UNLIMITED)[3]
@@ -147,13 +123,13 @@ def sizes(batch: LinearBatch) -> tuple[int, int, int, int]:
     return logits, chunk, gradients, 4 * rows * batch.hidden.shape[2] * 4 + chunk // 4 + 2**16
 
 
-# In chunks of vocabulary, of which the loss holds one and what the budget says beyond.
+# The budget is in chunks. The loss always holds one.
 @pytest.mark.emulation
 @pytest.mark.parametrize("chunks", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_is_within_gradients_and_budget(dtype: torch.dtype, chunks: int) -> None:
     batch = make_linear_batch(pairs=2, time=40, vocabulary=8 * CHUNK, width=8, dtype=dtype)
-    batch.labels.clamp_(min=0)  # All rows count.
+    batch.labels.clamp_(min=0)  # All rows are scored.
     logits, chunk, gradients, small = sizes(batch)
     leaf = batch.leaves()
 
@@ -166,11 +142,11 @@ def test_peak_memory_is_within_gradients_and_budget(dtype: torch.dtype, chunks: 
     bound = gradients + max(chunks, 1) * chunk + small
     assert peak <= bound
     if chunks <= 2:
-        assert bound < 0.75 * logits  # or the test would say nothing
+        assert bound < 0.75 * logits  # The bound must be below the size of all logits.
 
 
 @pytest.mark.emulation
-def test_evaluation_holds_one_chunk_whatever_the_budget() -> None:
+def test_evaluation_holds_one_chunk_for_any_budget() -> None:
     batch = make_linear_batch(pairs=2, time=40, vocabulary=8 * CHUNK, width=8)
     batch.labels.clamp_(min=0)
     _, chunk, _, small = sizes(batch)
@@ -185,7 +161,7 @@ def test_evaluation_holds_one_chunk_whatever_the_budget() -> None:
 
 
 @pytest.mark.emulation
-def test_masked_rows_take_no_logits() -> None:
+def test_masked_rows_need_no_memory_for_logits() -> None:
     batch = make_linear_batch(pairs=2, time=40, vocabulary=8 * CHUNK, width=8)
     batch.labels[:, 11:] = -100  # At most 10 of 40 positions are scored.
     _, chunk, gradients, small = sizes(batch)
@@ -204,14 +180,14 @@ def test_masked_rows_take_no_logits() -> None:
 
 
 @pytest.mark.emulation
-def test_the_measure_sees_the_logits_of_the_eager_formula() -> None:
+def test_peak_bytes_sees_the_logits_of_the_eager_formula() -> None:
     batch = make_linear_batch(pairs=2, time=40, vocabulary=8 * CHUNK, width=8)
     logits, _, _, _ = sizes(batch)
     assert peak_bytes(lambda: dense_logps(*batch[:3], bias=batch.bias)) > logits
 
 
 @pytest.mark.cpu_only
-def test_a_label_out_of_range_fails_before_any_logits_are_made() -> None:
+def test_a_label_out_of_range_fails_before_logits_are_computed() -> None:
     batch = make_linear_batch(pairs=2, time=40, vocabulary=8 * CHUNK, width=8)
     batch.labels[3, -1] = 8 * CHUNK
     _, chunk, _, _ = sizes(make_linear_batch(pairs=2, time=40, vocabulary=8 * CHUNK, width=8))
@@ -258,8 +234,8 @@ def test_random_batches_agree_with_the_oracle(data: st.DataObject) -> None:
     want, want_grads = linear_oracle.linear_simpo_loss(
         *batch.doubles(), bias=batch.double_bias(), **options
     )
-    # The logits are rounded to the dtype, z by as much times the scale; a sequence's sum of them by
-    # that of its tokens, a loss by beta times both sides' and what it adds up.
+    # The logits are rounded to the dtype. The errors of its tokens add up to that of a sequence. A
+    # loss multiplies the errors of both sides by beta, and adds them up.
     logits = linear_oracle.linear(*batch.doubles()[:2], batch.double_bias())
     largest = options["logit_scale"] * np.abs(logits).max(initial=0.0) + 8.0
     eps, beta = torch.finfo(dtype).eps, options["beta"]
@@ -271,7 +247,7 @@ def test_random_batches_agree_with_the_oracle(data: st.DataObject) -> None:
             getattr(out, name).detach().numpy(), getattr(want, name),
             rtol=4.0 * eps, atol=sequence if "logps" in name else loss, err_msg=name,
         )  # fmt: skip
-    # Of a token's gradient, whose slope changes with the margin; and all that a sum adds up.
+    # The slope of a token's gradient changes with the margin. Sums over tokens add up their errors.
     slope = options["logit_scale"] * (token * (beta + 1.0) + beta**2 * sequence)
     sums = [np.abs(weight.double().numpy()).max(initial=1.0),
             np.abs(hidden.double().numpy()).max(initial=1.0) * max(labels.numel(), 1),

@@ -1,10 +1,8 @@
-"""What a wrong argument of the linear front end is answered with: the right class, and a message
-that names the argument, what was expected and what came."""
+"""Errors of wrong arguments of the linear front end: their class and message."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from simpo_ext import LinearSimPOLoss, linear_simpo_loss, linear_token_logps
+from support.messages import message
 
 pytestmark = pytest.mark.kernels
 
@@ -38,23 +37,18 @@ def _bias() -> Tensor:
     return torch.linspace(0.0, 1.0, V)
 
 
-def _message(*parts: object) -> str:
-    """A pattern for the parts in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
-
-
 SCORERS: dict[str, Callable[..., Any]] = {
     "linear_token_logps": linear_token_logps,
     "linear_simpo_loss": linear_simpo_loss,
     "LinearSimPOLoss": LinearSimPOLoss(),
 }
 FUNCTIONS = (linear_token_logps, linear_simpo_loss)
-# Argument, what stands in its place, the error, and what its message holds after "expected".
+# Argument, its value, the error, and the parts of the message after "expected".
 Case: TypeAlias = tuple[str, Callable[[], object], type[Exception], tuple[object, ...]]
 
 
 def _bad_tensors(name: str, good: Callable[[], Tensor]) -> list[Case]:
-    """Values that are no dense floating-point tensor on a device with kernels."""
+    """Values that are not dense floating-point tensors on a device with kernels."""
     return [
         (name, lambda: good().tolist(), TypeError, ("torch.Tensor", "list")),
         (name, lambda: good().long(), TypeError, (FLOATS, "torch.int64")),
@@ -102,12 +96,12 @@ BAD_TENSORS: list[Case] = [
 
 @pytest.mark.parametrize("case", BAD_TENSORS, ids=lambda case: f"{case[0]}-{case[3][-1]}")
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_tensor_that_does_not_fit(scorer: str, case: Case) -> None:
+def test_invalid_tensor(scorer: str, case: Case) -> None:
     name, make, error, parts = case
     arguments: dict[str, Any] = {
         "hidden": _hidden(), "weight": _weight(), "labels": _labels(), "bias": _bias(), name: make()
     }  # fmt: skip
-    with pytest.raises(error, match=_message(f"{name}: expected", *parts)):
+    with pytest.raises(error, match=message(f"{name}: expected", *parts)):
         SCORERS[scorer](**arguments)
 
 
@@ -115,51 +109,51 @@ def test_tensor_that_does_not_fit(scorer: str, case: Case) -> None:
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_hidden_states_are_refused(layout: torch.layout) -> None:
     nested = torch.nested.nested_tensor([_hidden()[0], _hidden()[1, :2]], layout=layout)
-    with pytest.raises(TypeError, match=_message("hidden: expected", "dense", "nested")):
+    with pytest.raises(TypeError, match=message("hidden: expected", "dense", "nested")):
         linear_token_logps(nested, _weight(), _labels())
 
 
 @pytest.mark.parametrize("scorer", ["linear_simpo_loss", "LinearSimPOLoss"])
-def test_odd_batch_cannot_be_split_into_pairs(scorer: str) -> None:
-    with pytest.raises(ValueError, match=_message("hidden: expected", "even B", "got 3")):
+def test_an_odd_batch_cannot_be_split_into_pairs(scorer: str) -> None:
+    with pytest.raises(ValueError, match=message("hidden: expected", "even B", "got 3")):
         SCORERS[scorer](_hidden()[:3], _weight(), _labels()[:3])
     assert linear_token_logps(_hidden()[:3], _weight(), _labels()[:3]).shape == (3, T)
 
 
-# ---- labels out of range: what the CPU says ------------------------------------------------------
+# ---- labels out of range: errors on CPUs ---------------------------------------------------------
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("label", [-1, -99, -101, V, V + 1, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_label_out_of_range_is_named_at_its_place(
+def test_the_error_names_a_label_out_of_range(
     function: Callable[..., Any], label: int, shift: bool
 ) -> None:
     labels = _labels()
     labels[2, 3] = label
-    labels[3, 1] = V  # Not the first in memory order.
-    with pytest.raises(IndexError, match=_message("labels[2, 3]", "-100", f"[0, {V})", label)):
+    labels[3, 1] = V  # Comes later in memory, so it is not reported.
+    with pytest.raises(IndexError, match=message("labels[2, 3]", "-100", f"[0, {V})", label)):
         function(_hidden(), _weight(), labels, shift=shift)
 
 
 @pytest.mark.cpu_only
 def test_only_scored_labels_must_be_in_range() -> None:
     labels = _labels()
-    labels[1, 0] = 99  # With shift, no hidden states are scored with the first column.
+    labels[1, 0] = 99  # The shift does not score the first column.
     want = linear_token_logps(_hidden(), _weight(), _labels())
     assert torch.equal(linear_token_logps(_hidden(), _weight(), labels), want)
-    with pytest.raises(IndexError, match=_message("labels[1, 0]", "got 99")):
+    with pytest.raises(IndexError, match=message("labels[1, 0]", "got 99")):
         linear_token_logps(_hidden(), _weight(), labels, shift=False)
 
 
 @pytest.mark.cpu_only
-def test_no_label_is_in_the_range_of_an_empty_vocabulary() -> None:
+def test_an_empty_vocabulary_has_no_valid_label() -> None:
     labels = torch.full((B, T), -100)
     logps = linear_token_logps(_hidden(), _weight()[:0], labels)
     assert torch.equal(logps, torch.zeros(B, T))
     labels[1, 2] = 0
-    with pytest.raises(IndexError, match=_message("labels[1, 2]", "got 0")):
+    with pytest.raises(IndexError, match=message("labels[1, 2]", "got 0")):
         linear_token_logps(_hidden(), _weight()[:0], labels)
 
 
@@ -208,11 +202,11 @@ BAD_OPTIONS: list[OptionCase] = [
         if case[0].keys() <= inspect.signature(function).parameters.keys()
     ],
 )
-def test_option_that_does_not_fit(function: Callable[..., object], case: OptionCase) -> None:
+def test_invalid_option(function: Callable[..., object], case: OptionCase) -> None:
     options, error, parts = case
-    # The module says so when it is made.
+    # The module's constructor raises the error.
     inputs = () if function is LinearSimPOLoss else (_hidden(), _weight(), _labels())
-    with pytest.raises(error, match=_message(*parts)):
+    with pytest.raises(error, match=message(*parts)):
         function(*inputs, **options)
 
 
@@ -220,7 +214,7 @@ def test_option_that_does_not_fit(function: Callable[..., object], case: OptionC
 def test_a_call_of_the_module_checks_its_count(count: Any, error: type[Exception]) -> None:
     with pytest.raises(
         error,
-        match=_message(
+        match=message(
             "num_valid_tokens: expected", type(count).__name__ if error is TypeError else count
         ),
     ):
@@ -235,7 +229,7 @@ VALID = B * (T - 1)
 
 
 def _op_arguments(op: str) -> dict[str, Any]:
-    """Arguments that fit, by name, with the one chunk of logits kept."""
+    """Valid arguments by name. The only chunk of logits is kept."""
     known: dict[str, Any] = dict(
         hidden=_hidden(), weight=_weight(), bias=_bias(), labels=_labels(), ignore_index=-100,
         shift=True, logit_scale=1.0, softcap=0.0, logits_budget_bytes=2**20,
@@ -257,8 +251,8 @@ SPOILERS: dict[str, Callable[[Tensor], Tensor]] = {
     "bfloat16": lambda x: x.bfloat16(),
     "device": lambda x: x.to("meta"),
 }
-# Fewer rows of weight are a smaller vocabulary if there is no bias, and fewer kept chunks are more
-# to recompute.
+# Without a bias, a shorter weight is a smaller vocabulary. Fewer kept chunks are valid, since the
+# backward recomputes the others.
 FITTING = {("kept_logits", "shorter")}
 SPOILED = [
     (op, name, spoiler)
@@ -271,7 +265,7 @@ SPOILED = [
 
 
 @pytest.mark.parametrize(("op", "name", "spoiler"), SPOILED)
-def test_op_refuses_tensors_that_do_not_belong_together(op: str, name: str, spoiler: str) -> None:
+def test_ops_refuse_tensors_that_do_not_match(op: str, name: str, spoiler: str) -> None:
     arguments = _op_arguments(op)
     getattr(OPS, op)(**arguments)
     arguments[name] = SPOILERS[spoiler](arguments[name])
@@ -282,28 +276,28 @@ def test_op_refuses_tensors_that_do_not_belong_together(op: str, name: str, spoi
 @pytest.mark.parametrize(("name", "value"), [
     ("num_valid_tokens", -2), ("num_valid_tokens", -(2**63)),
 ])  # fmt: skip
-def test_op_refuses_numbers_without_a_meaning(name: str, value: int) -> None:
-    with pytest.raises(RuntimeError, match=_message(f"{name}: expected", value)):
+def test_ops_refuse_invalid_numbers(name: str, value: int) -> None:
+    with pytest.raises(RuntimeError, match=message(f"{name}: expected", value)):
         OPS.linear_token_logps(**{**_op_arguments("linear_token_logps"), name: value})
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("op", OP_NAMES)
-def test_op_refuses_labels_out_of_range(op: str) -> None:
+def test_ops_refuse_labels_out_of_range(op: str) -> None:
     arguments = _op_arguments(op)
     arguments["labels"][3, 4] = V
-    # An IndexError since torch turns std::out_of_range into one.
-    with pytest.raises((IndexError, RuntimeError), match=_message("labels[3, 4]", f"got {V}")):
+    # Newer versions of torch turn std::out_of_range into an IndexError.
+    with pytest.raises((IndexError, RuntimeError), match=message("labels[3, 4]", f"got {V}")):
         getattr(OPS, op)(**arguments)
 
 
 @pytest.mark.cpu_only
-def test_backward_op_refuses_more_labels_than_its_forward_scored() -> None:
+def test_the_backward_op_refuses_more_labels_than_the_forward_scored() -> None:
     arguments = _op_arguments("linear_token_logps")
     arguments["labels"][1, 1:] = -100
     arguments["num_valid_tokens"] = VALID - T + 1
     results = OPS.linear_token_logps(**arguments)
-    backward = _op_arguments("linear_token_logps_backward")  # Whose labels are all scored.
+    backward = _op_arguments("linear_token_logps_backward")  # All labels are scored.
     backward.update(zip(("max", "sum_exp", "kept_logits"), results[1:], strict=True))
     with pytest.raises((ValueError, RuntimeError), match="expected"):
         OPS.linear_token_logps_backward(**backward)

@@ -1,4 +1,4 @@
-"""Tests of the linear oracle: PyTorch's automatic derivatives in float64, and what is stated."""
+"""Tests of the linear oracle against PyTorch's derivatives in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCORINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("scoring", SCORINGS, ids=str)
-def test_logps_and_gradients_are_those_of_automatic_differentiation(
+def test_logps_and_gradients_match_automatic_differentiation(
     scoring: dict[str, Any], bias: bool
 ) -> None:
     batch = make_linear_batch(dtype=torch.float64, bias=bias)
@@ -41,7 +41,7 @@ def test_logps_and_gradients_are_those_of_automatic_differentiation(
         np.testing.assert_allclose(grads.bias, dbias.numpy(), rtol=1e-12, atol=1e-13)
 
 
-def test_the_loss_and_its_gradients_are_those_of_the_logits_carried_through_the_layer() -> None:
+def test_the_loss_and_its_gradients_match_those_of_the_logits() -> None:
     batch = make_linear_batch(pairs=3, dtype=torch.float64).leaves()
     options: dict[str, Any] = {"sft_weight": 0.3, "label_smoothing": 0.1, "softcap": 20.0}
     logits = torch.nn.functional.linear(batch.hidden, batch.weight, batch.bias)
@@ -55,7 +55,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_logits_carried_through_the_
         np.testing.assert_allclose(grad, leaf.grad.numpy(), rtol=1e-11, atol=1e-14)
 
 
-def test_masked_positions_have_no_part_in_any_gradient() -> None:
+def test_masked_positions_have_gradient_zero() -> None:
     batch = make_linear_batch(dtype=torch.float64)
     upstream = upstream_of(batch.labels).numpy()
     want = linear_oracle.linear_token_logps_grad(upstream, *batch.doubles())

@@ -1,4 +1,4 @@
-"""Metrics on request from hidden states and lm_head, whose logits are never all in memory."""
+"""Requested metrics from hidden states and lm_head, without all logits in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAN = float("nan")
 
 
 def from_logits(batch: LinearBatch, **options: Any) -> SimPOOutput:
-    """By way of all logits, in float64, of what the dtype has of them."""
+    """The loss of all logits: computed in the inputs' dtype, then converted to float64."""
     hidden, weight, labels, bias = batch
     logits = torch.nn.functional.linear(hidden, weight, bias)
     return simpo_loss(logits.double(), labels, **options)
@@ -33,21 +33,21 @@ def scored(batch: LinearBatch, **options: Any) -> tuple[SimPOOutput, list[Tensor
     return out, list(torch.autograd.grad(out.loss.sum(), leaf.inputs()))
 
 
-# A part of a chunk; two chunks, and three of which the last is narrower.
+# Less than a chunk; two chunks; three chunks of which the last is narrower.
 @pytest.mark.parametrize("vocabulary", [301, CHUNK + 3, 2 * CHUNK + 77])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_metrics_are_those_of_all_logits(
+def test_the_metrics_match_those_of_all_logits(
     dtype: torch.dtype, bias: bool, vocabulary: int
 ) -> None:
     batch = make_linear_batch(pairs=3, vocabulary=vocabulary, width=8, dtype=dtype, bias=bias)
-    batch.labels[4] = -100  # a pair that is not counted
+    batch.labels[4] = -100  # drops a pair
     for budget in (0, UNLIMITED):
         out, _ = scored(batch, report=ALL, logit_scale=0.7, logits_budget_bytes=budget)
         got = out.metrics()
         want = from_logits(batch, report=ALL, logit_scale=0.7).metrics()
         assert list(got) == list(want)
-        # Logits are rounded to the dtype, from which those that are never formed are spared.
+        # The reference's logits are rounded to the dtype. The mean of all logits forms none.
         rounding = {torch.bfloat16: 2e-2, torch.float16: 3e-3}.get(dtype, 2e-6)
         for name in got:
             near = rounding if "logits_all" in name else 2e-6
@@ -73,7 +73,7 @@ def test_a_report_changes_no_bit_of_loss_and_gradients(
 
 
 def test_minus_infinity_in_some_chunks() -> None:
-    """As of a vocabulary that is padded: by way of the bias, over a whole chunk and a part."""
+    """A bias of -inf over one and a half chunks, as in a padded vocabulary."""
     batch = make_linear_batch(vocabulary=3 * CHUNK, width=8, dtype=torch.float64)
     assert batch.bias is not None
     batch.bias[CHUNK // 2 : 2 * CHUNK + 5] = -torch.inf
@@ -86,10 +86,10 @@ def test_minus_infinity_in_some_chunks() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [50, CHUNK + 3])
-def test_every_token_has_its_values(vocabulary: int) -> None:
+def test_the_values_of_each_token_match_those_of_its_logits(vocabulary: int) -> None:
     batch = make_linear_batch(vocabulary=vocabulary, dtype=torch.float64)
     arguments = (*batch[:2], batch.bias, batch.labels, -100, True, 1.0, 0.0, 0)
-    # Rows without a token, and none of them.
+    # With rows for masked positions, and without.
     for rows in (-1, int((batch.labels[:, 1:] != -100).sum())):
         *_, mean_logit, entropy = OPS.linear_token_logps_report(*arguments, rows)
         logits = torch.nn.functional.linear(batch.hidden, batch.weight, batch.bias)
@@ -101,7 +101,7 @@ def test_every_token_has_its_values(vocabulary: int) -> None:
 
 
 @pytest.mark.cuda_only
-def test_tokens_beyond_their_stated_number_are_nan() -> None:
+def test_tokens_beyond_num_valid_tokens_are_nan_in_a_report() -> None:
     batch = make_linear_batch()
     valid = batch.labels[:, 1:] != -100
     *_, mean_logit, entropy = OPS.linear_token_logps_report(
@@ -112,7 +112,7 @@ def test_tokens_beyond_their_stated_number_are_nan() -> None:
         assert int(values.isnan().sum()) == 2
 
 
-def test_masked_hidden_states_are_read_for_logits_all_alone() -> None:
+def test_masked_hidden_states_are_read_only_for_logits_all() -> None:
     batch = make_linear_batch()
     masked = torch.ones_like(batch.labels, dtype=torch.bool)
     masked[:, :-1] = batch.labels[:, 1:] == -100
@@ -124,7 +124,7 @@ def test_masked_hidden_states_are_read_for_logits_all_alone() -> None:
     assert of_all["logits_all/chosen"] != of_all["logits_all/chosen"]
 
 
-def test_the_mean_of_all_logits_goes_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_of_all_logits_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 5, 7, generator=generator).to(torch.bfloat16)[:, ::2]
     weight = torch.randn(11, 7, generator=generator).to(torch.bfloat16)
@@ -135,7 +135,7 @@ def test_the_mean_of_all_logits_goes_chunk_by_chunk(monkeypatch: pytest.MonkeyPa
         got = metrics_report.mean_logits(hidden, weight, bias, 0.5)
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # which rounds products
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # Autocast must not round the products.
         assert torch.equal(metrics_report.mean_logits(hidden, weight, bias, 0.5), got)
 
 
@@ -165,14 +165,14 @@ def test_compiled_in_one_graph() -> None:
     torch.testing.assert_close(gradients, want_gradients)
 
 
-def test_the_module_keeps_it() -> None:
+def test_the_module_takes_a_report() -> None:
     hidden, weight, labels, bias = make_linear_batch()
     out = LinearSimPOLoss(report=ALL)(hidden, weight, labels, bias=bias)
     want = linear_simpo_loss(hidden, weight, labels, bias=bias, report=ALL)
     assert out.metrics() == want.metrics()
 
 
-def test_a_softcap_leaves_no_mean_of_all_logits() -> None:
+def test_logits_all_is_refused_with_a_softcap() -> None:
     batch = make_linear_batch()
     message = "^report: expected no 'logits_all' with a softcap, .* got softcap=6.0$"
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Large logits and weight gradients in memory that earlier calls have given back, on CPUs."""
+"""On CPUs, large logits and weight gradients reuse the memory that earlier calls freed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from support.linear_batches import UNLIMITED
 
 pytestmark = pytest.mark.cpu_only
 
-LARGE = 2**25  # bytes from which on memory is used again
-ROWS, V, H = 700, 12293, 714  # four chunks of logits, all in one tensor, and a weight: 33 MiB each
+LARGE = 2**25  # larger tensors reuse memory
+ROWS, V, H = 700, 12293, 714  # four chunks of logits in one tensor, and a weight: 33 MiB each
 
 
 def make_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +32,7 @@ def weight_gradient(inputs: tuple[Tensor, Tensor, Tensor], budget: int = UNLIMIT
 
 
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
-def test_what_the_memory_held_before_is_not_seen(budget: int) -> None:
+def test_old_values_in_reused_memory_change_nothing(budget: int) -> None:
     first, second = make_inputs(0), make_inputs(1)
     expected = weight_gradient(second, budget).clone()
     addresses = set()
@@ -42,15 +42,15 @@ def test_what_the_memory_held_before_is_not_seen(budget: int) -> None:
         gradient.fill_(torch.nan)
         del gradient
         assert torch.equal(weight_gradient(second, budget), expected)
-    assert len(addresses) <= 4  # the kept mappings, of which each may come next
+    assert len(addresses) <= 4  # At most four mappings are kept for reuse.
 
 
-def test_memory_that_is_held_is_left_alone() -> None:
+def test_memory_in_use_is_not_reused() -> None:
     inputs = make_inputs(0)
     held = [weight_gradient(inputs) for _ in range(3)]
     view = held[0][1:]
     copies = [gradient.clone() for gradient in held]
-    del held[0]  # a view keeps the memory
+    del held[0]  # The view keeps the memory.
     weight_gradient(make_inputs(1)).fill_(torch.nan)
     weight_gradient(make_inputs(2))
     assert torch.equal(view, copies[0][1:])

@@ -1,4 +1,4 @@
-"""linear_simpo_loss and LinearSimPOLoss: the loss of the logits, without the logits."""
+"""linear_simpo_loss and LinearSimPOLoss: values, gradients, keywords and modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import simpo_ext
 from simpo_ext import LinearSimPOLoss, SimPOOutput, linear_simpo_loss, simpo_loss
 from support import linear_oracle
 from support.batches import DTYPES
-from support.linear_batches import LinearBatch, assert_same, make_linear_batch
+from support.comparisons import assert_same
+from support.linear_batches import LinearBatch, make_linear_batch
+from support.signatures import keywords
 
 pytestmark = pytest.mark.kernels
 
@@ -39,16 +41,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"softcap": 6.0, "logit_scale": 1.5},
     {"inplace_backward": True},
 ]
-# Of linear_simpo_loss, beyond those of simpo_loss.
+# Keywords of linear_simpo_loss that simpo_loss lacks.
 OWN_KEYWORDS = {"bias": None, "logits_budget_bytes": None, "num_valid_tokens": None}
-
-
-def keywords(function: Any) -> dict[str, Any]:
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
 
 
 def scored(batch: LinearBatch, **options: Any) -> tuple[SimPOOutput, list[Tensor]]:
@@ -59,7 +53,7 @@ def scored(batch: LinearBatch, **options: Any) -> tuple[SimPOOutput, list[Tensor
 
 
 def from_logits(batch: LinearBatch, **options: Any) -> tuple[SimPOOutput, list[Tensor]]:
-    """The same by way of the logits."""
+    """The outputs and gradients of the loss of all logits."""
     leaf = batch.leaves()
     logits = torch.nn.functional.linear(leaf.hidden, leaf.weight, leaf.bias)
     out = simpo_loss(logits, batch.labels, **options)
@@ -67,7 +61,7 @@ def from_logits(batch: LinearBatch, **options: Any) -> tuple[SimPOOutput, list[T
 
 
 def batch_for(options: dict[str, Any], **shape: Any) -> LinearBatch:
-    """A batch with the label for masked positions that the options say."""
+    """A batch whose masked labels are the options' ignore_index."""
     batch = make_linear_batch(pairs=3, time=12, **shape)
     ignore_index = options.get("ignore_index", -100)
     return batch._replace(labels=batch.labels.masked_fill(batch.labels == -100, ignore_index))
@@ -86,7 +80,7 @@ def test_every_output_and_gradient_match_the_oracle(
     want, want_grads = linear_oracle.linear_simpo_loss(
         *batch.doubles(), bias=batch.double_bias(), **options
     )
-    # Logits of up to 16 are off by some of their ulp, and a sum of log-probabilities by 11 of them.
+    # Logits of up to 16 are off by a few ulp. A sum of 11 log-probabilities adds up their errors.
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     for name in (*DIFFERENTIABLE, *REWARDS):
         result = getattr(out, name)
@@ -102,11 +96,12 @@ def test_every_output_and_gradient_match_the_oracle(
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_is_as_from_the_logits(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_results_match_those_of_the_logits(dtype: torch.dtype, options: dict[str, Any]) -> None:
     batch = batch_for(options, vocabulary=4099, width=6, dtype=dtype)
     out, grads = scored(batch, **options)
     want, want_grads = from_logits(batch, **options)
-    # Both round the same logits to the dtype, those few apart whose GEMM summed in another order.
+    # Both round the logits to the dtype. A few are rounded differently, because GEMMs of other
+    # shapes sum in another order.
     relative = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
     for name in (*DIFFERENTIABLE, *REWARDS, "metrics_values"):
         ours, theirs = getattr(out, name), getattr(want, name)
@@ -136,7 +131,7 @@ def test_pairs_with_an_empty_sequence_are_dropped_or_nan(rows: list[int], empty:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("shape", [(0, 5, 7), (4, 0, 7), (4, 1, 7), (4, 5, 7)])
-def test_nothing_to_score_is_loss_zero(shape: tuple[int, int, int], reduction: str) -> None:
+def test_loss_zero_without_scored_tokens(shape: tuple[int, int, int], reduction: str) -> None:
     labels = torch.full(shape[:2], 3 if shape[1] == 1 else -100)
     batch = LinearBatch(torch.randn(shape), torch.randn(11, 7), labels, torch.randn(11))
     out, grads = scored(batch, reduction=reduction, sft_weight=0.5)
@@ -187,12 +182,12 @@ def test_rewards_and_metrics_are_detached_and_nothing_is_recorded_without_grad()
     assert not any(x.requires_grad for x in tuple(out))
 
 
-def test_inplace_backward_leaves_the_hidden_states_as_they_are() -> None:
+def test_inplace_backward_does_not_change_the_hidden_states() -> None:
     batch = make_linear_batch().leaves()
     hidden = batch.hidden * 1
     before = hidden.detach().clone()
     out = linear_simpo_loss(hidden, *batch[1:3], bias=batch.bias, inplace_backward=True)
-    (out.loss + hidden.square().sum()).backward()  # which saved the hidden states
+    (out.loss + hidden.square().sum()).backward()  # square saved the hidden states.
     assert_same(hidden.detach(), before)
 
 
@@ -229,7 +224,7 @@ def test_linear_simpo_loss_takes_every_keyword_of_simpo_loss() -> None:
 
 
 def test_linear_token_logps_takes_every_keyword_of_token_logps_but_one() -> None:
-    # There are no logits that could be overwritten.
+    # Without logits, there is no inplace_backward.
     of_logits = keywords(simpo_ext.token_logps)
     del of_logits["inplace_backward"]
     assert keywords(simpo_ext.linear_token_logps) == {**of_logits, **OWN_KEYWORDS}
@@ -243,7 +238,7 @@ def test_the_module_keeps_the_options_and_takes_the_tensors() -> None:
     assert keywords(LinearSimPOLoss.forward) == {**of_a_call, **forward}
 
 
-def test_the_functions_are_those_of_the_functional_module() -> None:
+def test_the_public_names_are_those_of_their_modules() -> None:
     for name in ("linear_token_logps", "linear_simpo_loss"):
         assert getattr(simpo_ext, name) is getattr(simpo_ext.functional, name)
         assert name in simpo_ext.functional.__all__ and name in simpo_ext.__all__
@@ -252,7 +247,7 @@ def test_the_functions_are_those_of_the_functional_module() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_module_is_the_function_with_its_options(options: dict[str, Any]) -> None:
+def test_the_module_equals_the_function_with_its_options(options: dict[str, Any]) -> None:
     hidden, weight, labels, bias = batch_for(options, vocabulary=4099, width=4)
     module = LinearSimPOLoss(logits_budget_bytes=0, **options)
     out = module(hidden, weight, labels, bias=bias)
@@ -261,7 +256,7 @@ def test_the_module_is_the_function_with_its_options(options: dict[str, Any]) ->
     assert list(module.parameters()) == []
 
 
-def test_a_call_of_the_module_may_replace_the_normalizer_and_give_the_count() -> None:
+def test_a_call_of_the_module_takes_a_normalizer_and_a_count() -> None:
     hidden, weight, labels, _ = make_linear_batch()
     module = LinearSimPOLoss(normalizer=3.0)
     valid = int((labels[:, 1:] != -100).sum())

@@ -14,10 +14,10 @@ from torch import Tensor
 import simpo_ext
 from support import linear_oracle
 from support.batches import DTYPES
+from support.comparisons import assert_same
 from support.linear_batches import (
     UNLIMITED,
     LinearBatch,
-    assert_same,
     dense_logps,
     logps_and_gradients,
     logps_op,
@@ -27,9 +27,9 @@ from support.linear_batches import (
 
 pytestmark = pytest.mark.kernels
 
-# V and H. 1: a softmax of one. 131: less than a chunk, and no multiple of a vector. 4096 and one
-# more: a chunk filled to its end, and two. 12293: four chunks on a CPU and two on a GPU, whose last
-# is the shortest. H of 1 and odd: rows that are no whole vectors.
+# V and H. 1: a softmax of one. 131: less than a chunk, and no multiple of a vector. 4096 and 4097:
+# a full chunk, and two chunks. 12293: four chunks on a CPU and two on a GPU, of which the last is
+# the shortest. An odd H: rows are not whole vectors.
 SHAPES = [(1, 1), (1, 8), (2, 3), (131, 1), (131, 33), (4096, 5), (4097, 16), (12293, 7)]
 OPTIONS: list[dict[str, Any]] = [
     {"shift": False},
@@ -42,9 +42,9 @@ OPTIONS: list[dict[str, Any]] = [
 def floors(dtype: torch.dtype, truth: list[Tensor]) -> list[float]:
     """Errors that any computation in the dtype may have.
 
-    logps: four ulp of the largest, of float32 at least. Gradients: one ulp in the two short dtypes;
-    in the others 32, since logits of up to 16 are off by an ulp or two, and probabilities by as
-    much.
+    logps: four ulp of the largest, in float32 or float64. Gradients: one ulp in the two short
+    dtypes, and 32 in the others: an error of two ulp of logits of up to 16 is that relative error
+    of the probabilities.
     """
     compute = torch.promote_types(dtype, torch.float32)
     largest = [max(1.0, x.abs().max().item()) if x.numel() else 1.0 for x in truth]
@@ -54,7 +54,7 @@ def floors(dtype: torch.dtype, truth: list[Tensor]) -> list[float]:
 
 
 def truth_of(batch: LinearBatch, **options: Any) -> list[Tensor]:
-    """logps and the gradients of hidden, weight and bias, by the oracle."""
+    """The oracle's logps, and its gradients of hidden, weight and bias."""
     bias = batch.double_bias()
     logps, _, _ = linear_oracle.linear_token_logps(*batch.doubles(), bias=bias, **options)
     compute = torch.promote_types(batch.hidden.dtype, torch.float32)
@@ -68,7 +68,7 @@ def truth_of(batch: LinearBatch, **options: Any) -> list[Tensor]:
 def check_against_eager(
     batch: LinearBatch, *, logits_budget_bytes: int | None = None, **options: Any
 ) -> None:
-    """Errors of at most twice the eager computation's, above the floor."""
+    """Errors may be twice those of the eager computation, or the floor."""
     dtype = batch.hidden.dtype
     truth = truth_of(batch, **options)
     ours = logps_and_gradients(
@@ -107,7 +107,7 @@ def test_options_are_at_least_as_exact_as_eager(
     check_against_eager(batch, logits_budget_bytes=budget, **options)
 
 
-# 5 and 4098: tokens that are not scored; those masked before have another label then.
+# 5 and 4098 are tokens. Labels that are not masked get another token first.
 @pytest.mark.parametrize("ignore_index", [-1, 0, 5, 4098, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("shift", [True, False])
 def test_any_ignore_index_masks_even_one_that_is_a_token(ignore_index: int, shift: bool) -> None:
@@ -151,11 +151,11 @@ def test_threads_that_share_the_work_are_as_exact(request: pytest.FixtureRequest
     check_against_eager(make_linear_batch(time=64, vocabulary=12293), logits_budget_bytes=0)
 
 
-# ---- numbers that a computation in chunks could lose ---------------------------------------------
+# ---- numerical hazards of chunks -----------------------------------------------------------------
 
 
 def biased(batch: LinearBatch, columns: slice, value: float) -> LinearBatch:
-    """The batch with the bias of some columns set, and no label among them."""
+    """The batch with the bias of some columns set to the value. No label is among the columns."""
     assert batch.bias is not None
     bias = batch.bias.clone()
     bias[columns] = value
@@ -166,7 +166,7 @@ def biased(batch: LinearBatch, columns: slice, value: float) -> LinearBatch:
     return batch._replace(bias=bias, labels=labels)
 
 
-# The first chunk all or in part, the last, all but a few columns of the second.
+# More than the first chunk, a part of it, the last columns, and all but a few columns.
 COLUMNS = [slice(0, 4500), slice(0, 2000), slice(8000, None), slice(0, 12280)]
 
 
@@ -186,14 +186,14 @@ def test_tokens_of_probability_zero_leave_the_rest_exact(
 @pytest.mark.parametrize("value", [-1000.0, 1000.0])
 @pytest.mark.parametrize("columns", COLUMNS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_chunks_far_apart_neither_overflow_nor_vanish(
+def test_chunks_with_very_different_logits_are_exact(
     dtype: torch.dtype, columns: slice, value: float
 ) -> None:
     check_against_eager(biased(make_linear_batch(vocabulary=12293, dtype=dtype), columns, value))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_without_a_distribution_is_nan_and_no_other(dtype: torch.dtype) -> None:
+def test_a_nan_in_a_hidden_state_makes_only_its_row_nan(dtype: torch.dtype) -> None:
     batch = make_linear_batch(vocabulary=5003, dtype=dtype, bias=False)
     want = logps_and_gradients(simpo_ext.linear_token_logps, batch)
     hidden = batch.hidden.clone()
@@ -220,7 +220,7 @@ def test_a_bias_of_minus_infinity_everywhere_is_no_distribution(dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sure_label_keeps_the_digits_of_its_gradient(dtype: torch.dtype) -> None:
-    # 1 - p between 1e-3 and 1e-2, of which p rounded to bfloat16 would keep nothing.
+    # 1 - p is between 1e-3 and 1e-2, and p rounded to bfloat16 is 1.
     vocabulary, heights = 4099, torch.linspace(12.9, 15.2, 8, dtype=torch.float64)
     weight = torch.zeros(vocabulary, 4, dtype=torch.float64)
     weight[7] = 1.0
@@ -228,9 +228,8 @@ def test_a_sure_label_keeps_the_digits_of_its_gradient(dtype: torch.dtype) -> No
     batch = LinearBatch(hidden.to(dtype), weight.to(dtype), torch.full((1, 8), 7), None)
     ours = logps_and_gradients(simpo_ext.linear_token_logps, batch, shift=False)
     truth = truth_of(batch, shift=False)
-    # Logits of up to 16 are rounded to the dtype before exp makes a relative error of it. In
-    # float64, the rounding of a sum of 1 and so little counts; else the terms that are added to the
-    # label's in float32, which are a few of the vocabulary.
+    # The error of a rounded logit, which is up to 16, is a relative error of its exp. In float64, a
+    # sum of 1 and small terms is rounded. Other dtypes add a few terms to the label's in float32.
     eps = torch.finfo(dtype).eps
     bound = 1e-12 if dtype == torch.float64 else max(20 * eps, 32 / vocabulary)
     for got, want in zip(ours[:2], truth[:2], strict=True):
@@ -238,14 +237,14 @@ def test_a_sure_label_keeps_the_digits_of_its_gradient(dtype: torch.dtype) -> No
         assert ((got.double() - want) / want).abs().max() <= bound
 
 
-# ---- nothing to score ----------------------------------------------------------------------------
+# ---- batches and rows without scored tokens ------------------------------------------------------
 
 
-# [4, 1, 7] has labels, which the shift leaves without hidden states.
+# [4, 1, 7] has labels that the shift does not score.
 @pytest.mark.parametrize("shape", [(0, 5, 7), (4, 0, 7), (4, 1, 7), (4, 5, 7)])
 @pytest.mark.parametrize("vocabulary", [1, 50, 4099])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_to_score_is_zero_and_has_no_gradient(
+def test_a_batch_without_scored_tokens_is_zero(
     dtype: torch.dtype, vocabulary: int, shape: tuple[int, int, int]
 ) -> None:
     hidden = torch.full(shape, math.nan, dtype=dtype)
@@ -291,7 +290,7 @@ def test_a_vocabulary_of_one_is_certain(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_positions_without_a_gradient_have_none(dtype: torch.dtype) -> None:
+def test_positions_with_incoming_gradient_zero_have_gradient_zero(dtype: torch.dtype) -> None:
     batch = make_linear_batch(vocabulary=4099, dtype=dtype)
     upstream = upstream_of(batch.labels).to(torch.promote_types(dtype, torch.float32))
     upstream[1] = 0.0
@@ -309,17 +308,17 @@ def test_positions_without_a_gradient_have_none(dtype: torch.dtype) -> None:
     assert_same(zeros, [torch.zeros_like(x) for x in leaf.inputs()])
 
 
-# ---- what the CUDA kernels do otherwise ----------------------------------------------------------
+# ---- CUDA kernels return NaN for wrong arguments -------------------------------------------------
 
 
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("label", [-1, -99, 4099, 2**31, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_label_out_of_range_poisons_its_row_and_no_other(dtype: torch.dtype, label: int) -> None:
+def test_a_label_out_of_range_makes_only_its_row_nan(dtype: torch.dtype, label: int) -> None:
     batch = make_linear_batch(vocabulary=4099, width=3, dtype=dtype)
     want = logps_and_gradients(simpo_ext.linear_token_logps, batch)
     labels = batch.labels.clone()
-    labels[1, 5] = label  # of the hidden state at 4
+    labels[1, 5] = label  # the label of hidden state 4
     got = logps_and_gradients(simpo_ext.linear_token_logps, batch._replace(labels=labels))
     for ours, theirs in zip(got[:2], want[:2], strict=True):
         assert ours is not None and theirs is not None
@@ -330,7 +329,7 @@ def test_a_label_out_of_range_poisons_its_row_and_no_other(dtype: torch.dtype, l
 
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("missing", [1, 5, 20])
-def test_tokens_beyond_a_count_that_is_too_small_are_nan(missing: int) -> None:
+def test_tokens_beyond_num_valid_tokens_are_nan(missing: int) -> None:
     batch = make_linear_batch(vocabulary=4099, width=3)
     scored = torch.nn.functional.pad(batch.labels[:, 1:] >= 0, (0, 1))
     count = int(scored.sum()) - missing

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.kernels
 
 OPS = torch.ops.simpo_ext
 TOKEN_OPTIONS = (-100, True, 1.0, 0.0)
-# average, beta, ratio, sigmoid, smoothing, sft 0.2 per sequence, mean, drop
+# ignore_index, shift, average_log_prob, beta, gamma_beta_ratio, loss_type, label_smoothing, alpha,
+# sft_weight, sft_reduction, reduction, empty
 PREFERENCE_OPTIONS = (-100, True, True, 2.0, 0.5, 0, 0.1, 0.0, 0.2, 0, 1, 0)
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -125,7 +126,7 @@ def test_opcheck_of_the_preference_ops(dtype: torch.dtype, reduction: int) -> No
 def both_ways(
     function: Callable[[Tensor, Tensor], Tensor], compiled: Any, logits: Tensor, labels: Tensor
 ) -> None:
-    """The compiled function has the value and the gradient of the eager one."""
+    """Compares the value and the gradient of the compiled function with the eager function's."""
     gradients = []
     values = []
     for call in (function, compiled):
@@ -158,12 +159,12 @@ def test_compiles_with_dynamic_shapes() -> None:
         both_ways(logps, compiled, *make_batch(pairs, time, vocabulary))
 
 
-def test_compiled_code_takes_a_new_normalizer_every_step() -> None:
+def test_a_compiled_loss_takes_a_new_normalizer_every_step() -> None:
     batch = make_batch(pairs=3)
     module = simpo_ext.SimPOLoss(sft_weight=0.3, sft_reduction="token")
     torch.compiler.reset()
     compiled = torch.compile(module, fullgraph=True)
-    # More values than torch.compile would compile anew for.
+    # More values than torch.compile's limit of recompilations.
     for step in range(1, 13):
         normalizer = (step + 0.5, 7.0 * step)
         torch.testing.assert_close(

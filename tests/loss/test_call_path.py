@@ -1,5 +1,7 @@
-"""simpo_loss is one autograd node where nothing stands between the caller and the kernels, and the
-registered ops where something does that has to see them. Nobody can tell by the results."""
+"""simpo_loss records one autograd node, or calls the ops if a PyTorch feature must see them.
+
+Both paths give the same results.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from simpo_ext import SimPOLoss, SimPOOutput, simpo_loss
 from support.batches import Batch, make_batch
+from support.comparisons import assert_same
 
 pytestmark = pytest.mark.kernels
 
@@ -30,7 +33,7 @@ DIFFERENTIABLE = ("loss", "losses", "chosen_logps", "rejected_logps", "sft_loss"
 
 
 class Watcher(TorchDispatchMode):
-    """Changes nothing, and notes which ops of the library pass: where it is, the ops are called."""
+    """Records the library's ops that are dispatched. While it is active, the loss calls the ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class Watcher(TorchDispatchMode):
 
 
 def nodes_of_the_loss(output: Tensor) -> int:
-    """The autograd nodes above a leaf that are this library's."""
+    """The number of this library's autograd nodes behind an output."""
     count, pending = 0, [output.grad_fn]
     while pending:
         node = pending.pop()
@@ -54,7 +57,7 @@ def nodes_of_the_loss(output: Tensor) -> int:
 
 
 def scored(batch: Batch, context: AbstractContextManager[Any], **options: Any) -> Any:
-    """A leaf and the outputs for it times 1, which in-place backward may overwrite."""
+    """A leaf, and the outputs for leaf * 1, which an in-place backward may overwrite."""
     leaf = batch.logits.clone().requires_grad_()
     with context:
         return leaf, simpo_loss(leaf * 1, batch.labels, **options)
@@ -66,11 +69,7 @@ def gradient(leaf: Tensor, out: SimPOOutput, names: tuple[str, ...] = ("loss",))
     return torch.autograd.grad(outputs, leaf, weights)[0]
 
 
-def assert_same(got: Any, want: Any) -> None:
-    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-# ---- the same results ----------------------------------------------------------------------------
+# ---- equal results -------------------------------------------------------------------------------
 
 COMBINATIONS: list[dict[str, Any]] = [
     {**losses, **average, **reduction, **sft, **inplace}
@@ -94,7 +93,7 @@ EXTRAS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", COMBINATIONS + EXTRAS, ids=str)
 def test_both_paths_give_the_same_bits(options: dict[str, Any]) -> None:
     batch = make_batch(pairs=3)
-    batch.labels[4] = -100  # a pair to drop
+    batch.labels[4] = -100  # drops a pair
     batch.labels[batch.labels == -100] = options.get("ignore_index", -100)
     for names in (*((name,) for name in DIFFERENTIABLE), DIFFERENTIABLE):
         leaf, out = scored(batch, nullcontext(), **options)
@@ -107,7 +106,7 @@ def test_both_paths_give_the_same_bits(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_both_paths_agree_where_the_logits_have_another_dtype_or_layout(dtype: torch.dtype) -> None:
+def test_both_paths_agree_on_other_dtypes_and_layouts(dtype: torch.dtype) -> None:
     logits, labels = make_batch(pairs=3, vocabulary=77, dtype=dtype)
     for strided in (logits, logits.transpose(0, 1).contiguous().transpose(0, 1), logits[..., ::3]):
         batch = Batch(strided, (labels % strided.shape[2]).where(labels >= 0, labels))
@@ -130,7 +129,7 @@ def test_both_paths_agree_without_a_gradient(context: Any) -> None:
         assert ours.is_inference() == theirs.is_inference()
 
 
-# ---- who has to see the ops ----------------------------------------------------------------------
+# ---- features that must see the ops --------------------------------------------------------------
 
 
 def test_plain_tensors_take_one_node() -> None:
@@ -173,10 +172,10 @@ def test_a_function_mode_sees_the_forward_ops() -> None:
 
 
 class Labelled(Tensor):
-    """A subclass with nothing of its own but its type, which all results have."""
+    """A tensor subclass that adds nothing but its type."""
 
 
-def test_a_subclass_comes_back_as_itself() -> None:
+def test_the_results_have_the_type_of_a_subclass() -> None:
     batch = make_batch()
     leaf = batch.logits.clone().requires_grad_()
     for logits, labels in (
@@ -188,11 +187,11 @@ def test_a_subclass_comes_back_as_itself() -> None:
         assert nodes_of_the_loss(out.loss) == 2
 
 
-def test_a_wrapper_subclass_is_not_reached_below_its_own_dispatch() -> None:
+def test_a_wrapper_subclass_uses_the_ops() -> None:
     batch = make_batch()
     with FakeTensorMode() as mode:
         leaf, labels = mode.from_tensor(batch.logits).requires_grad_(), mode.from_tensor(batch[1])
-    out = simpo_loss(leaf, labels)  # outside its mode
+    out = simpo_loss(leaf, labels)  # outside the fake mode
     assert nodes_of_the_loss(out.loss) == 2
     out.loss.backward()
     assert type(leaf.grad) is type(out.loss) is type(leaf)
@@ -246,13 +245,13 @@ def test_transforms_are_refused(transform: Callable[..., Any]) -> None:
         transform(lambda x: simpo_loss(x, batch.labels).loss, batch.logits)
 
 
-def test_a_dual_level_without_a_tangent_takes_nothing_away() -> None:
+def test_a_dual_level_without_a_tangent_keeps_the_gradient() -> None:
     batch = make_batch()
     leaf, out = scored(batch, forward_ad.dual_level())
     assert_same(gradient(leaf, out), gradient(*scored(batch, nullcontext())))
 
 
-# ---- what autograd offers around a node ----------------------------------------------------------
+# ---- autograd features ---------------------------------------------------------------------------
 
 
 def test_both_paths_save_the_same_tensors() -> None:
@@ -320,7 +319,7 @@ def test_outputs_may_be_changed_in_place() -> None:
     assert_same(*results)
 
 
-def test_gradients_in_batches_agree() -> None:
+def test_batched_gradients_agree() -> None:
     results = []
     for context in (nullcontext(), Watcher()):
         leaf, out = scored(make_batch(), context)
@@ -337,7 +336,7 @@ def test_create_graph_is_refused(inplace: bool) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_backward_compiles_where_the_forward_did_not(inplace: bool) -> None:
+def test_the_backward_of_an_eager_forward_compiles(inplace: bool) -> None:
     torch.compiler.reset()
     leaf, out = scored(make_batch(), nullcontext(), inplace_backward=inplace)
     with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
@@ -345,7 +344,7 @@ def test_a_backward_compiles_where_the_forward_did_not(inplace: bool) -> None:
     assert_same(leaf.grad, gradient(*scored(make_batch(), nullcontext())))
 
 
-# ---- options that were seen before ---------------------------------------------------------------
+# ---- cached options ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,14 +359,14 @@ def test_a_backward_compiles_where_the_forward_did_not(inplace: bool) -> None:
         ("softcap", 1.0, True),
     ],
 )
-def test_a_value_equal_to_a_good_one_is_still_checked(name: str, good: Any, bad: Any) -> None:
+def test_a_bad_value_that_equals_a_good_one_is_refused(name: str, good: Any, bad: Any) -> None:
     batch = make_batch()
     for value, raises in ((good, False), (bad, True), (good, False)):
         with pytest.raises(TypeError, match=name) if raises else nullcontext():
             simpo_loss(*batch, **{name: value})
 
 
-def test_an_error_is_raised_anew_each_time_and_alone() -> None:
+def test_a_repeated_error_has_no_context() -> None:
     for _ in range(2):
         with pytest.raises(TypeError, match="beta: expected a number, got list") as error:
             simpo_loss(*make_batch(), beta=[1.0])  # not hashable

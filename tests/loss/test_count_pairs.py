@@ -1,4 +1,4 @@
-"""count_pairs: the denominators of a mean, before the loss is computed."""
+"""count_pairs counts the denominators of a mean before the loss is computed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def as_numbers(counts: Any) -> tuple[float, float]:
 
 
 def total_of(counts: list[Any]) -> Any:
-    """The counts of all micro-batches together."""
+    """The sum of the counts of all micro-batches."""
     return type(counts[0])(*(sum(part) for part in zip(*counts, strict=True)))
 
 
 def brute_force(sequences: list[list[int]], pairs: Any, empty: str, mask: int, shift: bool) -> Any:
-    """Counted one label at a time."""
+    """Counts one label at a time."""
     num_pairs = num_tokens = 0
     for chosen, rejected in pairs:
         valid = [0, 0]
@@ -48,9 +48,11 @@ def brute_force(sequences: list[list[int]], pairs: Any, empty: str, mask: int, s
 @pytest.mark.parametrize("empty", ["drop", "nan"])
 @pytest.mark.parametrize("mask", [-100, 7])
 @pytest.mark.parametrize("pairs", [None, PAIRED])
-def test_counts_are_those_of_a_loop(pairs: Any, mask: int, empty: Any, shift: bool) -> None:
+def test_counts_equal_those_of_a_loop(pairs: Any, mask: int, empty: Any, shift: bool) -> None:
     packed = make_packed(before=2, after=3)
-    packed.labels[packed.spans[5].start + 1] = -100  # Has a token only without a shift.
+    packed.labels[
+        packed.spans[5].start + 1
+    ] = -100  # The sequence has a token only without the shift.
     labels = packed.labels.masked_fill(packed.labels == -100, mask)
     padded = packed.padded().labels
     padded = padded.masked_fill(padded == -100, mask)
@@ -69,7 +71,7 @@ def test_counts_are_those_of_a_loop(pairs: Any, mask: int, empty: Any, shift: bo
         assert expected == want
 
 
-def test_counts_are_the_denominators_of_the_loss() -> None:
+def test_the_loss_divides_by_the_counts() -> None:
     packed = make_packed()
     layout: dict[str, Any] = {"cu_seqlens": packed.cu_seqlens, "pairs": PAIRED}
     for empty in ("drop", "nan"):
@@ -82,7 +84,7 @@ def test_counts_are_the_denominators_of_the_loss() -> None:
     assert (summed.sft_loss / mean.sft_loss).item() == pytest.approx(counts.tokens.item(), rel=1e-6)
 
 
-def test_the_result_is_a_pair_of_float64_tensors_without_dimension() -> None:
+def test_the_counts_are_float64_scalars() -> None:
     for device in ("cpu", "meta"):
         counts = count_pairs(make_batch().labels.to(device))
         assert counts._fields == ("pairs", "tokens")
@@ -117,7 +119,7 @@ def test_nothing_to_count(empty: Any) -> None:
         assert as_numbers(counts) == (pairs if empty == "nan" else 0, 0)
 
 
-# ---- as the normalizer ---------------------------------------------------------------------------
+# ---- the counts as normalizer --------------------------------------------------------------------
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -128,7 +130,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def micro_batches(packed: Packed, pairs: Tensor, parts: int) -> list[tuple[Packed, Tensor, Tensor]]:
-    """Some of the pairs each, with the sequences they need: which, pairs among them."""
+    """Of each micro-batch: the sequences, the pairs among them, and their positions in packed."""
     result = []
     for some in pairs.tensor_split(parts):
         used = some.flatten().unique()
@@ -144,7 +146,7 @@ def micro_batches(packed: Packed, pairs: Tensor, parts: int) -> list[tuple[Packe
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("parts", [2, 3, 7])
-def test_micro_batches_are_one_batch(parts: int, options: dict[str, Any]) -> None:
+def test_micro_batches_give_the_gradient_of_one_batch(parts: int, options: dict[str, Any]) -> None:
     packed = make_packed(dtype=torch.float64, before=1, after=1)
     whole = packed.logits.clone().requires_grad_()
     layout = {"cu_seqlens": packed.cu_seqlens, "pairs": PAIRED}
@@ -164,7 +166,7 @@ def test_micro_batches_are_one_batch(parts: int, options: dict[str, Any]) -> Non
     torch.testing.assert_close(leaf.grad, whole.grad, rtol=1e-12, atol=1e-16)
 
 
-def test_micro_batches_of_hidden_states_and_of_token_logps() -> None:
+def test_micro_batches_of_hidden_states_and_token_logps() -> None:
     batch, packed = make_linear_packed(dtype=torch.float64)
     options: dict[str, Any] = {"sft_weight": 0.3, "sft_reduction": "token"}
     leaf = batch.leaves()
@@ -189,7 +191,7 @@ def test_micro_batches_of_hidden_states_and_of_token_logps() -> None:
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-11, atol=1e-13)
 
 
-def test_weights_do_not_change_what_a_normalizer_divides_by() -> None:
+def test_weights_do_not_change_the_denominators() -> None:
     batch = make_batch(pairs=3, dtype=torch.float64)
     weight = torch.tensor([0.5, 0.0, -2.0])
     options: dict[str, Any] = {"sft_weight": 0.3, "sft_reduction": "token", "pair_weight": weight}

@@ -1,5 +1,7 @@
-"""Stated results at the edges: nothing to score, values that are not finite, odd layouts, every
-gradient path; then random batches against the oracle."""
+"""Edge cases: empty batches, values that are not finite, layouts, and the gradient of each output.
+
+Random batches are compared with the oracle.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from simpo_ext import SimPOOutput, sequence_logps, simpo_loss, simpo_loss_from_logps, token_logps
 from support import oracle
+from support.comparisons import assert_same
 
 pytestmark = pytest.mark.kernels
 
@@ -24,7 +27,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NAN, INF = math.nan, math.inf
 P, T, V = 3, 5, 11
 B = 2 * P
-BLOCKS = 16_390  # A vocabulary of two blocks of the CPU kernels and a tail.
+BLOCKS = 16_390  # Two blocks of the CPU kernels and a tail.
 
 
 def _batch(dtype: torch.dtype = torch.float64, vocabulary: int = V) -> tuple[Tensor, Tensor]:
@@ -49,29 +52,24 @@ def _logps_and_grad(logits: Tensor, labels: Tensor, **options: Any) -> tuple[Ten
     return logps.detach(), torch.autograd.grad(logps, logits, weights)[0]
 
 
-def _assert_same(got: Any, want: Any) -> None:
-    """Bit for bit, of tensors and tuples of them; a NaN is like any other."""
-    torch.testing.assert_close(got, want, rtol=0.0, atol=0.0, equal_nan=True)
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-# [4, 1, 7] has labels, which the shift leaves without logits.
+# [4, 1, 7] has labels that the shift does not score.
 @pytest.mark.parametrize("shape", [(0, 5, 7), (4, 0, 7), (4, 5, 0), (4, 1, 7), (4, 5, 7)])
-def test_nothing_to_score_is_loss_zero(shape: Any, reduction: Any, inplace: bool) -> None:
+def test_loss_zero_without_scored_tokens(shape: Any, reduction: Any, inplace: bool) -> None:
     hidden, pairs = torch.full(shape, NAN, requires_grad=True), shape[0] // 2
     labels = torch.full(shape[:2], 3 if shape[1] == 1 else -100)
     options: dict[str, Any] = {"reduction": reduction, "sft_weight": 0.5}
     out = simpo_loss(1.0 * hidden, labels, inplace_backward=inplace, **options)
     nothing = torch.zeros((pairs,) if reduction == "none" else ())
-    _assert_same((out.loss, out.sft_loss, out.losses), (nothing, nothing, torch.zeros(pairs)))
+    assert_same((out.loss, out.sft_loss, out.losses), (nothing, nothing, torch.zeros(pairs)))
     assert out.chosen_logps.isnan().all()
     assert not torch.autograd.grad(out.loss.sum(), hidden)[0].any()
     assert list(out.metrics().values()) == pytest.approx([NAN] * 6 + [0, pairs, 0], nan_ok=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"normalizer": 3.0}, {"sft_weight": 0.5}])
-def test_empty_nan_makes_the_loss_nan_and_spares_other_pairs(options: dict[str, Any]) -> None:
+def test_empty_nan_makes_the_loss_nan_and_keeps_other_gradients(options: dict[str, Any]) -> None:
     logits, labels = _batch()
     labels[4] = -100
     out, grad = _loss_and_grad(logits, labels, empty="nan", **options)
@@ -98,7 +96,7 @@ def test_masked_logits_change_nothing(garbage: float, dtype: torch.dtype, inplac
     hidden = logits.masked_fill(masked[..., None], garbage).requires_grad_()
     out = simpo_loss(hidden.clone(), labels, sft_weight=0.3, inplace_backward=inplace)
     (grad,) = torch.autograd.grad(out.loss, hidden)
-    _assert_same((out, grad), (want, want_grad))
+    assert_same((out, grad), (want, want_grad))
     assert not grad[masked].any()
 
 
@@ -107,20 +105,20 @@ def test_masked_logits_change_nothing(garbage: float, dtype: torch.dtype, inplac
     {}, {"reduction": "sum"}, {"sft_weight": 0.3}, {"sft_weight": 0.3, "sft_reduction": "token"},
     {"loss_type": "hinge", "normalizer": 5.0},
 ])  # fmt: skip
-def test_dropped_pair_leaves_the_batch_without_it(options: Any, empty_rows: list[int]) -> None:
-    logits, labels = _batch(torch.float32, 16)  # Rows that stay aligned when others are gone.
+def test_a_dropped_pair_equals_a_batch_without_it(options: Any, empty_rows: list[int]) -> None:
+    logits, labels = _batch(torch.float32, 16)  # Removing rows keeps the others aligned.
     kept, dropped = [0, 2, 3, 5], [1, P + 1]
     labels[empty_rows] = -100
-    logits[dropped] = NAN  # Neither side counts, also the one that has tokens.
+    logits[dropped] = NAN  # The side that has tokens is not read either.
     want, want_grad = _loss_and_grad(logits[kept], labels[kept], **options)
     out, grad = _loss_and_grad(logits, labels, **options)
-    _assert_same((out.loss, out.sft_loss, grad[kept]), (want.loss, want.sft_loss, want_grad))
+    assert_same((out.loss, out.sft_loss, grad[kept]), (want.loss, want.sft_loss, want_grad))
     assert out.losses[1] == 0
     assert not grad[dropped].any()
     assert out.metrics() == {**want.metrics(), "dropped_pairs": 1.0}
 
 
-def test_metrics_of_a_batch_with_drops_are_those_of_the_oracle() -> None:
+def test_metrics_with_a_dropped_pair_match_the_oracle() -> None:
     logits, labels = _batch()
     labels[2] = -100
     want, _ = oracle.simpo_loss(logits.numpy(), labels.numpy())
@@ -132,23 +130,23 @@ def test_any_ignore_index_masks_even_one_that_is_a_token(mask: int) -> None:
     logits, labels = _batch()
     labels[labels == mask] = 5
     got = _logps_and_grad(logits, labels.masked_fill(labels == -100, mask), ignore_index=mask)
-    _assert_same(got, _logps_and_grad(logits, labels))
+    assert_same(got, _logps_and_grad(logits, labels))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("at", [0, 1, 1024, 8191, 8192, BLOCKS - 1])
-def test_row_with_nan_is_nan_and_no_other(at: int, softcap: Any, dtype: torch.dtype) -> None:
+def test_a_nan_makes_only_its_row_nan(at: int, softcap: Any, dtype: torch.dtype) -> None:
     logits, labels = _batch(dtype, BLOCKS)
     want, want_grad = _logps_and_grad(logits, labels, softcap=softcap)
     logits[2, 3, at] = want[2, 3] = want_grad[2, 3] = NAN
-    _assert_same(_logps_and_grad(logits, labels, softcap=softcap), (want, want_grad))
+    assert_same(_logps_and_grad(logits, labels, softcap=softcap), (want, want_grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("row", [[INF, 0.0, 1.0], [INF, INF, -INF], [-INF, -INF, -INF]])
 @pytest.mark.parametrize("label", [0, 1, 2])
-def test_row_that_is_no_distribution_is_nan(label: int, row: Any, dtype: torch.dtype) -> None:
+def test_a_row_that_is_no_distribution_is_nan(label: int, row: Any, dtype: torch.dtype) -> None:
     logits = torch.tensor([[row, [0.0, 1.0, 2.0]]], dtype=dtype)
     logps, grad = _logps_and_grad(logits, torch.tensor([[label, 1]]), shift=False)
     assert logps.isnan().tolist() == [[True, False]]
@@ -165,7 +163,7 @@ def test_softcap_bounds_infinite_logits(label: int, dtype: torch.dtype) -> None:
     assert (grad != 0).tolist() == [[[False, False, True]]]
 
 
-# Times its own rounded inverse, each of these is not 1: in float32, and the last in float64.
+# Each times its rounded inverse differs from 1 in float32; the last one also in float64.
 @pytest.mark.parametrize("softcap", [41.0, 47.0, 49.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_saturated_logit_has_no_gradient(dtype: torch.dtype, softcap: float) -> None:
@@ -174,8 +172,8 @@ def test_a_saturated_logit_has_no_gradient(dtype: torch.dtype, softcap: float) -
     assert grad[0, 0, :3].tolist() == [0.0, 0.0, 0.0]
 
 
-# A product logit_scale * x that is rounded in one place and fused with a sum in another would put
-# half an ulp of z, 3e-5 at 700, into the log-probability of a sure label.
+# If one place rounded logit_scale * x and another fused it with a sum, the log-probability of a
+# sure label would be off by half an ulp of z, which is 3e-5 at 700.
 @pytest.mark.parametrize(("scale", "top", "gap"), [(0.7, 1003.3, 30.0), (1 / 0.9, 21.3, 18.0)])
 @pytest.mark.parametrize("softcap", [None, 1e4])
 def test_a_sure_label_keeps_its_digits_at_any_scale(
@@ -191,7 +189,7 @@ def test_a_sure_label_keeps_its_digits_at_any_scale(
         slope *= 1.0 - math.tanh(z[3].item() / softcap) ** 2
         z = softcap * (z / softcap).tanh()
     exact = z.log_softmax(0)[3].item()
-    # Beside the label's term, which is 1, float32 loses up to half its ulp of the others.
+    # The label's term is 1. Adding the others to it in float32 rounds off up to half an ulp of 1.
     assert logps.item() == pytest.approx(exact, rel=1e-3, abs=2.0**-24)
     assert grad[0, 0, 3].item() == pytest.approx(-math.expm1(exact) * slope, rel=1e-3, abs=2.0**-24)
 
@@ -205,9 +203,9 @@ def test_a_huge_softcap_bounds_nothing() -> None:
 def test_token_of_probability_zero_decides_its_pair(loss_type: Any) -> None:
     logits, labels = _batch()
     options: dict[str, Any] = {"loss_type": loss_type, "reduction": "none"}
-    logits[1, :, 0] = -INF  # No label: nothing but a smaller vocabulary.
-    logits[0, 1, labels[0, 2]] = -INF  # Chosen: the worst loss there is, and still a slope.
-    logits[5, 1, labels[5, 2]] = -INF  # Rejected: the best loss, with nothing to learn.
+    logits[1, :, 0] = -INF  # Not a label: equal to a smaller vocabulary.
+    logits[0, 1, labels[0, 2]] = -INF  # Chosen: the loss is infinite, and its slope is not 0.
+    logits[5, 1, labels[5, 2]] = -INF  # Rejected: the loss and its slope are 0.
     out, grad = _loss_and_grad(logits, labels, **options)
     want, want_grad = oracle.simpo_loss(logits.numpy(), labels.numpy(), **options)
     assert out.loss.tolist() == [INF, pytest.approx(want.loss[1], rel=1e-13), 0.0]
@@ -216,7 +214,7 @@ def test_token_of_probability_zero_decides_its_pair(loss_type: Any) -> None:
     assert not grad[[2, 5]].any() and not grad[1, :, 0].any()
 
 
-def test_saturated_hinge_pair_has_gradient_zero_and_one_with_a_nan_is_not_saturated() -> None:
+def test_a_saturated_hinge_pair_has_gradient_zero_unless_it_is_nan() -> None:
     logits, labels = _batch()
     logits[2].scatter_(1, labels[2, [1, 2, 3, 4, 1]][:, None], 50.0)
     for position, loss in ((4, 0.0), (1, NAN)):  # The shift masks the last position, 4.
@@ -245,7 +243,7 @@ def test_row_with_incoming_gradient_zero_is_not_read() -> None:
     assert grad.isfinite().all()
 
 
-# What the dtype can hold of steps on top of the offset; the sums themselves are exact.
+# The dtype represents offset + k * step exactly.
 OFFSETS = [(torch.float32, 300.0, 0.5), (torch.float32, -300.0, 0.5), (torch.float32, 1e4, 0.5),
            (torch.float16, 6e4, 32.0), (torch.float16, -6e4, 32.0), (torch.bfloat16, -320.0, 2.0),
            (torch.float64, -1e4, 0.5)]  # fmt: skip
@@ -257,12 +255,12 @@ def test_offset_of_all_logits_changes_nothing(dtype: Any, offset: float, step: f
     logits = (logits / step).round() * step
     want, want_grad = _logps_and_grad(logits.to(dtype), labels)
     logps, grad = _logps_and_grad((logits + offset).to(dtype), labels)
-    # The logits are multiples of step with and without it, so their differences have the same bits.
+    # Differences of logits are multiples of step, so the offset does not change their bits.
     assert torch.equal(logps, want)
     assert torch.equal(grad, want_grad)
 
 
-# The scaled logits are multiples of 2^-20 or more, which float32 holds.
+# The scaled logits are multiples of 2^-20, which float32 represents exactly.
 SUBNORMALS = [(torch.float64, -1070, 1020), (torch.float32, -145, 125), (torch.bfloat16, -133, 120),
               (torch.float16, -24, 20)]  # fmt: skip
 
@@ -273,7 +271,7 @@ def test_subnormal_logits_keep_their_value(dtype: torch.dtype, unit: int, scale:
     labels = torch.tensor([[0, 19, 3], [7, 10, 11]])
     got = token_logps((integers * 2.0**unit).to(dtype), labels, logit_scale=2.0**scale)
     want = token_logps((integers * 2.0 ** (unit + scale)).to(got.dtype), labels)
-    # The order of a sum depends on how many logits make 16 bytes.
+    # The order of summation depends on the number of logits in 16 bytes.
     torch.testing.assert_close(got, want, rtol=2 * torch.finfo(got.dtype).eps, atol=0.0)
 
 
@@ -286,8 +284,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# CUDA kernels sum in an order that depends on where 16-byte vectors begin: at the same places in
-# all these layouts if the vocabulary is a multiple of 8.
+# The order in which CUDA kernels sum depends on where 16-byte vectors begin. If the vocabulary is a
+# multiple of 8, they begin at the same places in all these layouts.
 @pytest.mark.parametrize("vocabulary", [pytest.param(BLOCKS, marks=pytest.mark.cpu_only), 2056])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -296,12 +294,12 @@ def test_layout_of_logits_and_labels_changes_no_bit(
 ) -> None:
     logits, labels = (LAYOUTS[layout](x) for x in _batch(dtype, vocabulary))
     want = _logps_and_grad(logits.contiguous(), labels.contiguous())
-    _assert_same(_logps_and_grad(logits, labels), want)
-    if layout in ("offset", "wider", "time major"):  # Rows that can be overwritten.
+    assert_same(_logps_and_grad(logits, labels), want)
+    if layout in ("offset", "wider", "time major"):  # These rows can be overwritten.
         hidden = logits.contiguous().requires_grad_()
         logps = token_logps(LAYOUTS[layout](1.0 * hidden), labels, inplace_backward=True)
         weights = torch.arange(1.0, B * T + 1.0, dtype=logps.dtype).view(B, T)
-        _assert_same((logps, *torch.autograd.grad(logps, hidden, weights)), want)
+        assert_same((logps, *torch.autograd.grad(logps, hidden, weights)), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
@@ -309,7 +307,7 @@ def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
     logits, labels = _batch()
     narrow = labels.masked_fill(labels == -100, 100).to(dtype)
     got = _loss_and_grad(logits, narrow, ignore_index=100)
-    _assert_same(got, _loss_and_grad(logits, labels))
+    assert_same(got, _loss_and_grad(logits, labels))
 
 
 @pytest.mark.parametrize("score", [
@@ -323,7 +321,7 @@ def test_layout_of_the_incoming_gradient_changes_no_bit(score: Callable[..., Ten
     for weights in (strided, strided.flatten()[0].expand_as(result)):
         got = torch.autograd.grad(result, logits, weights, retain_graph=True)
         want = torch.autograd.grad(result, logits, weights.contiguous(), retain_graph=True)
-        _assert_same(got, want)
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -345,7 +343,7 @@ OUTPUTS = ["loss", "losses", "chosen_logps", "rejected_logps", "sft_loss"]
 ])  # fmt: skip
 def test_gradient_through_each_output_and_all_of_them(names: list[str], options: Any) -> None:
     logits, labels = _batch()
-    labels[2] = -100  # Drops a pair; its rejected_logps have a gradient all the same.
+    labels[2] = -100  # Drops a pair, whose rejected_logps still have a gradient.
     options = {"sft_weight": 0.3, **options}
     out = simpo_loss(logits.requires_grad_(), labels, **options)
     outputs = [getattr(out, name) for name in names]
@@ -372,15 +370,14 @@ def test_gradient_through_each_output_and_all_of_them(names: list[str], options:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_does_not_depend_on_what_stands_beside_it(dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_other_rows(dtype: torch.dtype) -> None:
     logits, labels = _batch(dtype, BLOCKS)
     logps = token_logps(logits, labels, shift=False)
     for (b, t), logp in np.ndenumerate(logps.numpy()):
         assert token_logps(logits[b, t, None, None], labels[b, t, None, None], shift=False) == logp
 
 
-# Enough of logits, and of tokens, that each is more than one thread's work; rows of several pieces,
-# which threads share.
+# Logits and tokens for more than one thread; in the last shape, threads share a row.
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("shape", [(4, 64, 1500), (4, 40_000, 2), (2, 4, 140_000)])
 def test_threads_and_repetition_change_no_bit(shape: Any, request: Any) -> None:
@@ -391,7 +388,7 @@ def test_threads_and_repetition_change_no_bit(shape: Any, request: Any) -> None:
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
         results.append(_loss_and_grad(logits, labels, sft_weight=0.3))
-    _assert_same(results[1:], results[:1] * 2)
+    assert_same(results[1:], results[:1] * 2)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -420,8 +417,9 @@ def test_random_batches_agree_with_the_oracle(data: st.DataObject) -> None:
 
     out, grad = _loss_and_grad(logits, labels, **options)
     want, want_grad = oracle.simpo_loss(logits.double().numpy(), labels.numpy(), **options)
-    # A token's log-probability is off by a few roundings of the largest logit, log V included; a
-    # sequence's by that of its tokens; a loss by beta times both sides' and by what it adds up.
+    # The log-probability of a token is off by a few roundings of the largest logit plus log V. The
+    # errors of its tokens add up to that of a sequence. A loss multiplies the errors of both sides
+    # by beta, and adds them up.
     z = options["logit_scale"] * logits.double().masked_fill(logits == -INF, 0.0)
     largest = options["softcap"] or z.abs().amax().item() if z.numel() else 0.0
     eps, beta = torch.finfo(out.loss.dtype).eps, options["beta"]
@@ -433,8 +431,8 @@ def test_random_batches_agree_with_the_oracle(data: st.DataObject) -> None:
             getattr(out, name).detach().numpy(), getattr(want, name),
             rtol=2.0 * eps, atol=sequence if "logps" in name else loss, err_msg=name,
         )  # fmt: skip
-    # A gradient: the slope changes by beta^2 / 4 with the margin. Then one rounding to its dtype,
-    # in float16 to a multiple of 2^-24.
+    # The slope changes by beta^2 / 4 with the margin. Then the gradient is rounded once to its
+    # dtype; float16 has multiples of 2^-24.
     slope = options["logit_scale"] * (token * (beta + 1.0) + beta**2 * sequence)
     smallest = 2.0**-25 if logits.dtype == torch.float16 else 0.0
     rtol = torch.finfo(grad.dtype).eps / 2 + 4.0 * eps

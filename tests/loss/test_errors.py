@@ -1,10 +1,8 @@
-"""What a wrong argument is answered with: the right class, and a message that names the argument,
-what was expected and what came."""
+"""Errors of wrong arguments: their class, and a message with argument, expectation and value."""
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -20,6 +18,7 @@ from simpo_ext import (
     simpo_loss_from_logps,
     token_logps,
 )
+from support.messages import message
 
 pytestmark = pytest.mark.kernels
 
@@ -44,11 +43,6 @@ def _logps() -> Tensor:
 
 def _nested(layout: torch.layout) -> Tensor:
     return torch.nested.nested_tensor([torch.zeros(T, V), torch.zeros(2, V)], layout=layout)
-
-
-def _message(*parts: object) -> str:
-    """A pattern for the parts in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
 
 
 SCORERS: dict[str, Callable[..., Any]] = {
@@ -78,7 +72,7 @@ BAD_LABELS: dict[str, Case] = {
     "requires grad": (lambda: _labels().double().requires_grad_(), TypeError, ("integer", "64")),
     "bool": (lambda: _labels() > 2, TypeError, ("integer", "torch.bool")),
     "complex": (lambda: _labels().cfloat(), TypeError, ("integer", "torch.complex64")),
-    # An integer too, so the message has to say which ones are meant.
+    # uint16 is an integer, so the message must list the dtypes.
     "uint16": (lambda: _labels().to(torch.uint16), TypeError, (INTS, "torch.uint16")),
     "sparse": (lambda: _labels().to_sparse(), TypeError, ("dense", "torch.sparse_coo")),
     "1-d": (lambda: _labels()[0], ValueError, (f"[{B}, {T}]", f"[{T}]")),
@@ -91,47 +85,47 @@ BAD_LABELS: dict[str, Case] = {
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", BAD_LOGITS)
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_logits_that_do_not_fit(scorer: str, case: str) -> None:
+def test_invalid_logits(scorer: str, case: str) -> None:
     make, error, parts = BAD_LOGITS[case]
-    with pytest.raises(error, match=_message("logits: expected", *parts)):
+    with pytest.raises(error, match=message("logits: expected", *parts)):
         SCORERS[scorer](make(), _labels())
 
 
 @pytest.mark.parametrize("case", BAD_LABELS)
 @pytest.mark.parametrize("scorer", SCORERS)
-def test_labels_that_do_not_fit(scorer: str, case: str) -> None:
+def test_invalid_labels(scorer: str, case: str) -> None:
     make, error, parts = BAD_LABELS[case]
-    with pytest.raises(error, match=_message("labels: expected", *parts)):
+    with pytest.raises(error, match=message("labels: expected", *parts)):
         SCORERS[scorer](_logits(), make())
 
 
 @pytest.mark.parametrize("scorer", ["simpo_loss", "SimPOLoss"])
-def test_odd_batch_cannot_be_split_into_pairs(scorer: str) -> None:
-    with pytest.raises(ValueError, match=_message("logits: expected", "even B", "got 3")):
+def test_an_odd_batch_cannot_be_split_into_pairs(scorer: str) -> None:
+    with pytest.raises(ValueError, match=message("logits: expected", "even B", "got 3")):
         SCORERS[scorer](_logits()[:3], _labels()[:3])
 
 
-# ---- labels out of range: what the CPU says; of CUDA, test_cuda_kernels.py -----------------------
+# ---- labels out of range: errors on CPUs (CUDA: tests/cuda/test_kernels.py) ----------------------
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("label", [-1, -99, -101, V, V + 1, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("scorer", ["token_logps", "sequence_logps", "simpo_loss"])
-def test_label_out_of_range_is_named_at_its_place(scorer: str, label: int, shift: bool) -> None:
+def test_the_error_names_a_label_out_of_range(scorer: str, label: int, shift: bool) -> None:
     labels = _labels()
     labels[2, 3] = label
-    labels[3, 1] = V  # Not the first in memory order.
-    with pytest.raises(IndexError, match=_message("labels[2, 3]", "-100", f"[0, {V})", label)):
+    labels[3, 1] = V  # Comes later in memory, so it is not reported.
+    with pytest.raises(IndexError, match=message("labels[2, 3]", "-100", f"[0, {V})", label)):
         SCORERS[scorer](_logits(), labels, shift=shift)
 
 
 @pytest.mark.cpu_only
 def test_only_scored_labels_must_be_in_range() -> None:
     labels = _labels()
-    labels[1, 0] = 99  # With shift, no logits are scored with the first column.
+    labels[1, 0] = 99  # The shift does not score the first column.
     assert torch.equal(token_logps(_logits(), labels), token_logps(_logits(), _labels()))
-    with pytest.raises(IndexError, match=_message("labels[1, 0]", "got 99")):
+    with pytest.raises(IndexError, match=message("labels[1, 0]", "got 99")):
         token_logps(_logits(), labels, shift=False)
 
 
@@ -139,7 +133,7 @@ def test_only_scored_labels_must_be_in_range() -> None:
 
 FUNCTIONS = (token_logps, sequence_logps, simpo_loss, simpo_loss_from_logps, SimPOLoss)
 TOKEN_SFT = {"sft_weight": 0.1, "sft_reduction": "token"}
-# Keywords, the error, and what its message holds.
+# Keywords, the error, and parts of its message.
 OptionCase: TypeAlias = tuple[dict[str, Any], type[Exception], tuple[object, ...]]
 
 
@@ -165,8 +159,9 @@ def _bad_choices(name: str, first: str, *others: str) -> list[OptionCase]:
 
 BAD_OPTIONS: list[OptionCase] = [
     *_bad_numbers("beta", "> 0", 0.0, -2.0),
-    ({"beta": 10**400}, ValueError, ("beta: expected", "number")),  # Finite, but no float is.
-    # Past these bounds float32 has no room for the product or quotient with a logit.
+    # Too large for a float.
+    ({"beta": 10**400}, ValueError, ("beta: expected", "number")),
+    # Beyond these bounds, the product or quotient with a logit may leave float32's range.
     *_bad_numbers("logit_scale", ">= 1e-30", 0.0, -1.0, 1e-46),
     *_bad_numbers("softcap", ">= 1e-30 and <= 1e+30", 0.0, -30.0, 1e39, 1e-46),
     *_bad_numbers("gamma_beta_ratio", ""),
@@ -185,9 +180,9 @@ BAD_OPTIONS: list[OptionCase] = [
     *_bad_types("ignore_index", ": expected an int", -100.0, None, True, "-100"),
     ({"ignore_index": 2**63}, ValueError, ("ignore_index", "64-bit", 2**63)),
     ({"ignore_index": -(2**63) - 1}, ValueError, ("ignore_index", "64-bit", -(2**63) - 1)),
-    # Even where both say the same.
+    # An error even if both give the same margin.
     ({"gamma": 1.0, "gamma_beta_ratio": 0.5}, ValueError, ("gamma", "at most one", 1.0, 0.5)),
-    # The margin is gamma / beta: infinite here, and with it every loss.
+    # The margin gamma / beta is infinite.
     ({"gamma": 1e200, "beta": 1e-200}, ValueError, ("gamma", "expected", 1e200)),
     ({"loss_type": "hinge", "label_smoothing": 0.1}, ValueError, ("label_smoothing", "0", "hinge")),
     ({"reduction": "none", **TOKEN_SFT}, ValueError, ("sft_reduction", "'sequence'", "'token'")),
@@ -199,7 +194,7 @@ BAD_OPTIONS: list[OptionCase] = [
     ({"normalizer": (2.0, NAN)}, ValueError, ("normalizer[1]", "> 0", "nan")),
     ({"normalizer": (2.0, "3")}, TypeError, ("normalizer[1]", "number", "str")),
     ({"normalizer": 2.0, **TOKEN_SFT}, ValueError, ("normalizer", "(pairs, tokens)", "token", 2.0)),
-    # A list looks like the tuple that is asked for: the message has to say list.
+    # A list prints almost like the expected tuple, so the message must say list.
     ({"normalizer": [2.0, 3.0], **TOKEN_SFT}, TypeError, ("normalizer", "list")),
 ]
 
@@ -213,10 +208,10 @@ BAD_OPTIONS: list[OptionCase] = [
         if case[0].keys() <= inspect.signature(function).parameters.keys()
     ],
 )
-def test_option_that_does_not_fit(function: Callable[..., object], case: OptionCase) -> None:
+def test_invalid_option(function: Callable[..., object], case: OptionCase) -> None:
     options, error, parts = case
     inputs: dict[object, Any] = {simpo_loss_from_logps: (_logps(), _logps()), SimPOLoss: ()}
-    with pytest.raises(error, match=_message(*parts)):
+    with pytest.raises(error, match=message(*parts)):
         function(*inputs.get(function, (_logits(), _labels())), **options)
 
 
@@ -232,8 +227,8 @@ def test_option_that_does_not_fit(function: Callable[..., object], case: OptionC
         (_logps(), _logps().to("meta"), ValueError, ("rejected_logps", "device cpu", "meta")),
     ],
 )
-def test_logps_that_do_not_fit(chosen: Any, rejected: Any, error: Any, parts: Any) -> None:
-    with pytest.raises(error, match=_message(*parts)):
+def test_invalid_logps(chosen: Any, rejected: Any, error: Any, parts: Any) -> None:
+    with pytest.raises(error, match=message(*parts)):
         simpo_loss_from_logps(chosen, rejected)
 
 
@@ -241,7 +236,7 @@ def test_logps_that_do_not_fit(chosen: Any, rejected: Any, error: Any, parts: An
 
 
 def _overlapping(logits: Tensor) -> Tensor:
-    """Rows that start V - 1 apart."""
+    """Rows whose starts are V - 1 elements apart."""
     return logits.flatten().as_strided((B, T, V), (T * (V - 1), V - 1, 1))
 
 
@@ -249,7 +244,7 @@ NOT_OVERWRITABLE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "leaf": (lambda h: h, "got a leaf"),
     "view": (lambda h: h[:, :, 1:], "got a leaf"),
     "view of view": (lambda h: h.view(-1, V).view(B, T, V), "got a leaf"),
-    # A parameter may live in a buffer that does not require grad, as flattened ones do.
+    # A parameter may be a view of a buffer that does not require grad, as flattened parameters are.
     "buffer": (lambda h: h.detach().view(-1, V).requires_grad_().view(B, T, V), "got a leaf"),
     "expanded B": (lambda h: (2 * h)[:1].expand(B, T, V), "rows apart in memory, got strides [0"),
     "expanded T": (lambda h: (2 * h)[:, :1].expand(B, T, V), "rows apart in memory, got strides"),
@@ -265,9 +260,9 @@ def test_logits_that_cannot_be_overwritten(scorer: str, case: str) -> None:
     make, expected = NOT_OVERWRITABLE[case]
     logits = make(_logits().requires_grad_())
     labels = _labels() % logits.shape[2]
-    with pytest.raises(ValueError, match=_message("inplace_backward: expected", expected)):
+    with pytest.raises(ValueError, match=message("inplace_backward: expected", expected)):
         SCORERS[scorer](logits, labels, inplace_backward=True)
-    with torch.no_grad():  # No backward, nothing to overwrite.
+    with torch.no_grad():  # Without a backward, nothing is overwritten.
         SCORERS[scorer](logits, labels, inplace_backward=True)
 
 
@@ -275,7 +270,8 @@ def test_logits_that_cannot_be_overwritten(scorer: str, case: str) -> None:
     "use",
     [
         lambda h: (2 * h, lambda z: z.pow(2).sum()),  # Another function saved the logits.
-        lambda h: (2 * h, lambda z: z[:, 1:].exp().mul(z[:, 1:]).sum()),  # ... a view of them.
+        # Another function saved a view of them.
+        lambda h: (2 * h, lambda z: z[:, 1:].exp().mul(z[:, 1:]).sum()),
         lambda h: (h.tanh(), lambda z: 0.0),  # Their producer saved them as its output.
         lambda h: (2 * h, lambda z: token_logps(z, _labels()).sum()),
         lambda h: (2 * h, lambda z: token_logps(z, _labels(), inplace_backward=True).sum()),
@@ -310,7 +306,7 @@ def test_second_backward_in_place_fails() -> None:
     ids=["token_logps", "sequence_logps", "simpo_loss", "in place", "from_logps", "from_logps^2"],
 )
 def test_double_backward_fails(function: Callable[[Tensor, Tensor], Tensor]) -> None:
-    # Through h * w, whose own double backward would hide a gradient that ignores the curvature.
+    # Because of the product h * w, a second derivative exists even if the loss returns none.
     h, w = _logits().requires_grad_(), torch.ones(V, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"double backward|differentiate twice"):
         torch.autograd.grad(function(h, w), h, create_graph=True)[0].sum().backward()
@@ -348,7 +344,7 @@ OP_NAMES = ("token_logps", "token_logps_backward", "token_logps_backward_", "seq
 
 
 def _op_arguments(op: str) -> dict[str, Any]:
-    """Arguments that fit, by name; grad_logps is [B, T] for one op and [B] for the others."""
+    """Valid arguments by name. grad_logps is [B, T] for the token ops and [B] for the others."""
     grad_logps = torch.ones(B, T) if op.startswith("token_logps") else torch.ones(B)
     known = {**TENSORS, **NUMBERS, "grad_logps": grad_logps}
     names = [argument.name for argument in getattr(OPS, op).default._schema.arguments]
@@ -372,7 +368,7 @@ SPOILED = [
 
 
 @pytest.mark.parametrize(("op", "name", "spoiler"), SPOILED)
-def test_op_refuses_tensors_that_do_not_belong_together(op: str, name: str, spoiler: str) -> None:
+def test_ops_refuse_tensors_that_do_not_match(op: str, name: str, spoiler: str) -> None:
     arguments = _op_arguments(op)
     getattr(OPS, op)(**arguments)
     arguments = _op_arguments(op)
@@ -383,22 +379,22 @@ def test_op_refuses_tensors_that_do_not_belong_together(op: str, name: str, spoi
 
 @pytest.mark.parametrize("name", ["loss_type", "sft_reduction", "reduction", "empty"])
 @pytest.mark.parametrize("value", [-1, 3, 2**62])
-def test_op_refuses_enums_it_does_not_know(name: str, value: int) -> None:
-    with pytest.raises(RuntimeError, match=_message(f"{name}: expected", value)):
+def test_ops_refuse_unknown_enum_values(name: str, value: int) -> None:
+    with pytest.raises(RuntimeError, match=message(f"{name}: expected", value)):
         OPS.preference_loss(**{**_op_arguments("preference_loss"), name: value})
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("op", [op for op in OP_NAMES if op.startswith("token_logps")])
-def test_op_refuses_labels_out_of_range(op: str) -> None:
+def test_ops_refuse_labels_out_of_range(op: str) -> None:
     arguments = _op_arguments(op)
     arguments["labels"][3, 4] = V
-    # An IndexError since torch turns std::out_of_range into one.
-    with pytest.raises((IndexError, RuntimeError), match=_message("labels[3, 4]", f"got {V}")):
+    # Newer versions of torch turn std::out_of_range into an IndexError.
+    with pytest.raises((IndexError, RuntimeError), match=message("labels[3, 4]", f"got {V}")):
         getattr(OPS, op)(**arguments)
 
 
-def test_in_place_op_refuses_rows_that_share_memory() -> None:
+def test_the_in_place_op_refuses_rows_that_share_memory() -> None:
     arguments = _op_arguments("token_logps_backward_")
     for logits in (arguments["logits"][:1].expand(B, T, V), _overlapping(arguments["logits"])):
         with pytest.raises(RuntimeError, match="rows apart in memory"):

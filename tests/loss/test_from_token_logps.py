@@ -1,4 +1,4 @@
-"""simpo_loss_from_token_logps is simpo_loss after its first step."""
+"""simpo_loss_from_token_logps(token_logps(logits), labels) equals simpo_loss(logits, labels)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from simpo_ext import (
 )
 from support import oracle
 from support.batches import DTYPES, make_batch
-from support.linear_batches import assert_same
-from support.packed_batches import (
+from support.comparisons import (
     DIFFERENTIABLE,
-    OUTPUTS,
-    PAIRS,
+    assert_outputs_match,
+    assert_same,
     loss_and_gradient,
-    make_linear_packed,
-    make_packed,
     reduced_weights,
 )
+from support.packed_batches import PAIRS, make_linear_packed, make_packed
 
 pytestmark = pytest.mark.kernels
 
@@ -47,7 +45,7 @@ TOKEN_OPTIONS: list[dict[str, Any]] = [
 
 def through_token_logps(score: Callable[[Tensor], Tensor], logits: Tensor, labels: Tensor,
                         **options: Any) -> Any:  # fmt: skip
-    """The loss in two steps, and the gradient of all its outputs."""
+    """The loss in two steps, and the gradient of all outputs."""
     leaf = logits.clone().requires_grad_()
     out = simpo_loss_from_token_logps(score(leaf), labels, **options)
     outputs = [getattr(out, name) for name in DIFFERENTIABLE]
@@ -57,7 +55,7 @@ def through_token_logps(score: Callable[[Tensor], Tensor], logits: Tensor, label
 @pytest.mark.parametrize("options", TOKEN_OPTIONS, ids=str)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_from_token_logps_is_simpo_loss(dtype: torch.dtype, packed: bool, options: Any) -> None:
+def test_from_token_logps_equals_simpo_loss(dtype: torch.dtype, packed: bool, options: Any) -> None:
     batch = make_packed(dtype=dtype, before=2, after=1)
     logits, labels = batch[:2] if packed else batch.padded()
     mask = options.get("ignore_index", -100)
@@ -79,7 +77,7 @@ def test_from_token_logps_is_simpo_loss(dtype: torch.dtype, packed: bool, option
     assert out.metrics() == pytest.approx(want.metrics(), nan_ok=True)
 
 
-def test_from_token_logps_of_halves_and_of_the_linear_front_end() -> None:
+def test_from_token_logps_without_pairs_and_from_hidden_states() -> None:
     batch = make_batch(pairs=3)
     want, (want_gradient, _) = loss_and_gradient(*batch, sft_weight=0.3)
     leaf = batch.logits.clone().requires_grad_()
@@ -108,7 +106,7 @@ def test_from_token_logps_matches_the_oracle_and_gradcheck(options: dict[str, An
     _, _, valid = oracle.token_logps(
         np.zeros((*labels.shape, 40)), labels.numpy(), cu_seqlens=cu.numpy(), **scoring
     )
-    values[~torch.from_numpy(valid)] = NAN  # Not read.
+    values[~torch.from_numpy(valid)] = NAN  # Masked positions are not read.
     of_loss = {name: value for name, value in options.items() if name not in scoring}
     if "gamma" in of_loss:
         of_loss["gamma_beta_ratio"] = of_loss.pop("gamma") / 2.0
@@ -118,9 +116,7 @@ def test_from_token_logps_matches_the_oracle_and_gradcheck(options: dict[str, An
     leaf = values.clone().requires_grad_()
     options = {**options, "cu_seqlens": cu, "pairs": PAIRED}
     out = simpo_loss_from_token_logps(leaf, labels, **options)
-    for name in OUTPUTS:
-        got = getattr(out, name).detach().numpy()
-        np.testing.assert_allclose(got, getattr(want, name), rtol=1e-13, atol=1e-14, err_msg=name)
+    assert_outputs_match(out, want, 1e-13, 1e-14)
     (gradient,) = torch.autograd.grad(out.loss.sum(), leaf)
     np.testing.assert_allclose(gradient.numpy(), want_gradient, rtol=1e-13, atol=1e-16)
     finite = values.nan_to_num().requires_grad_()

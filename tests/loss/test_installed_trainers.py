@@ -1,4 +1,4 @@
-"""The presets of TRL and Liger beside the installed packages themselves."""
+"""Compares the presets of TRL and Liger with the installed packages."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 
 def cpo_config(**options: object) -> CPOConfig:
-    with warnings.catch_warnings():  # of its own defaults
+    with warnings.catch_warnings():  # CPOConfig warns about its own defaults.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         return CPOConfig(output_dir="never_written", bf16=False, use_cpu=True, **options)
 
 
 def cpo_trainer(config: CPOConfig) -> CPOTrainer:
-    """A CPOTrainer with what its loss needs, and no model, data set or tokenizer."""
+    """A CPOTrainer that has what its loss needs, without model, data set and tokenizer."""
     trainer = object.__new__(CPOTrainer)
     for name in ("beta", "label_smoothing", "loss_type", "cpo_alpha", "simpo_gamma", "alpha"):
         setattr(trainer, name, getattr(config, name))
@@ -50,14 +50,14 @@ def cpo_trainer(config: CPOConfig) -> CPOTrainer:
 @pytest.mark.parametrize("alpha", [0.0, 0.25])
 @pytest.mark.parametrize("sft_weight", [None, 0.0])
 @pytest.mark.parametrize("loss_type", PRESETS["trl"])
-def test_the_trl_preset_is_the_installed_trainer(
+def test_the_trl_preset_equals_the_installed_trainer(
     loss_type: str, sft_weight: float | None, alpha: float
 ) -> None:
     batch = make_batch(4, time=17, vocabulary=101, dtype=torch.float64)
     ours = batch.logits.clone().requires_grad_()
     theirs = batch.logits.clone().requires_grad_()
     options: dict[str, Any] = {"loss_type": loss_type, "alpha": alpha}
-    if loss_type not in ("hinge", "ipo"):  # which ignore it in TRL
+    if loss_type not in ("hinge", "ipo"):  # TRL ignores label_smoothing there.
         options["label_smoothing"] = 0.1
     if sft_weight is not None:
         options["sft_weight"] = sft_weight
@@ -78,7 +78,7 @@ def test_the_trl_preset_is_the_installed_trainer(
     out.loss.backward()
     loss.backward()
     assert_equal(ours.grad, theirs.grad)
-    if trainer.cpo_alpha != 0.0:  # which computes none otherwise
+    if trainer.cpo_alpha != 0.0:  # Otherwise TRL computes no SFT loss.
         assert out.sft_loss.item() == pytest.approx(metrics["nll_loss"], rel=1e-12)
     own = out.metrics()
     names = own.keys() & metrics.keys()
@@ -91,7 +91,7 @@ def test_the_trl_preset_is_the_installed_trainer(
 
 
 @pytest.mark.kernels
-def test_an_empty_completion_is_nan_in_the_installed_trainer_s_averages_and_0_in_its_sums() -> None:
+def test_trl_averages_an_empty_completion_to_nan_and_sums_it_to_zero() -> None:
     logits, labels = make_batch(2, time=9, vocabulary=31, dtype=torch.float64)
     labels[0] = -100
     averages = CPOTrainer.get_batch_logps(logits, labels, average_log_prob=True)
@@ -118,7 +118,7 @@ def test_the_trl_preset_has_cpo_config_s_defaults(loss_type: str) -> None:
 def test_the_trl_preset_has_cpo_config_s_loss_types() -> None:
     (field,) = (field for field in dataclasses.fields(CPOConfig) if field.name == "loss_type")
     assert {*PRESETS["trl"]} == {*field.metadata["choices"]}
-    # SimPO is what this package is for; CPOConfig's own default is CPO.
+    # The preset's default is SimPO. CPOConfig's is CPO.
     assert with_preset("trl") == with_preset("trl", loss_type="simpo")
     assert field.default == "sigmoid"
 
@@ -144,7 +144,7 @@ def linear_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ),
     ],
 )
-def test_the_liger_preset_is_the_installed_module(
+def test_the_liger_preset_equals_the_installed_module(
     options: dict[str, Any], theirs: dict[str, Any], with_bias: bool
 ) -> None:
     hidden, weight, bias, labels = linear_batch()
@@ -176,7 +176,7 @@ def test_the_liger_preset_is_the_installed_module(
 
 
 @pytest.mark.kernels
-def test_an_empty_completion_poisons_the_weight_s_gradient_as_in_the_installed_module() -> None:
+def test_an_empty_completion_makes_the_weight_gradient_nan_as_in_liger() -> None:
     hidden, weight, _, labels = linear_batch()
     labels[1] = -100
     ours, theirs = (weight.clone().requires_grad_() for _ in range(2))

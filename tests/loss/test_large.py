@@ -1,4 +1,4 @@
-"""Tensors whose offsets pass 2^31 elements, on sparse files that cost next to no memory."""
+"""Offsets beyond 2^31 elements. Sparse files hold the tensors, so they take little memory."""
 
 from __future__ import annotations
 
@@ -6,28 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import simpo_ext
-from support.batches import make_batch
+from support.batches import far_apart, make_batch
 
-pytestmark = [pytest.mark.kernels, pytest.mark.emulation]  # test_cuda.py has the GPU's own
-
-FAR = 2**31 + 64
-
-
-def far_apart(logits: Tensor, path: Path, dim: int) -> Tensor:
-    """A copy whose stride in ``dim`` is just past 2^31 elements."""
-    strides = list(logits.stride())
-    strides[dim] = FAR
-    last = sum((size - 1) * stride for size, stride in zip(logits.shape, strides, strict=True))
-    flat = torch.from_file(str(path), shared=True, size=last + 1, dtype=logits.dtype)
-    return flat.as_strided(logits.shape, strides).copy_(logits)
+pytestmark = [pytest.mark.kernels, pytest.mark.emulation]  # GPU: tests/cuda/test_tensors.py
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_offsets_past_2_31_elements(dtype: torch.dtype, dim: int, tmp_path: Path) -> None:
+def test_offsets_beyond_2_31_elements(dtype: torch.dtype, dim: int, tmp_path: Path) -> None:
     batch = make_batch(pairs=1, time=3, vocabulary=40, dtype=dtype)
     labels = torch.tensor([[-100, 5, 7], [-100, 39, 0]])
     near = batch.logits.clone().requires_grad_()

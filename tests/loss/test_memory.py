@@ -1,8 +1,6 @@
-"""What the loss allocates: no copy of the logits in the forward, one gradient in the backward."""
+"""The forward copies no logits. The backward allocates one gradient, or none if it is in place."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,25 +8,14 @@ from torch import Tensor
 
 import simpo_ext
 from support.batches import make_batch
+from support.memory import allocated_bytes
 
-pytestmark = [pytest.mark.kernels, pytest.mark.emulation]  # test_cuda.py has the GPU's own
-
-
-def allocated_bytes(function: Callable[[], object]) -> int:
-    """Sum of all tensor allocations while the function runs, freed or not."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
-        function()
-    events = profile.profiler.kineto_results.events()
-    return sum(max(event.nbytes(), 0) for event in events if event.name() == "[memory]")
+pytestmark = [pytest.mark.kernels, pytest.mark.emulation]  # GPU: tests/cuda/test_tensors.py
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_forward_allocates_no_copy_of_the_logits_and_backward_one_gradient_at_most(
-    dtype: torch.dtype, inplace: bool
-) -> None:
+def test_allocated_memory(dtype: torch.dtype, inplace: bool) -> None:
     batch = make_batch(pairs=2, time=32, vocabulary=20000, dtype=dtype)
     size = batch.logits.numel() * batch.logits.element_size()
     leaf = batch.logits.requires_grad_()
@@ -40,7 +27,7 @@ def test_forward_allocates_no_copy_of_the_logits_and_backward_one_gradient_at_mo
         losses.append(out.loss)
 
     assert allocated_bytes(forward) < 0.02 * size
-    # With respect to the logits, so that the gradient of whatever made them is not counted.
+    # The gradient of the logits alone: that of their leaf would be counted too.
     gradient = allocated_bytes(lambda: torch.autograd.grad(losses[0], logits))
     if inplace:
         assert gradient < 0.02 * size
@@ -48,7 +35,7 @@ def test_forward_allocates_no_copy_of_the_logits_and_backward_one_gradient_at_mo
         assert size <= gradient < 1.02 * size
 
 
-def test_the_measure_sees_the_copies_of_the_eager_formula() -> None:
+def test_allocated_bytes_sees_the_copies_of_the_eager_formula() -> None:
     batch = make_batch(pairs=2, time=32, vocabulary=20000)
     size = batch.logits.numel() * batch.logits.element_size()
     assert allocated_bytes(lambda: batch.logits[:, :-1].log_softmax(-1)) > 0.9 * size

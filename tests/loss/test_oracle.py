@@ -1,4 +1,4 @@
-"""Tests of the oracle itself: numerical differentiation, the specification's examples, edges."""
+"""Tests of the oracle of the loss: derivatives, the specification's examples, edge cases."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ import math
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from support import oracle
-
-Array = npt.NDArray[Any]
-P, T, V = 3, 6, 7
-IGNORE = -100
-SCORINGS: list[dict[str, Any]] = [
-    {},
-    {"shift": False},
-    {"logit_scale": 0.7},
-    {"softcap": 3.0, "logit_scale": 1.5},
-]
-
-
-def _batch(seed: int = 0) -> tuple[Array, Array]:
-    """Logits [2P,T,V] and labels [2P,T] with a masked prompt, a hole and padding."""
-    rng = np.random.default_rng(seed)
-    logits = 2.0 * rng.standard_normal((2 * P, T, V))
-    labels = rng.integers(0, V, (2 * P, T))
-    labels[:, 0] = labels[1, 3] = labels[2, 4:] = labels[4, 2:4] = IGNORE
-    return logits, labels
+from support.specification import (
+    IGNORE,
+    SCORINGS,
+    Array,
+    P,
+    T,
+    V,
+    batch,
+    central_differences,
+    complex_step,
+    specified_loss,
+    specified_token_logps,
+)
 
 
 def _preference_cases() -> list[dict[str, Any]]:
@@ -63,7 +56,7 @@ def _preference_cases() -> list[dict[str, Any]]:
 
 
 CASES = _preference_cases()
-# Sequences in several pairs, on one side or both, and in none; 3 pairs as of the 2P rows.
+# Sequences in several pairs, on one side or on both, and in no pair.
 SHARED = [[0, 3], [0, 5], [4, 0]]
 WEIGHTS = np.array([0.25, -1.5, 3.0])
 NEW_CASES: list[dict[str, Any]] = [
@@ -78,129 +71,22 @@ NEW_CASES: list[dict[str, Any]] = [
 ]
 
 
-def _spec_token_logps(
-    logits: Array,
-    labels: Array,
-    *,
-    shift: bool = True,
-    logit_scale: float = 1.0,
-    softcap: Any = None,
-) -> tuple[Array, Array]:
-    """The specification's log_softmax(logits).gather(labels) and mask, analytic in the logits."""
-    z = logit_scale * logits
-    if softcap is not None:
-        z = softcap * np.tanh(z / softcap)
-    if shift:
-        z, labels = z[:, :-1], labels[:, 1:]
-    mask = labels != IGNORE
-    log_softmax = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    per_token = np.take_along_axis(log_softmax, np.where(mask, labels, 0)[..., None], -1)[..., 0]
-    return per_token * mask, mask
-
-
-def _spec_loss(
-    per_token: Array,
-    mask: Array,
-    *,
-    beta: float,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    sft_weight: float = 0.0,
-    sft_reduction: str = "sequence",
-    average_log_prob: bool = True,
-    reduction: str = "mean",
-    normalizer: Any = None,
-    alpha: float = 0.0,
-    pairs: Any = None,
-    pair_weight: Any = 1.0,
-) -> Any:
-    """The specification's loss, written as it writes it, analytic in per_token."""
-    logps = per_token.sum(-1) / (mask.sum(-1) if average_log_prob else 1)
-    p = len(logps) // 2
-    chosen, rejected = (range(p), range(p, 2 * p)) if pairs is None else np.transpose(pairs)
-    rewards = (1 - np.exp(logps) ** -alpha) / alpha if alpha else logps
-    logits = rewards[chosen] - rewards[rejected] - (0 if loss_type == "ipo" else 0.5)
-    if loss_type == "hinge":
-        losses = np.where((1 - beta * logits).real > 0, 1 - beta * logits, 0)
-    elif loss_type == "ipo":
-        losses = (logits - 1 / (2 * beta)) ** 2
-    else:
-        losses = np.log(1 + np.exp(-beta * logits)) * (1 - label_smoothing)
-        losses = losses + np.log(1 + np.exp(beta * logits)) * label_smoothing
-    losses = losses * pair_weight
-    count, tokens = len(chosen), mask[chosen].sum()
-    if normalizer is not None:
-        count, tokens = normalizer if isinstance(normalizer, tuple) else (normalizer, tokens)
-    if reduction != "mean":
-        count = tokens = 1
-    if sft_reduction == "token":
-        sft = -(per_token[chosen].sum(-1) * pair_weight).sum() / tokens
-        return losses.sum() / count + sft_weight * sft
-    total = losses - sft_weight * logps[chosen] * pair_weight
-    return total if reduction == "none" else total.sum() / count
-
-
-def _complex_step(function: Any, x: Array) -> Array:
-    """Gradient of a real scalar function that is analytic in x, exact to rounding."""
-    grad = np.zeros(x.shape)
-    for index in np.ndindex(*x.shape):
-        moved = x.astype(np.complex128)
-        moved[index] += 1e-30j
-        grad[index] = function(moved).imag / 1e-30
-    return grad
-
-
-def _central(function: Any, x: Array, step: float = 1e-5) -> Array:
-    """Gradient of a real scalar function by central differences, error O(step^2)."""
-    grad = np.zeros(x.shape)
-    for index in np.ndindex(*x.shape):
-        up, down = x.copy(), x.copy()
-        up[index] += step
-        down[index] -= step
-        grad[index] = (function(up) - function(down)) / (2 * step)
-    return grad
-
-
 def _two(chosen: Any, rejected: Any, **options: Any) -> oracle.Preference:
     """Preference loss of one-token sequences with the given log probabilities."""
     values = np.concatenate([np.atleast_1d(chosen), np.atleast_1d(rejected)]).astype(float)[:, None]
     return oracle.preference_loss(values, np.ones(values.shape, bool), **options)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
-def test_token_logps_match_specification(scoring: dict[str, Any]) -> None:
-    logits, labels = _batch()
-    logps, lse, valid = oracle.token_logps(logits, labels, **scoring)
-    expected, mask = _spec_token_logps(logits, labels, **scoring)
-    if scoring.get("shift", True):
-        assert not valid[:, -1].any() and not logps[:, -1].any() and not lse[:, -1].any()
-        logps, valid = logps[:, :-1], valid[:, :-1]
-    np.testing.assert_array_equal(valid, mask)
-    np.testing.assert_allclose(logps, expected, rtol=1e-13, atol=1e-14)
-
-
-@pytest.mark.parametrize("scoring", SCORINGS)
-def test_token_logps_grad(scoring: dict[str, Any]) -> None:
-    logits, labels = _batch()
-    grad = np.random.default_rng(1).standard_normal((2 * P, T))
-    width = T - scoring.get("shift", True)
-    expected = _complex_step(
-        lambda x: (_spec_token_logps(x, labels, **scoring)[0] * grad[:, :width]).sum(), logits
-    )
-    actual = oracle.token_logps_grad(grad, logits, labels, **scoring)
-    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-14)
-
-
 @pytest.mark.parametrize("options", CASES + NEW_CASES)
 def test_loss_and_gradient_match_specification(options: dict[str, Any]) -> None:
-    logits, labels = _batch()
+    logits, labels = batch()
 
     def loss(x: Array) -> Any:
-        return _spec_loss(*_spec_token_logps(x, labels), **options)
+        return specified_loss(*specified_token_logps(x, labels), **options)
 
     result, dlogits = oracle.simpo_loss(logits, labels, **options)
     np.testing.assert_allclose(result.loss, loss(logits), rtol=1e-12, atol=1e-14)
-    expected = _complex_step(lambda x: loss(x).sum(), logits)
+    expected = complex_step(lambda x: loss(x).sum(), logits)
     np.testing.assert_allclose(dlogits, expected, rtol=1e-11, atol=1e-15)
     assert np.abs(dlogits).max() > 1e-3
 
@@ -208,13 +94,13 @@ def test_loss_and_gradient_match_specification(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("empty", ["drop", "nan"])
 @pytest.mark.parametrize("options", CASES)
 def test_preference_grad_by_central_differences(options: dict[str, Any], empty: str) -> None:
-    logits, labels = _batch()
+    logits, labels = batch()
     if empty == "drop":
         labels[P + 1] = IGNORE
     logps, _, valid = oracle.token_logps(logits, labels)
     options = {**options, "empty": empty}
     weights: Any = np.array([0.5, -2.0, 1.5]) if options.get("reduction") == "none" else -0.7
-    expected = _central(
+    expected = central_differences(
         lambda x: float((weights * oracle.preference_loss(x, valid, **options).loss).sum()), logps
     )
     actual = oracle.preference_grad(logps, valid, grad_loss=weights, **options)
@@ -224,7 +110,7 @@ def test_preference_grad_by_central_differences(options: dict[str, Any], empty: 
 def test_specification_example_1() -> None:
     result = _two(-1.2, -2.5, beta=2.0, gamma_beta_ratio=0.5)
     assert math.isclose(result.loss, math.log1p(math.exp(-1.6)), rel_tol=1e-15)
-    # The text takes log of sigmoid(1.6) rounded to 0.832; unrounded the loss is 0.183901.
+    # The specification takes the log of sigmoid(1.6) rounded to 0.832. Unrounded it is 0.183901.
     assert abs(result.loss - 0.183901) < 5e-7
     assert round(math.exp(-result.loss), 3) == 0.832
     assert round(-math.log(0.832), 3) == round(float(result.loss), 3) == 0.184
@@ -233,7 +119,7 @@ def test_specification_example_1() -> None:
 
 
 def test_specification_example_2() -> None:
-    # The text sets beta to 2.5 and carries over 0.184, which is the loss at beta 2: 0.304.
+    # The specification sets beta to 2.5 but adds 0.12 to 0.184, the loss at beta 2.
     carried = _two(-1.2, -2.5, beta=2.0, sft_weight=0.1)
     assert round(float(carried.loss), 3) == 0.304
     assert carried.sft_loss == 1.2
@@ -270,70 +156,12 @@ def test_specification_gradient_formulas() -> None:
     np.testing.assert_array_equal(slope(loss_type="hinge"), [-beta, -beta, 0.0, 0.0])
 
 
-def test_low_precision_logits_are_taken_as_they_are() -> None:
-    logits, labels = _batch()
-    half = logits.astype(np.float16)
-    expected = oracle.token_logps(half.astype(np.float64), labels)[0]
-    np.testing.assert_array_equal(oracle.token_logps(half, labels)[0], expected)
-
-
-def test_extreme_logits_keep_relative_accuracy() -> None:
-    logps, lse, _ = oracle.token_logps([[[1e4, 1e4 - 50.0, -1e300]]], [[0]], shift=False)
-    assert math.isclose(logps[0, 0], -math.exp(-50.0), rel_tol=1e-14) and lse[0, 0] == 1e4
-    grad = oracle.token_logps_grad([[1.0]], [[[1e4, 1e4 - 50.0, -1e300]]], [[0]], shift=False)
-    np.testing.assert_allclose(grad[0, 0], [math.exp(-50.0), -math.exp(-50.0), 0.0], rtol=1e-14)
-
-
-def test_special_rows() -> None:
-    inf, nan = np.inf, np.nan
-    rows = [[nan, 0.0], [inf, 0.0], [-inf, -inf], [-inf, 3.0], [-inf, 3.0], [nan, inf], [nan, nan]]
-    labels = np.array([[0, 1, 1, 0, 1, IGNORE, 0]])
-    grad = np.array([[1.0, 1.0, 1.0, 2.0, 2.0, 5.0, 0.0]])
-    logps, lse, valid = oracle.token_logps([rows], labels, shift=False)
-    np.testing.assert_array_equal(valid[0], [True] * 5 + [False, True])
-    np.testing.assert_array_equal(logps[0], [nan, nan, nan, -inf, 0.0, 0.0, nan])
-    np.testing.assert_array_equal(lse[0], [nan, nan, -inf, 3.0, 3.0, 0.0, nan])
-    dlogits = oracle.token_logps_grad(grad, [rows], labels, shift=False)[0]
-    assert np.isnan(dlogits[:3]).all()
-    np.testing.assert_array_equal(dlogits[3:], [[2.0, -2.0], [0, 0], [0, 0], [0, 0]])
-    # With a softcap infinite logits are bounded and flat; NaN stays NaN.
-    logps, lse, _ = oracle.token_logps([rows], labels, shift=False, softcap=2.0)
-    assert np.isnan(logps[0, 0]) and np.isnan(lse[0, 0])
-    assert np.isfinite(logps[0, 1:5]).all()
-    assert math.isclose(logps[0, 2], -math.log(2.0)) and math.isclose(
-        lse[0, 2], math.log(2.0) - 2.0
-    )
-    assert math.isclose(logps[0, 1], -math.log1p(math.exp(2.0)))
-    dlogits = oracle.token_logps_grad(grad, [rows], labels, shift=False, softcap=2.0)[0]
-    assert dlogits[1, 0] == 0.0 and dlogits[1, 1] > 0.8 and not dlogits[2].any()
-
-
-def test_labels_outside_the_vocabulary() -> None:
-    logits = np.zeros((1, 3, V))
-    with pytest.raises(IndexError, match=r"label 7 at \(0, 2\)"):
-        oracle.token_logps(logits, [[0, 0, V]])
-    assert oracle.token_logps(logits, [[V, 0, 0]])[2].sum() == 2  # Position 0 is not scored.
-    assert oracle.token_logps(logits, [[0, V, V]], ignore_index=V)[2].sum() == 0
-    assert oracle.token_logps(logits[:, :1], [[3]])[2].sum() == 0
-
-
-def test_sequence_logps() -> None:
-    inf, nan = np.inf, np.nan
-    values = np.array([[1e16, 1.0, -1e16], [-inf, -1.0, nan], [-1.0, nan, -1.0], [nan] * 3])
-    valid = np.array([[True] * 3, [True, True, False], [True] * 3, [False] * 3])
-    logps, counts = oracle.sequence_logps(values, valid, average_log_prob=False)
-    np.testing.assert_array_equal(logps, [1.0, -inf, nan, nan])
-    np.testing.assert_array_equal(counts, [3, 2, 3, 0])
-    logps, _ = oracle.sequence_logps(values, valid)
-    np.testing.assert_array_equal(logps, [1.0 / 3.0, -inf, nan, nan])
-
-
 @pytest.mark.parametrize("options", CASES)
 @pytest.mark.parametrize("row", [1, P + 1])
 def test_dropped_pair_equals_a_batch_without_it(options: dict[str, Any], row: int) -> None:
-    logits, labels = _batch()
+    logits, labels = batch()
     labels[row] = IGNORE
-    logits[[1, P + 1]] = np.nan  # The partner of the empty sequence is not read either.
+    logits[[1, P + 1]] = np.nan  # Both sequences of the pair are not read.
     keep = [0, 2, P, P + 2]
     result, dlogits = oracle.simpo_loss(logits, labels, **options)
     expected, dexpected = oracle.simpo_loss(logits[keep], labels[keep], **options)
@@ -348,7 +176,7 @@ def test_dropped_pair_equals_a_batch_without_it(options: dict[str, Any], row: in
 
 
 def test_empty_sequence_as_nan() -> None:
-    logits, labels = _batch()
+    logits, labels = batch()
     labels[P + 1] = IGNORE
     result, dlogits = oracle.simpo_loss(logits, labels, empty="nan")
     assert np.isnan(result.loss) and np.isnan(result.losses).tolist() == [False, True, False]
@@ -359,7 +187,7 @@ def test_empty_sequence_as_nan() -> None:
 
 
 @pytest.mark.parametrize("sft", ["sequence", "token"])
-def test_nothing_counted(sft: str) -> None:
+def test_a_batch_without_counted_pairs(sft: str) -> None:
     options: dict[str, Any] = {"sft_weight": 0.5, "sft_reduction": sft}
     for rows, empty, reduction in itertools.product((0, 4), ("drop", "nan"), ("mean", "sum")):
         values, valid = np.full((rows, 2), np.nan), np.zeros((rows, 2), bool)
@@ -415,7 +243,7 @@ def test_meaningless_options_are_refused(options: dict[str, Any]) -> None:
         _two(-1.0, -2.0, **options)
 
 
-# ---- pairs, weights, variants, sequences laid end to end -----------------------------------------
+# ---- pairs, weights, variants, packed sequences --------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [1e-20, 1e-6, 0.1, 1.0, 5.0, -0.5, -3.0])
@@ -441,7 +269,7 @@ def test_alpha_reward_and_its_slope_in_decimal_arithmetic(alpha: float) -> None:
 def test_alpha_at_infinite_rewards() -> None:
     inf = np.inf
     options: dict[str, Any] = {"alpha": 1.0, "reduction": "sum"}
-    # exp(1000) is past every float.
+    # exp(1000) overflows.
     for chosen, rejected, loss, slopes in (
         (-1.0, -1000.0, 0.0, [0.0, 0.0]),
         (-1000.0, -1.0, inf, [-inf, 2.0 * math.e]),
@@ -463,7 +291,7 @@ def test_ipo_and_the_default_margin_of_each_loss() -> None:
 
 
 def _pack(rows: Array, lengths: Any, fill: float) -> tuple[Array, Array]:
-    """The first lengths[s] positions of each row end to end, between two that are filled."""
+    """Packs the first lengths[s] positions of each row, with filled padding before and after."""
     edge = np.full((2, *rows.shape[2:]), fill, dtype=rows.dtype)
     parts = [edge, *(row[:length] for row, length in zip(rows, lengths, strict=True)), edge[:1]]
     return np.concatenate(parts), 2 + np.concatenate([[0], np.cumsum(lengths)])
@@ -471,8 +299,8 @@ def _pack(rows: Array, lengths: Any, fill: float) -> tuple[Array, Array]:
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("shape", [(-1,), (1, -1)])
-def test_packed_sequences_are_those_of_padded_rows(scoring: dict[str, Any], shape: Any) -> None:
-    logits, labels = _batch()
+def test_packed_sequences_equal_padded_rows(scoring: dict[str, Any], shape: Any) -> None:
+    logits, labels = batch()
     lengths = [6, 0, 4, 6, 1, 3]
     for s, length in enumerate(lengths):
         labels[s, length:] = IGNORE
@@ -492,15 +320,15 @@ def test_packed_sequences_are_those_of_padded_rows(scoring: dict[str, Any], shap
 
 
 @pytest.mark.parametrize("cu_seqlens", [[], [0, 7], [-1, 3], [0, 4, 3]])
-def test_boundaries_that_divide_nothing_are_refused(cu_seqlens: Any) -> None:
+def test_invalid_boundaries_are_refused(cu_seqlens: Any) -> None:
     with pytest.raises(ValueError, match="do not divide 6"):
         oracle.token_logps(np.zeros((6, V)), [0] * 6, cu_seqlens=cu_seqlens)
 
 
 @pytest.mark.parametrize("sequence", [-1, 6])
-def test_pairs_of_sequences_that_there_are_not_are_refused(sequence: int) -> None:
+def test_pairs_of_missing_sequences_are_refused(sequence: int) -> None:
     with pytest.raises(IndexError, match=r"pair \[1, 0\] is of sequence"):
-        oracle.simpo_loss(*_batch(), pairs=[[0, 1], [sequence, 2]])
+        oracle.simpo_loss(*batch(), pairs=[[0, 1], [sequence, 2]])
 
 
 @pytest.mark.parametrize("name", ["losses", "chosen_logps", "rejected_logps", "sft_loss"])
@@ -510,8 +338,8 @@ def test_pairs_of_sequences_that_there_are_not_are_refused(sequence: int) -> Non
 def test_gradients_of_the_other_results_by_central_differences(
     options: dict[str, Any], name: str
 ) -> None:
-    logits, labels = _batch()
-    labels[5] = IGNORE  # Drops a pair, whose chosen_logps have a gradient all the same.
+    logits, labels = batch()
+    labels[5] = IGNORE  # Drops a pair, whose chosen_logps still have a gradient.
     logps, _, valid = oracle.token_logps(logits, labels)
     options = {"sft_weight": 0.4, "pairs": SHARED, "pair_weight": WEIGHTS, **options}
     of_pairs = name != "sft_loss" or options.get("reduction") == "none"
@@ -524,8 +352,8 @@ def test_gradients_of_the_other_results_by_central_differences(
 
     grads = {"grad_loss": 0.0, f"grad_{name}": weights}
     actual = oracle.preference_grad(logps, valid, **grads, **options)
-    np.testing.assert_allclose(actual, _central(weighted, logps), rtol=1e-7, atol=1e-9)
-    # With the loss's own they add up.
+    np.testing.assert_allclose(actual, central_differences(weighted, logps), rtol=1e-7, atol=1e-9)
+    # Gradients of several results add up.
     both = oracle.preference_grad(logps, valid, **{**grads, "grad_loss": 1.0}, **options)
     alone = oracle.preference_grad(logps, valid, **options)
     np.testing.assert_allclose(both, actual + alone, rtol=1e-13, atol=1e-15)
@@ -535,10 +363,10 @@ def test_gradients_of_the_other_results_by_central_differences(
 @pytest.mark.parametrize("options", [
     {}, {"sft_weight": 0.3}, {"sft_weight": 0.3, "sft_reduction": "token"}, {"reduction": "none"},
 ])  # fmt: skip
-def test_weight_zero_leaves_a_pair_out_and_keeps_the_denominators(
+def test_weight_zero_drops_a_pair_and_keeps_the_denominators(
     options: dict[str, Any], empty: str
 ) -> None:
-    logits, labels = _batch()
+    logits, labels = batch()
     logits[[1, P + 1]] = np.nan
     weight = np.array([2.0, 0.0, -1.0])
     keep = [0, 2, P, P + 2]
@@ -558,9 +386,9 @@ def test_weight_zero_leaves_a_pair_out_and_keeps_the_denominators(
 
 
 def test_count_pairs() -> None:
-    _, labels = _batch()
+    _, labels = batch()
     labels[3] = labels[1, 1:] = IGNORE
-    labels[1, 0] = 2  # Which the shift leaves unscored.
+    labels[1, 0] = 2  # The shift does not score the first column.
     assert oracle.count_pairs(labels) == (1, 3)
     assert oracle.count_pairs(labels, empty="nan") == (3, 8)
     assert oracle.count_pairs(labels, shift=False) == (2, 1 + 3)

@@ -1,4 +1,4 @@
-"""Which sequences make a pair, and how much each pair counts."""
+"""Pairs by indices, and weights of pairs."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 from simpo_ext import linear_simpo_loss, simpo_loss
 from support import linear_oracle, oracle
 from support.batches import DTYPES, make_batch
-from support.linear_batches import assert_same, make_linear_batch
-from support.packed_batches import (
+from support.comparisons import (
     DIFFERENTIABLE,
     OUTPUTS,
-    PAIRS,
+    assert_outputs_match,
+    assert_same,
     gradients_by_the_oracle,
     loss_and_gradient,
-    make_linear_packed,
-    make_packed,
     reduced_weights,
 )
+from support.linear_batches import make_linear_batch
+from support.packed_batches import PAIRS, make_linear_packed, make_packed
 
 pytestmark = pytest.mark.kernels
 
 NAN, INF = float("nan"), float("inf")
 PAIRED = torch.tensor(PAIRS)
-# Of the seven pairs, of which the fifth and the sixth are dropped.
+# One weight for each pair of PAIRS. Pairs 4 and 5 are dropped.
 WEIGHTS = torch.tensor([0.25, -1.5, 3.0, 0.0, 7.0, 0.0, 1.0], dtype=torch.float64)
-# Of five rows, so that they are no halves; 1 in none.
+# Five rows cannot be two halves. Row 1 is in no pair.
 ROW_PAIRS = torch.tensor([[0, 2], [0, 3], [4, 0], [3, 2]])
 SFTS: list[dict[str, Any]] = [
     {},
@@ -58,15 +58,13 @@ COMBINATIONS = [
 
 
 def five_rows(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Padded rows of which there is an odd number."""
+    """An odd number of padded rows."""
     batch = make_batch(pairs=3, vocabulary=16, dtype=dtype)
     return batch.logits[:5], batch.labels[:5]
 
 
 def assert_matches(out: Any, want: oracle.Preference, rtol: float = 1e-12) -> None:
-    for name in OUTPUTS:
-        got = getattr(out, name).detach().double().numpy()
-        np.testing.assert_allclose(got, getattr(want, name), rtol=rtol, atol=rtol, err_msg=name)
+    assert_outputs_match(out, want, rtol)
     assert out.metrics() == pytest.approx(want.metrics, rel=1e-5, nan_ok=True)
 
 
@@ -74,7 +72,7 @@ def assert_matches(out: Any, want: oracle.Preference, rtol: float = 1e-12) -> No
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_default_is_each_of_the_first_half_with_one_of_the_second(packed: bool) -> None:
+def test_by_default_the_first_half_is_paired_with_the_second(packed: bool) -> None:
     batch = make_packed()
     options: dict[str, Any] = {"cu_seqlens": batch.cu_seqlens} if packed else {}
     inputs = batch[:2] if packed else batch.padded()
@@ -114,7 +112,7 @@ def test_rows_of_hidden_states_in_pairs_match_the_oracle() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"sft_weight": 0.3, "sft_reduction": "token"}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_shared_sequence_is_worth_as_many_copies_of_it(dtype: torch.dtype, options: Any) -> None:
+def test_a_shared_sequence_equals_copies_of_it(dtype: torch.dtype, options: Any) -> None:
     logits, labels = five_rows(dtype)
     stacked = ROW_PAIRS.t().flatten()
     leaf = logits.clone().requires_grad_()
@@ -132,7 +130,7 @@ def test_a_shared_sequence_is_worth_as_many_copies_of_it(dtype: torch.dtype, opt
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_order_of_the_pairs_is_that_of_the_results(dtype: torch.dtype, packed: bool) -> None:
+def test_the_results_have_the_order_of_the_pairs(dtype: torch.dtype, packed: bool) -> None:
     batch = make_packed(dtype=dtype)
     layout: dict[str, Any] = {"cu_seqlens": batch.cu_seqlens} if packed else {}
     inputs = batch[:2] if packed else batch.padded()
@@ -185,7 +183,7 @@ def test_gradient_through_each_output_of_the_linear_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_rows_in_no_pair_are_of_no_account(dtype: torch.dtype) -> None:
+def test_rows_in_no_pair_change_nothing(dtype: torch.dtype) -> None:
     logits, labels = five_rows(dtype)
     pairs = torch.tensor([[4, 0], [2, 0]])
     want, (want_gradient, _) = loss_and_gradient(logits, labels, pairs=pairs)
@@ -195,7 +193,7 @@ def test_rows_in_no_pair_are_of_no_account(dtype: torch.dtype) -> None:
     assert not gradient[[1, 3]].any()
 
 
-def test_a_sequence_against_itself_has_nothing_to_learn_but_its_sft_term() -> None:
+def test_a_sequence_paired_with_itself_learns_only_from_the_sft_term() -> None:
     logits, labels = five_rows()
     pairs = torch.tensor([[2, 2]])
     out, (gradient, _) = loss_and_gradient(logits, labels, pairs=pairs)
@@ -220,7 +218,7 @@ def test_a_pair_given_twice_counts_twice() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_pairs_of_sequences_that_there_are(reduction: Any) -> None:
+def test_sequences_without_pairs(reduction: Any) -> None:
     logits, labels = five_rows()
     pairs = torch.zeros(0, 2, dtype=torch.int64)
     options: dict[str, Any] = {"reduction": reduction, "sft_weight": 0.5, "pairs": pairs}
@@ -239,7 +237,7 @@ def test_pairs_of_any_integer_dtype_and_stride(strided: bool, dtype: torch.dtype
     options: dict[str, Any] = {"cu_seqlens": packed.cu_seqlens}
     want = loss_and_gradient(*packed[:2], pairs=PAIRED, **options)
     pairs = PAIRED.to(dtype)
-    if strided:  # Columns first, and every other of them.
+    if strided:  # Columns first in memory, and every other column skipped.
         pairs = torch.stack((pairs.t(), torch.full_like(pairs.t(), 99)), dim=1)[:, 0].t()
     assert_same(loss_and_gradient(*packed[:2], pairs=pairs, **options), want)
 
@@ -262,7 +260,7 @@ def test_weighted_pairs_match_the_oracle(dtype: torch.dtype, options: dict[str, 
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-def test_weighted_rows_of_halves_match_the_oracle(options: dict[str, Any]) -> None:
+def test_weighted_rows_without_pairs_match_the_oracle(options: dict[str, Any]) -> None:
     batch = make_batch(pairs=3, vocabulary=16, dtype=torch.float64)
     weights = torch.tensor([0.5, -2.0, 0.0])
     want, want_gradient = oracle.simpo_loss(
@@ -282,7 +280,7 @@ def test_weights_of_one_change_no_bit(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-def test_weights_of_two_double_what_is_weighted_and_nothing_else(options: dict[str, Any]) -> None:
+def test_weights_of_two_double_the_weighted_results_only(options: dict[str, Any]) -> None:
     batch = make_batch(pairs=3)
     want, (want_gradient, _) = loss_and_gradient(*batch, **options)
     out, (gradient, _) = loss_and_gradient(*batch, pair_weight=torch.full((3,), 2), **options)
@@ -295,7 +293,7 @@ def test_weights_of_two_double_what_is_weighted_and_nothing_else(options: dict[s
 
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF])
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-def test_weight_zero_takes_out_a_pair_that_is_not_finite(options: Any, garbage: float) -> None:
+def test_weight_zero_drops_a_pair_that_is_not_finite(options: Any, garbage: float) -> None:
     batch = make_batch(pairs=3, dtype=torch.float64)
     spoiled = batch.logits.clone()
     spoiled[[1, 4]] = garbage
@@ -303,7 +301,7 @@ def test_weight_zero_takes_out_a_pair_that_is_not_finite(options: Any, garbage: 
         weight = torch.tensor([2.0, zero, -0.5])
         want, (want_gradient, _) = loss_and_gradient(*batch, pair_weight=weight, **options)
         out, (gradient, _) = loss_and_gradient(spoiled, batch.labels, pair_weight=weight, **options)
-        # The losses add up exactly as with a finite pair of weight 0.
+        # The sums equal those with a finite pair of weight 0.
         for name in ("loss", "losses", "sft_loss"):
             assert_same(getattr(out, name), getattr(want, name))
         assert_same(gradient, want_gradient)
@@ -314,7 +312,7 @@ def test_weight_zero_takes_out_a_pair_that_is_not_finite(options: Any, garbage: 
 
 
 @pytest.mark.parametrize("options", [*SFTS, {"reduction": "none"}], ids=str)
-def test_weight_zero_takes_out_a_pair_that_is_empty(options: dict[str, Any]) -> None:
+def test_weight_zero_drops_an_empty_pair(options: dict[str, Any]) -> None:
     batch = make_batch(pairs=3)
     batch.labels[4] = -100
     weight = torch.tensor([2.0, 0.0, -0.5])
@@ -325,7 +323,7 @@ def test_weight_zero_takes_out_a_pair_that_is_empty(options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("weight", [NAN, INF])
 @pytest.mark.parametrize("options", SFTS, ids=str)
-def test_the_weight_of_a_dropped_pair_is_of_no_account(options: Any, weight: float) -> None:
+def test_the_weight_of_a_dropped_pair_changes_nothing(options: Any, weight: float) -> None:
     batch = make_batch(pairs=3)
     batch.labels[4] = -100
     want = loss_and_gradient(*batch, pair_weight=torch.tensor([2.0, 1.0, -0.5]), **options)
@@ -334,7 +332,7 @@ def test_the_weight_of_a_dropped_pair_is_of_no_account(options: Any, weight: flo
 
 
 @pytest.mark.parametrize("options", SFTS[:2], ids=str)
-def test_the_sum_of_the_weights_as_normalizer_makes_a_weighted_mean(options: Any) -> None:
+def test_normalizing_by_the_sum_of_weights_gives_a_weighted_mean(options: Any) -> None:
     batch = make_batch(pairs=3, dtype=torch.float64)
     weights = torch.tensor([0.5, 2.0, 0.75], dtype=torch.float64)
     out = simpo_loss(*batch, pair_weight=weights, normalizer=weights.sum(), **options)
@@ -357,7 +355,7 @@ def test_weights_of_any_dtype_and_stride(of_logits: torch.dtype, dtype: torch.dt
     assert [x.dtype for x in got[0]] == [x.dtype for x in want[0]]
 
 
-def test_weights_of_more_digits_than_float32_weigh_float64_losses() -> None:
+def test_float64_losses_use_all_digits_of_float64_weights() -> None:
     batch = make_batch(pairs=1, dtype=torch.float64)
     weight = torch.tensor([1.0 + 2.0**-40], dtype=torch.float64)
     ratio = simpo_loss(*batch, pair_weight=weight).loss / simpo_loss(*batch).loss

@@ -1,4 +1,4 @@
-"""Each preset is its trainer's formula, in that trainer's words; what is given wins."""
+"""Each preset equals its trainer's formula. Explicit arguments override a preset."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FORMULAS: dict[str, Callable[..., TrainerLoss]] = {
     "liger": liger_loss,
     "llamafactory": llamafactory_loss,
 }
-# simpo_ext's keyword as the trainer calls it, where that differs.
+# The trainer's names of simpo_ext's keywords, if they differ.
 NAMES = {
     "princeton": {},
     "trl": {"sft_weight": "cpo_alpha", "gamma": "simpo_gamma"},
     "liger": {"sft_weight": "alpha"},
     "llamafactory": {"beta": "pref_beta", "gamma": "simpo_gamma", "sft_weight": "pref_ftx"},
 }
-# Defaults, and every keyword that the trainer has at another value.
+# The defaults, and every keyword of the trainer with another value.
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("princeton", {}),
     ("princeton", {"label_smoothing": 0.1}),
@@ -62,7 +62,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 
 
 def as_the_trainer_calls_it(preset: str, options: dict[str, Any]) -> dict[str, Any]:
-    if preset in ("liger", "llamafactory"):  # which have no other
+    if preset in ("liger", "llamafactory"):  # Both have one loss type only.
         options = {name: value for name, value in options.items() if name != "loss_type"}
     return {NAMES[preset].get(name, name): value for name, value in options.items()}
 
@@ -77,7 +77,7 @@ def assert_equal(ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.kernels
 @pytest.mark.parametrize(("preset", "options"), OPTIONS)
-def test_a_preset_is_the_trainer_s_formula(preset: str, options: dict[str, Any]) -> None:
+def test_a_preset_equals_the_trainer_s_formula(preset: str, options: dict[str, Any]) -> None:
     batch = make_batch(PAIRS, time=17, vocabulary=101, dtype=torch.float64)
     ours, theirs = two_leaves(batch)
     out = simpo_ext.simpo_loss(ours, batch.labels, preset=preset, **options)
@@ -94,7 +94,7 @@ def test_a_preset_is_the_trainer_s_formula(preset: str, options: dict[str, Any])
 def test_every_loss_type_of_every_preset_is_compared_with_its_formula() -> None:
     compared = {(preset, options.get("loss_type")) for preset, options in OPTIONS}
     assert compared == {*ROWS, *((preset, None) for preset in PRESETS)} - {
-        ("princeton", "sigmoid"),  # the defaults
+        ("princeton", "sigmoid"),  # The defaults have it.
         ("liger", "sigmoid"),
     }
 
@@ -103,7 +103,7 @@ def test_every_loss_type_of_every_preset_is_compared_with_its_formula() -> None:
 @pytest.mark.parametrize(
     ("preset", "loss_type"), [row for row in ROWS if PRESETS[row[0]][row[1]].average_log_prob]
 )
-def test_empty_completions_make_nan_where_the_trainer_s_do(preset: str, loss_type: str) -> None:
+def test_empty_completions_are_nan_as_in_the_trainer(preset: str, loss_type: str) -> None:
     batch = make_batch(PAIRS, time=9, vocabulary=31, dtype=torch.float64)
     batch.labels[0] = -100  # chosen of pair 0
     batch.labels[PAIRS + 2] = -100  # rejected of pair 2
@@ -126,7 +126,9 @@ def test_empty_completions_make_nan_where_the_trainer_s_do(preset: str, loss_typ
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
-def test_an_empty_completion_is_nan_where_trl_s_sums_take_it_for_the_best(loss_type: str) -> None:
+def test_an_empty_completion_is_nan_but_0_in_trl_s_sums(
+    loss_type: str,
+) -> None:
     batch = make_batch(PAIRS, time=9, vocabulary=31, dtype=torch.float64)
     batch.labels[0] = -100
     out = simpo_ext.simpo_loss(*batch, preset="trl", loss_type=loss_type)
@@ -136,24 +138,24 @@ def test_an_empty_completion_is_nan_where_trl_s_sums_take_it_for_the_best(loss_t
     assert_equal(out.losses[1:], theirs.losses[1:])
 
 
-def test_princeton_s_and_llama_factory_s_defaults_are_their_configs() -> None:
+def test_the_defaults_of_princeton_and_llamafactory() -> None:
     assert with_preset("princeton")[:6] == ("sigmoid", 2.0, 0.25, None, 0.0, 0.0)
     assert with_preset("llamafactory")[:6] == ("sigmoid", 0.1, None, 0.5, 0.0, 0.0)
 
 
-def test_without_a_preset_the_defaults_are_those_of_the_readme() -> None:
+def test_the_defaults_without_a_preset() -> None:
     own = Semantics("sigmoid", 2.0, 0.5, None, 0.0, 0.0, "sequence", True, "drop", True)
     assert with_preset(None) == own
     assert with_preset(None, loss_type="hinge") == own._replace(loss_type="hinge")
     assert with_preset(None, loss_type="ipo") == own._replace(loss_type="ipo", gamma_beta_ratio=0.0)
 
 
-# Each unlike every default, and false where it can be.
+# Each value differs from every default, and is falsy if possible.
 EXPLICIT = {
     "beta": 0.7,
     "label_smoothing": 0.05,
     "sft_weight": 0.6,
-    "sft_reduction": "neither",  # not checked here
+    "sft_reduction": "neither",  # with_preset does not check it.
     "average_log_prob": 0,
     "empty": "neither",
     "shift": 0,
@@ -163,7 +165,7 @@ EXPLICIT = {
 @pytest.mark.parametrize(
     ("preset", "loss_type"), [*((None, loss_type) for loss_type in OWN), *ROWS]
 )
-def test_what_is_given_wins(preset: str | None, loss_type: str) -> None:
+def test_explicit_values_override_a_preset(preset: str | None, loss_type: str) -> None:
     default = with_preset(preset, loss_type=loss_type)
     for name, value in EXPLICIT.items():
         given = with_preset(preset, loss_type=loss_type, **{name: value})
@@ -178,14 +180,14 @@ def test_what_is_given_wins(preset: str | None, loss_type: str) -> None:
 
 
 @pytest.mark.kernels
-def test_keywords_given_to_a_loss_win_over_its_preset() -> None:
+def test_keywords_of_a_loss_override_its_preset() -> None:
     batch = make_batch(PAIRS, time=9, vocabulary=31, dtype=torch.float64)
     out = simpo_ext.simpo_loss(
         *batch, preset="trl", gamma_beta_ratio=0.3, sft_weight=0.2, sft_reduction="sequence"
     )
     expected = simpo_ext.simpo_loss(*batch, beta=0.1, gamma_beta_ratio=0.3, sft_weight=0.2)
     assert_equal(out.loss, expected.loss)
-    # A preset's gamma stays what it is under another beta.
+    # Another beta does not change a preset's gamma.
     out = simpo_ext.simpo_loss(*batch, preset="trl", beta=4.0, sft_weight=0.0)
     expected = simpo_ext.simpo_loss(*batch, beta=4.0, gamma=0.5)
     assert_equal(out.loss, expected.loss)
@@ -233,7 +235,7 @@ def test_keywords_given_to_a_loss_win_over_its_preset() -> None:
         ),
     ],
 )
-def test_errors_say_what_there_is(
+def test_errors_list_the_choices(
     error: type[Exception], message: str, options: dict[str, Any]
 ) -> None:
     batch = make_batch()
@@ -248,7 +250,7 @@ def test_errors_say_what_there_is(
 
 
 @pytest.mark.kernels
-def test_every_loss_takes_a_preset_and_modules_show_what_it_means() -> None:
+def test_every_loss_takes_a_preset_and_modules_show_its_values() -> None:
     labels = make_batch(3, time=9, vocabulary=50).labels
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(6, 9, 16, generator=generator)
@@ -268,18 +270,18 @@ def test_every_loss_takes_a_preset_and_modules_show_what_it_means() -> None:
     for module in modules:
         shown = repr(module)
         for name, value in with_preset(**options)._asdict().items():
-            if name != "gamma":  # over beta, it is the ratio
+            if name != "gamma":  # Shown as gamma_beta_ratio.
                 assert f"{name}={value!r}" in shown
 
 
-def test_a_module_s_preset_has_its_margin_over_its_beta() -> None:
+def test_a_module_divides_a_preset_s_gamma_by_its_beta() -> None:
     module = simpo_ext.SimPOLoss(preset="liger", beta=2.0)
     assert module.gamma_beta_ratio == 0.25
     assert "gamma_beta_ratio=0.25" in repr(module)
 
 
 @pytest.mark.kernels
-def test_a_preset_is_traced_whole() -> None:
+def test_a_preset_compiles_without_graph_break() -> None:
     batch = make_batch()
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:

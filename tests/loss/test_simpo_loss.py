@@ -13,6 +13,8 @@ import torch
 import simpo_ext
 from support import oracle
 from support.batches import DTYPES, Batch, make_batch
+from support.comparisons import OUTPUTS
+from support.signatures import keywords
 
 pytestmark = pytest.mark.kernels
 
@@ -60,15 +62,7 @@ def test_every_output_and_the_gradient_match_the_oracle(
     tolerance = (
         {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 2e-6}
     )
-    for name in (
-        "loss",
-        "losses",
-        "chosen_logps",
-        "rejected_logps",
-        "chosen_rewards",
-        "rejected_rewards",
-        "sft_loss",
-    ):
+    for name in OUTPUTS:
         result = getattr(out, name)
         assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         truth = torch.as_tensor(getattr(expected, name), dtype=torch.float64)
@@ -126,7 +120,7 @@ def test_rewards_and_metrics_are_detached() -> None:
         assert not getattr(out, name).requires_grad, name
 
 
-def test_nothing_is_recorded_without_grad() -> None:
+def test_no_graph_is_recorded_without_grad() -> None:
     batch = make_batch()
     with torch.no_grad():
         assert (
@@ -154,7 +148,7 @@ def test_micro_batches_with_a_normalizer_give_the_gradient_of_the_whole() -> Non
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-13, atol=1e-16)
 
 
-def test_a_normalizer_may_be_a_number_of_numpy_or_a_tensor() -> None:
+def test_a_normalizer_may_be_a_numpy_number_or_a_tensor() -> None:
     batch = make_batch(pairs=3)
     expected = simpo_ext.simpo_loss(*batch, normalizer=5.0).loss
     for normalizer in (5, np.float32(5.0), np.int64(5), torch.tensor(5.0), torch.tensor(5)):
@@ -181,13 +175,13 @@ def test_from_logps_agrees_with_the_formula(dtype: torch.dtype, loss_type: str) 
     assert not rejected_rewards.requires_grad
     losses.sum().backward()
     truth.sum().backward()
-    # One rounding to the inputs' dtype, whose smallest fp16 step is 6e-8.
+    # The gradients are rounded once to the inputs' dtype. The smallest float16 number is 6e-8.
     tolerance = {"rtol": max(torch.finfo(dtype).eps, 1e-7), "atol": 6e-8}
     torch.testing.assert_close(chosen.grad.double(), c.grad, **tolerance)
     torch.testing.assert_close(rejected.grad.double(), r.grad, **tolerance)
 
 
-def test_from_logps_is_the_same_kernel_as_simpo_loss() -> None:
+def test_from_logps_equals_simpo_loss() -> None:
     batch = make_batch(pairs=4)
     out = simpo_ext.simpo_loss(*batch, label_smoothing=0.2)
     losses, chosen_rewards, _ = simpo_ext.simpo_loss_from_logps(
@@ -201,7 +195,7 @@ def test_from_logps_is_the_same_kernel_as_simpo_loss() -> None:
 def test_losses_far_from_the_margin_neither_overflow_nor_vanish(loss_type: str) -> None:
     logps = torch.tensor([-1000.0, 0.0], dtype=torch.float64)
     losses, _, _ = simpo_ext.simpo_loss_from_logps(logps, logps.flip(0), loss_type=loss_type)
-    # z = -1000.5 and 999.5: softplus(2001) and softplus(-1999), or 1 + 2001 and nothing.
+    # z is -1000.5 and 999.5: softplus(2001) and softplus(-1999), or hinges of 1 + 2001 and 0.
     assert losses.tolist() == ([2001.0, 0.0] if loss_type == "sigmoid" else [2002.0, 0.0])
     slightly, _, _ = simpo_ext.simpo_loss_from_logps(
         logps[1:], logps[1:] - 20.0, loss_type="sigmoid"
@@ -220,7 +214,7 @@ def test_a_tie_is_not_counted_as_accurate() -> None:
 
 
 def logits_with_mean_logps(means: list[float]) -> Batch:
-    """Sequences of two tokens over two labels, with the mean token log-probability given."""
+    """Sequences of two tokens from a vocabulary of two, with these mean log-probabilities."""
     logits = torch.zeros(len(means), 3, 2, dtype=torch.float64)
     for row, mean in enumerate(means):
         # log_softmax of (0, x) at 0 is -log(1 + exp(x)).
@@ -232,10 +226,10 @@ def logits_with_mean_logps(means: list[float]) -> Batch:
 def test_example_1_of_the_specification() -> None:
     batch = logits_with_mean_logps([-1.2, -2.5])
     out = simpo_ext.simpo_loss(*batch, beta=2.0, gamma_beta_ratio=0.5)
-    # z = 1.3 - 0.5 = 0.8, -log sigmoid(1.6) = 0.18390; the text takes the log of a rounded 0.832.
+    # z = 1.3 - 0.5 = 0.8, -log sigmoid(1.6) = 0.18390. The specification rounds sigmoid to 0.832.
     assert out.loss.item() == pytest.approx(math.log1p(math.exp(-1.6)), rel=1e-13)
     assert round(out.loss.item(), 3) == 0.184
-    # "reward_margin = chosen_rewards.mean() - rejected_rewards.mean()", gamma left out.
+    # The specification's margin of the rewards is without gamma.
     assert out.metrics()["rewards/margins"] == pytest.approx(2.6, rel=1e-13)
     losses, _, _ = simpo_ext.simpo_loss_from_logps(
         torch.tensor([-1.2]), torch.tensor([-2.5]), beta=2.0, gamma_beta_ratio=0.5
@@ -245,7 +239,7 @@ def test_example_1_of_the_specification() -> None:
 
 def test_example_2_of_the_specification() -> None:
     batch = logits_with_mean_logps([-1.2, -2.5])
-    # The text carries 0.184 over from beta = 2; with its own 2.5 the preference term is 0.127.
+    # The specification's 0.184 is the loss at beta 2. At its beta of 2.5, the loss is 0.127.
     carried_over = simpo_ext.simpo_loss(*batch, beta=2.0, gamma_beta_ratio=0.5, sft_weight=0.1)
     assert round(carried_over.loss.item(), 3) == 0.304
     out = simpo_ext.simpo_loss(*batch, beta=2.5, gamma_beta_ratio=0.5, sft_weight=0.1)
@@ -278,7 +272,7 @@ def test_the_hinge_has_subgradient_zero_at_its_kink() -> None:
 # ---- SimPOLoss -----------------------------------------------------------------------------------
 
 
-def test_the_module_is_the_function_with_its_options() -> None:
+def test_the_module_equals_the_function_with_its_options() -> None:
     batch = make_batch(pairs=3)
     options: dict[str, Any] = {"gamma": 1.0, "sft_weight": 0.1, "label_smoothing": 0.05}
     module = simpo_ext.SimPOLoss(**options)
@@ -293,15 +287,6 @@ def test_the_module_is_the_function_with_its_options() -> None:
 
 
 def test_the_module_and_the_function_have_the_same_keywords_and_defaults() -> None:
-    import inspect
-
-    def keywords(function: Any) -> dict[str, Any]:
-        return {
-            name: parameter.default
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        }
-
     of_a_call = {"cu_seqlens": None, "pairs": None, "pair_weight": None}
     assert keywords(simpo_ext.simpo_loss) == {**keywords(simpo_ext.SimPOLoss), **of_a_call}
     forward = keywords(simpo_ext.SimPOLoss.forward)
@@ -317,12 +302,12 @@ def test_the_module_s_repr_shows_every_option() -> None:
     )
 
 
-def test_what_a_caller_sets_on_a_module_is_no_option() -> None:
+def test_other_attributes_of_a_module_are_no_options() -> None:
     batch = make_batch()
     hidden, weight = torch.randn(*batch.labels.shape, 3), torch.randn(batch.logits.shape[2], 3)
     module, linear = simpo_ext.SimPOLoss(beta=2.5), simpo_ext.LinearSimPOLoss(beta=2.5)
     module.name = linear.name = "of the caller"
-    module.beta = linear.beta = 3.0  # options may be changed
+    module.beta = linear.beta = 3.0  # Assigning an option changes it.
     loss = module(*batch).loss
     assert torch.equal(loss, simpo_ext.simpo_loss(*batch, beta=3.0).loss)
     of_hidden = simpo_ext.linear_simpo_loss(hidden, weight, batch.labels, beta=3.0).loss

@@ -12,14 +12,14 @@ from support.batches import DTYPES, Batch, eager_token_logps, make_batch
 
 pytestmark = pytest.mark.kernels
 
-# 1: a softmax of one. 7: less than a vector. 1024, and one more or less: steps of whole vectors
-# with tails of each kind. 5003: several runs of steps and an odd tail. 8193: a block and a tail.
+# 1: a softmax of one. 7: less than a vector. 1023 to 1025: whole steps of vectors, with and without
+# a tail. 5003: several steps and an odd tail. 8193: a block and a tail.
 VOCABULARIES = (1, 7, 1023, 1024, 1025, 5003, 8193)
 
-# A float32 result is at best half an ulp off; on values up to 32 that is 1e-6, and a sum of exps
-# adds about as much. The rule is 2x the eager computation's error, above this floor.
+# An error may be twice that of the eager computation, or this floor. Half an ulp of float32 is 1e-6
+# for values up to 32, and a sum of exps adds about as much.
 FLOOR = {torch.float64: 4e-15, torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6}
-# Gradients are at most 1 in size, so that their floor is some ulp of 1 in the compute dtype.
+# Gradients are at most 1, so their floor is a few ulp of 1 in the compute dtype.
 GRADIENT_FLOOR = {
     torch.float64: 1e-15,
     torch.float32: 2e-7,
@@ -33,7 +33,7 @@ def max_error(result: Tensor, truth: Tensor) -> float:
 
 
 def gradients(batch: Batch, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Ours, and that of the eager computation."""
+    """The gradients of token_logps and of the eager computation."""
     results = []
     for function in (simpo_ext.token_logps, eager_token_logps):
         leaf = batch.logits.clone().requires_grad_()
@@ -84,7 +84,7 @@ def test_gradients_are_at_least_as_exact_as_eager(dtype: torch.dtype, vocabulary
 def test_a_common_offset_of_the_logits_costs_no_accuracy(
     dtype: torch.dtype, offset: float, tolerance: float
 ) -> None:
-    # An offset common to all logits drops out, and what the backward saved must not bring it back.
+    # A common offset cancels. The tensors saved for the backward must not bring it back.
     batch = make_batch(vocabulary=1000, dtype=dtype, offset=offset)
     upstream = torch.ones(batch.labels.shape)
     args = batch.logits.double().numpy(), batch.labels.numpy()
@@ -97,7 +97,7 @@ def test_a_common_offset_of_the_logits_costs_no_accuracy(
 
 @pytest.mark.parametrize("flatness", [0.0, 0.01, 1.0])
 def test_a_flat_distribution_over_a_large_vocabulary_is_exact(flatness: float) -> None:
-    # 262144 terms of equal size: where a running float32 sum drifts most.
+    # A running float32 sum of 262144 terms of equal size would drift.
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(2, 2, 262144, generator=generator) * flatness
     labels = torch.zeros(2, 2, dtype=torch.int64)
@@ -121,7 +121,7 @@ def test_options_match_the_oracle(
     upstream = torch.rand(logps.shape, generator=torch.Generator().manual_seed(1)).to(logps.dtype)
     logps.backward(upstream)
     truth = oracle.token_logps_grad(upstream.double().numpy(), *args, shift=shift, **options)
-    # One rounding to the logits' dtype on entries of at most 1.
+    # Entries of at most 1 are rounded once to the logits' dtype.
     rounding = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
     assert max_error(leaf.grad, torch.from_numpy(truth)) < rounding
 
@@ -142,7 +142,7 @@ def test_in_place_backward_gives_the_same_bits_in_the_logits_memory(dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sequence_logps_match_the_oracle(dtype: torch.dtype, average: bool) -> None:
     batch = make_batch(pairs=3, time=40, vocabulary=90, dtype=dtype)
-    odd = Batch(batch.logits[:5], batch.labels[:5])  # sequences need not be pairs
+    odd = Batch(batch.logits[:5], batch.labels[:5])  # Sequences need no pairs.
     logps = simpo_ext.sequence_logps(*odd, average_log_prob=average)
     per_token, _, valid = oracle.token_logps(odd.logits.double().numpy(), odd.labels.numpy())
     expected, _ = oracle.sequence_logps(per_token, valid, average_log_prob=average)
@@ -163,7 +163,7 @@ def test_the_sum_over_a_long_sequence_is_exact() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_first_block_of_minus_infinity_leaves_the_rest_exact(dtype: torch.dtype) -> None:
-    # The first half of the vocabulary masked out: whole blocks of -inf before the first number.
+    # Whole blocks of -inf come before the first finite logit.
     batch = make_batch(vocabulary=5003, dtype=dtype)
     batch.logits[:, :, :2500] = float("-inf")
     batch.labels[batch.labels >= 0] %= 2500
@@ -179,7 +179,7 @@ def test_a_first_block_of_minus_infinity_leaves_the_rest_exact(dtype: torch.dtyp
 
 
 def test_small_probabilities_keep_their_digits() -> None:
-    # Relative, down to 1e-30: an exp that gives up early shows here.
+    # Relative errors of probabilities down to 1e-30: an exp that underflows early fails.
     logits = torch.linspace(-68.0, 0.0, 1500).expand(1, 1, 1500).contiguous().requires_grad_()
     labels = torch.full((1, 1), 1499)
     simpo_ext.token_logps(logits, labels, shift=False).backward(torch.ones(1, 1))
@@ -188,7 +188,7 @@ def test_small_probabilities_keep_their_digits() -> None:
             [[1.0]], logits.detach().double().numpy(), labels.numpy(), shift=False
         )
     )
-    # float32 of exp(-68) is off by 68 ulp of its argument at most.
+    # Rounding the argument -68 to float32 changes exp by a factor of up to 1 + 68 * 2^-24.
     assert ((logits.grad.double() - truth) / truth).abs().max() < 68 * 2.0**-24 + 2e-7
 
 
@@ -200,12 +200,11 @@ def test_the_label_s_gradient_keeps_its_digits_where_the_model_is_sure() -> None
     upstream = torch.ones(1, 1, dtype=torch.float64)
     simpo_ext.token_logps(logits, labels, shift=False).backward(upstream)
     others = 99 * torch.exp(torch.tensor(-30.0, dtype=torch.float64))
-    # 1 - softmax = 9.3e-12, of which 1 - exp(logp) would keep five digits.
+    # 1 - softmax is 9.3e-12. Computed as 1 - exp(logp), it would have five digits.
     assert abs(logits.grad[0, 0, 7] / (others / (1 + others)) - 1).item() < 1e-4
 
 
-# The row's largest logit among the first that its thread sees: what all others add must not get
-# lost beside it.
+# The largest logit comes first. The sum must not lose the small terms that follow.
 @pytest.mark.parametrize("vocabulary", [32768, 131072, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sure_label_keeps_the_digits_of_its_gradient(dtype: torch.dtype, vocabulary: int) -> None:
@@ -223,13 +222,13 @@ def test_a_sure_label_keeps_the_digits_of_its_gradient(dtype: torch.dtype, vocab
     assert (logps.detach().double() - truth).abs().max() < 5e-7
     if dtype == torch.float32:
         one_minus_p = -torch.expm1(truth)
-        # Only the terms of the label's own lane or batch are added to it in float32.
+        # In float32, the label's term is added only to those of its own lane or batch.
         bound = 32 / vocabulary + 1e-5
         assert ((logits.grad[..., 0].double() - one_minus_p) / one_minus_p).abs().max() < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_sequence_op_takes_strides_and_loses_nothing_to_cancellation(
+def test_the_sequence_op_takes_strides_and_sums_exactly(
     dtype: torch.dtype,
 ) -> None:
     token_logps = torch.tensor([[1e16, 5.0], [1.0, 6.0], [-1e16, 7.0]], dtype=dtype).t()

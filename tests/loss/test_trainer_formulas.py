@@ -1,4 +1,4 @@
-"""Agreement with the trainers' own formulas, every option spelled out."""
+"""Agreement with the trainers' formulas, with explicit options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compare(batch: Batch, ours: Tensor, theirs: Tensor, leaves: tuple[Tensor, Te
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("average", [True, False])
-def test_sequence_logps_is_princeton_s_get_batch_logps(dtype: torch.dtype, average: bool) -> None:
+def test_sequence_logps_match_get_batch_logps(dtype: torch.dtype, average: bool) -> None:
     batch = make_batch(pairs=4, time=17, vocabulary=101, dtype=dtype)
     leaves = batch.logits.clone().requires_grad_(), batch.logits.clone().requires_grad_()
     weights = torch.linspace(-1, 1, 8, dtype=dtype)
@@ -37,7 +37,7 @@ def test_sequence_logps_is_princeton_s_get_batch_logps(dtype: torch.dtype, avera
     ("loss_type", "label_smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0)]
 )
 @pytest.mark.parametrize("sft_weight", [0.0, 0.25])
-def test_simpo_loss_is_princeton_s_training_loss(
+def test_simpo_loss_equals_princeton_s_training_loss(
     dtype: torch.dtype, loss_type: str, label_smoothing: float, sft_weight: float
 ) -> None:
     batch = make_batch(pairs=4, time=17, vocabulary=101, dtype=dtype)
@@ -63,7 +63,7 @@ def test_simpo_loss_is_princeton_s_training_loss(
 
 
 @pytest.mark.parametrize("cpo_alpha", [0.0, 1.0])
-def test_simpo_loss_is_trl_s_cpo_loss(cpo_alpha: float) -> None:
+def test_simpo_loss_equals_trl_s_cpo_loss(cpo_alpha: float) -> None:
     batch = make_batch(pairs=4, time=17, vocabulary=101, dtype=torch.float64)
     leaves = batch.logits.clone().requires_grad_(), batch.logits.clone().requires_grad_()
     out = simpo_ext.simpo_loss(
@@ -80,10 +80,10 @@ def test_simpo_loss_is_trl_s_cpo_loss(cpo_alpha: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_logits_give_a_loss_far_closer_to_float64_than_the_trainers(
+def test_low_precision_logps_are_more_exact_than_the_trainers(
     dtype: torch.dtype,
 ) -> None:
-    # The trainers average log-probs that log_softmax has rounded to the model's dtype.
+    # The trainers average log-probabilities that log_softmax rounded to the model's dtype.
     batch = make_batch(pairs=8, time=64, vocabulary=512, dtype=dtype)
     truth = get_batch_logps(batch.logits.double(), batch.labels, average_log_prob=True)
     theirs = get_batch_logps(batch.logits, batch.labels, average_log_prob=True)

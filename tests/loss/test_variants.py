@@ -16,20 +16,15 @@ from simpo_ext import (
 )
 from support import oracle
 from support.batches import DTYPES, make_batch
-from support.linear_batches import assert_same
-from support.packed_batches import (
-    OUTPUTS,
-    PAIRS,
-    loss_and_gradient,
-    make_packed,
-)
+from support.comparisons import OUTPUTS, assert_outputs_match, assert_same, loss_and_gradient
+from support.packed_batches import PAIRS, make_packed
 
 pytestmark = pytest.mark.kernels
 
 NAN, INF = float("nan"), float("inf")
 PAIRED = torch.tensor(PAIRS)
 ALPHAS = [1e-30, 1e-20, 1e-6, 0.1, 1.0, 5.0, -1e-20, -0.5, -3.0]
-# As averages over tokens are, and near 0, where the first digits of 1 - exp(-alpha l) cancel.
+# Typical averages over tokens, and values near 0, at which 1 - exp(-alpha l) cancels.
 LOGPS = torch.tensor([-1.25, -0.5, -3.0, -7.0, -1e-6, -0.125], dtype=torch.float64)
 OTHERS = torch.tensor([-2.5, -0.75, -1.0, -9.0, -2e-6, -0.125], dtype=torch.float64)
 LOSSES: list[dict[str, Any]] = [
@@ -41,7 +36,7 @@ LOSSES: list[dict[str, Any]] = [
 
 
 def two_columns(chosen: Tensor, rejected: Tensor) -> tuple[Any, Any]:
-    """Sequences of one token for the oracle."""
+    """Sequences of one token each, for the oracle."""
     values = torch.cat((chosen, rejected)).double().numpy()[:, None]
     return values, np.ones(values.shape, dtype=np.bool_)
 
@@ -49,12 +44,27 @@ def two_columns(chosen: Tensor, rejected: Tensor) -> tuple[Any, Any]:
 def from_logps(
     chosen: Tensor, rejected: Tensor, **options: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """losses and rewards, and the gradients of both arguments."""
+    """Losses and rewards, and the gradients of both arguments."""
     leaves = [x.clone().requires_grad_() for x in (chosen, rejected)]
     results = simpo_loss_from_logps(*leaves, **options)
     gradients = torch.autograd.grad(results[0].sum(), leaves)
     assert [x.requires_grad for x in results] == [True, False, False]
     return [x.detach() for x in results], list(gradients)
+
+
+def check_against_oracle(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Compares outputs, metrics and the gradient of the loss of logits."""
+    batch = make_batch(pairs=3, time=12, vocabulary=40, dtype=dtype)
+    want, want_gradient = oracle.simpo_loss(
+        batch.logits.double().numpy(), batch.labels.numpy(), **options
+    )
+    out, (gradient, _) = loss_and_gradient(*batch, **options)
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
+    assert_outputs_match(out, want, tolerance)
+    assert out.metrics() == pytest.approx(want.metrics, rel=5e-6, abs=5e-6)
+    rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
+    error = np.abs(gradient.double().numpy() - want_gradient).max()
+    assert error < rounding * np.abs(want_gradient).max()
 
 
 # ---- AlphaPO -------------------------------------------------------------------------------------
@@ -73,11 +83,11 @@ def test_alpha_of_every_magnitude_from_logps(dtype: torch.dtype, alpha: float, l
     eps, largest = torch.finfo(dtype).eps, torch.finfo(dtype).max
     for got, expected in zip(rewards, (want.chosen_rewards, want.rejected_rewards), strict=True):
         np.testing.assert_allclose(got.double().numpy(), expected, rtol=4 * eps)
-    # What the difference of two rewards is off by, and the loss and its slope with it.
+    # The error of a difference of two rewards, and so of the loss and its slope.
     off = 8 * eps * (np.abs(want.chosen_rewards) + np.abs(want.rejected_rewards) + 1.0)
-    if loss.get("loss_type") == "ipo":  # (x / beta)^2
+    if loss.get("loss_type") == "ipo":  # The loss is a square.
         off = 4 * off * (np.abs(want.chosen_rewards - want.rejected_rewards) + 1.0)
-    # Squares may be past float32, and slopes.
+    # Squares and slopes may overflow float32.
     finite = want.losses <= largest
     np.testing.assert_array_equal(np.isfinite(losses.numpy()), finite)
     losses_off = np.abs(losses.double().numpy() - want.losses)[finite]
@@ -95,7 +105,7 @@ def test_alpha_of_every_magnitude_from_logps(dtype: torch.dtype, alpha: float, l
 
 @pytest.mark.parametrize("alpha", [1e-30, 1e-20, 1e-9, -1e-20])
 def test_rewards_of_a_tiny_alpha_keep_their_digits(alpha: float) -> None:
-    # In the textbook form, (1 - exp(l)^-alpha) / alpha, they are 0.
+    # The textbook form, (1 - exp(l)^-alpha) / alpha, gives 0.
     for dtype in (torch.float64, torch.float32):
         (_, *rewards), _ = from_logps(LOGPS.to(dtype), OTHERS.to(dtype), alpha=alpha, beta=1.0)
         for got, logps in zip(rewards, (LOGPS, OTHERS), strict=True):
@@ -134,25 +144,12 @@ def test_every_output_and_the_gradient_match_the_oracle(
     dtype: torch.dtype, alpha: float, options: dict[str, Any]
 ) -> None:
     if "average_log_prob" in options:
-        alpha /= 10  # of a log-probability that is ten times as large
-    batch = make_batch(pairs=3, time=12, vocabulary=40, dtype=dtype)
-    options = {"alpha": alpha, **options}
-    want, want_gradient = oracle.simpo_loss(
-        batch.logits.double().numpy(), batch.labels.numpy(), **options
-    )
-    out, (gradient, _) = loss_and_gradient(*batch, **options)
-    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
-    for name in OUTPUTS:
-        got, expected = getattr(out, name).detach().double().numpy(), getattr(want, name)
-        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=name)
-    assert out.metrics() == pytest.approx(want.metrics, rel=5e-6, abs=5e-6)
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
-    error = np.abs(gradient.double().numpy() - want_gradient).max()
-    assert error < rounding * np.abs(want_gradient).max()
+        alpha /= 10  # The sums are about ten times the averages.
+    check_against_oracle(dtype, {"alpha": alpha, **options})
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, -0.5])
-def test_rewards_and_their_metrics_are_alphas_and_logps_are_not(alpha: float) -> None:
+def test_alpha_changes_rewards_and_their_metrics_but_not_logps(alpha: float) -> None:
     batch = make_batch(pairs=3, dtype=torch.float64)
     plain = simpo_loss(*batch, beta=1.5)
     out = simpo_loss(*batch, beta=1.5, alpha=alpha, sft_weight=0.3)
@@ -191,21 +188,21 @@ def test_gradcheck(options: dict[str, Any]) -> None:
     )
 
 
-# exp(200) is past float32, exp(800) past float64 too.
+# exp(200) overflows float32, and exp(800) float64.
 PAST = [(torch.float32, -200.0), (torch.float64, -800.0)]
 
 
 @pytest.mark.parametrize(("dtype", "low"), PAST)
-def test_a_reward_past_every_float_is_infinite_and_its_gradient_is_no_nan(
+def test_an_overflowing_reward_is_infinite_and_its_gradient_is_not_nan(
     dtype: torch.dtype, low: float
 ) -> None:
     def pair(chosen: float, rejected: float, **options: Any) -> list[float]:
-        """loss, both rewards, both gradients."""
+        """The loss, both rewards and both gradients."""
         tensors = torch.tensor([chosen], dtype=dtype), torch.tensor([rejected], dtype=dtype)
         results, gradients = from_logps(*tensors, alpha=1.0, beta=2.0, **options)
         return [x.item() for x in (*results, *gradients)]
 
-    one = 2.0 * -np.expm1(1.0)  # beta r(-1), whose slope is e
+    one = 2.0 * -np.expm1(1.0)  # beta r(-1); the slope of r is e
     won: dict[str, Any] = {"rel": 1e-6}
     for loss_type in ("sigmoid", "hinge"):
         assert pair(-1.0, low, loss_type=loss_type) == pytest.approx([0.0, one, -INF, 0, 0], **won)
@@ -214,7 +211,7 @@ def test_a_reward_past_every_float_is_infinite_and_its_gradient_is_no_nan(
     smooth = [INF, one, -INF, 0.2 * np.e, -INF]
     assert pair(-1.0, low, label_smoothing=0.1) == pytest.approx(smooth, **won)
     assert pair(-1.0, low, loss_type="ipo") == pytest.approx([INF, one, -INF, INF, -INF], **won)
-    # Where exp(-alpha l) underflows instead, the reward is 1 / alpha.
+    # With a negative alpha, exp(-alpha l) underflows, and the reward is 1 / alpha.
     for side, other in ((low, -1.0), (-1.0, low)):
         tensors = torch.tensor([side], dtype=dtype), torch.tensor([other], dtype=dtype)
         results, gradients = from_logps(*tensors, alpha=-1.0, beta=2.0)
@@ -223,7 +220,7 @@ def test_a_reward_past_every_float_is_infinite_and_its_gradient_is_no_nan(
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge"])
 @pytest.mark.parametrize(("dtype", "low"), PAST)
-def test_a_pair_with_nothing_to_learn_has_gradient_zero_where_its_reward_is_infinite(
+def test_a_pair_with_slope_zero_has_gradient_zero_despite_an_infinite_reward(
     dtype: torch.dtype, low: float, loss_type: Any
 ) -> None:
     batch = make_batch(pairs=3, dtype=dtype)
@@ -276,19 +273,7 @@ def test_a_dropped_pair_with_alpha_is_dropped() -> None:
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ipo_matches_the_oracle(dtype: torch.dtype, options: dict[str, Any]) -> None:
-    batch = make_batch(pairs=3, time=12, vocabulary=40, dtype=dtype)
-    options = {"loss_type": "ipo", **options}
-    want, want_gradient = oracle.simpo_loss(
-        batch.logits.double().numpy(), batch.labels.numpy(), **options
-    )
-    out, (gradient, _) = loss_and_gradient(*batch, **options)
-    tolerance = 1e-12 if dtype == torch.float64 else 5e-6
-    for name in OUTPUTS:
-        got, expected = getattr(out, name).detach().double().numpy(), getattr(want, name)
-        np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance, err_msg=name)
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2 * torch.finfo(dtype).eps)
-    error = np.abs(gradient.double().numpy() - want_gradient).max()
-    assert error < rounding * np.abs(want_gradient).max()
+    check_against_oracle(dtype, {"loss_type": "ipo", **options})
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
@@ -309,14 +294,14 @@ def test_the_default_margin_of_each_loss(loss_type: Any) -> None:
         assert not torch.equal(other.losses, out.losses)
 
 
-def test_ipo_is_the_square_of_its_paper() -> None:
+def test_ipo_equals_the_paper_s_formula() -> None:
     chosen, rejected = LOGPS.clone().requires_grad_(), OTHERS.clone().requires_grad_()
     losses, _, _ = simpo_loss_from_logps(chosen, rejected, loss_type="ipo", beta=0.2)
     want = (chosen - rejected - 1 / (2 * 0.2)) ** 2
     torch.testing.assert_close(losses, want, rtol=1e-14, atol=0.0)
     got = torch.autograd.grad(losses.sum(), (chosen, rejected))
     torch.testing.assert_close(got, torch.autograd.grad(want.sum(), (chosen, rejected)))
-    # No slope at the target, which every multiple of 1 / 1024 reaches exactly.
+    # The loss is 0 at the target, which these numbers reach exactly.
     at_target, _, _ = simpo_loss_from_logps(
         torch.tensor([-1.0]), torch.tensor([-1.25]), loss_type="ipo", beta=2.0
     )
@@ -348,7 +333,7 @@ def test_weighted_sequence_logps(dtype: torch.dtype, options: dict[str, Any]) ->
     np.testing.assert_allclose(got, gradient[:, 0], rtol=tolerance, atol=tolerance)
 
 
-def test_weight_zero_takes_out_sequence_logps_that_are_not_finite() -> None:
+def test_weight_zero_drops_sequence_logps_that_are_not_finite() -> None:
     chosen, rejected = torch.tensor([NAN, -INF, -1.0, -2.0]), torch.tensor([-1.0, -1.0, INF, -1.0])
     weight = torch.tensor([0, 0, 0, 3])
     (losses, *_), gradients = from_logps(chosen, rejected, pair_weight=weight)

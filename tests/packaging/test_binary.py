@@ -1,4 +1,4 @@
-"""The compiled library as the dynamic linker and an importing program see it."""
+"""The compiled library: linked libraries, symbols, ops, and imports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def dynamic_entries(library: Path, tag: str) -> list[str]:
     return re.findall(rf"\({tag}\).*\[(.+)\]", output("readelf", "-d", library))
 
 
-def test_the_library_needs_libtorch_and_no_part_of_it() -> None:
+def test_the_library_links_libtorch_and_no_part_of_it() -> None:
     needed = dynamic_entries(LIBRARY, "NEEDED")
     assert "libtorch.so" in needed
     assert not [name for name in needed if name.startswith(("libc10", "libtorch_", "libcud"))]
@@ -38,13 +38,13 @@ def test_the_library_finds_the_torch_beside_it() -> None:
     assert dynamic_entries(Path(_C.__file__), "RUNPATH") == ["$ORIGIN/lib"]
 
 
-def test_the_python_module_needs_no_torch() -> None:
+def test_the_python_module_does_not_link_torch() -> None:
     needed = dynamic_entries(Path(_C.__file__), "NEEDED")
     assert "libsimpo_ext.so" in needed
     assert not [name for name in needed if name.startswith(("libtorch", "libc10"))]
 
 
-def test_the_library_exports_its_interface_and_nothing_of_its_own_beyond() -> None:
+def test_the_library_exports_only_its_interface() -> None:
     symbols = output("nm", "-DC", "--defined-only", LIBRARY).splitlines()
     ours = {line.split(maxsplit=2)[2] for line in symbols if "simpo_ext" in line}
     assert {re.sub(r"\[abi:\w+\]|\(\)", "", name) for name in ours} == {
@@ -55,13 +55,13 @@ def test_the_library_exports_its_interface_and_nothing_of_its_own_beyond() -> No
     }
 
 
-def test_every_symbol_it_takes_from_torch_is_of_the_stable_abi() -> None:
+def test_the_library_uses_only_the_stable_abi_of_torch() -> None:
     undefined = output("nm", "-DC", "--undefined-only", LIBRARY)
     mangled = [line for line in undefined.splitlines() if re.search(r"\b(at|c10|torch)::", line)]
     assert not mangled
 
 
-def test_the_wheel_carries_the_headers_and_the_cmake_package_and_no_stub() -> None:
+def test_the_package_contains_headers_and_cmake_files_but_no_libtorch() -> None:
     for header in ("simpo_ext.h", "vocab_parallel.h"):
         assert (PACKAGE / "include" / "simpo_ext" / header).is_file()
     config = Path(simpo_ext.cmake_prefix_path()) / "simpo_ext"
@@ -71,7 +71,7 @@ def test_the_wheel_carries_the_headers_and_the_cmake_package_and_no_stub() -> No
 
 
 def test_every_op_has_kernels_for_cpu_and_cuda_tensors() -> None:
-    # Of a build without nvcc, the latter say so.
+    # In a build without nvcc, the CUDA kernels raise an error.
     ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("simpo_ext::")]
     assert len(ops) == 20
     for name in ops:
@@ -79,7 +79,7 @@ def test_every_op_has_kernels_for_cpu_and_cuda_tensors() -> None:
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
 
 
-def test_build_info_says_what_was_built() -> None:
+def test_build_info() -> None:
     info = simpo_ext.build_info()
     assert info["version"] == simpo_ext.__version__
     assert info["torch_target"] == "2.10"
@@ -95,24 +95,24 @@ def test_build_info_says_what_was_built() -> None:
         assert info["cuda_archs"] == ""
 
 
-def test_importing_the_package_imports_nothing_optional() -> None:
+def test_importing_the_package_imports_no_optional_packages() -> None:
     code = (
         "import sys, simpo_ext; "
         "print([m for m in ('matplotlib', 'rich', 'tqdm', 'trl', 'transformers') "
         "if m in sys.modules and m not in before])"
     )
-    # What torch itself imports does not count.
+    # Modules that torch imports do not count.
     code = f"import sys, torch; before = set(sys.modules); {code}"
     assert output(sys.executable, "-c", code).strip() == "[]"
 
 
-def test_a_source_checkout_as_current_directory_does_not_hide_the_installed_library() -> None:
+def test_a_source_checkout_in_the_current_directory_works() -> None:
     command = [sys.executable, "-c", "import simpo_ext; print(simpo_ext.build_info()['version'])"]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert printed.strip() == simpo_ext.__version__
 
 
-def test_the_package_refuses_to_be_loaded_beside_another_copy_of_the_library(
+def test_another_copy_of_the_library_is_refused(
     tmp_path: Path,
 ) -> None:
     copy = shutil.copy(LIBRARY, tmp_path / "libother.so")
@@ -123,6 +123,6 @@ def test_the_package_refuses_to_be_loaded_beside_another_copy_of_the_library(
     assert "another copy is loaded" in done.stderr
 
 
-def test_a_program_that_loaded_this_very_library_may_import_the_package() -> None:
+def test_the_same_library_may_be_loaded_before() -> None:
     code = f"import torch, ctypes; ctypes.CDLL({str(LIBRARY)!r}); import simpo_ext; print('ok')"
     assert output(sys.executable, "-c", code).strip() == "ok"

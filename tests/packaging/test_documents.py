@@ -1,4 +1,4 @@
-"""The documents: their code runs as printed, their links lead somewhere, README stays short."""
+"""The documents: their code runs as printed, their links are valid, and README is short."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from simpo_ext.__main__ import main
 from support.documents import DOCUMENTS, blocks, code, text_of
 from support.paths import ROOT
 
-# What other tests run: test_documents_of_trainers.py, test_documents_of_ranks.py and
-# tests/cpp/test_example.py.
+# test_documents_of_trainers.py and test_documents_of_ranks.py run the examples of these.
 RUN_ELSEWHERE = ("simpo_ext/integrations/README.md", "simpo_ext/distributed/README.md")
 LANGUAGES = {"bash", "cmake", "cpp", "python", "text", "yaml"}
 
@@ -43,7 +42,7 @@ def test_the_first_two_commands_are_the_demo_and_the_tests() -> None:
     assert all(len(command.splitlines()) == 1 for command in commands[:2])
 
 
-def test_the_settings_that_the_printed_demo_names_are_the_defaults(
+def test_the_printed_demo_uses_the_defaults(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit):
@@ -61,14 +60,14 @@ def test_readme_is_short() -> None:
 
 
 def anchors(document: str) -> set[str]:
-    """The headings of a document, as links name them."""
+    """The headings of a document in the form of link targets."""
     headings = re.findall(r"^#+ (.+)$", text_of(document), re.MULTILINE)
     kept = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {heading.replace(" ", "-") for heading in kept}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_lead_to_files_and_headings(document: str) -> None:
+def test_links_are_valid(document: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
         if link.startswith("http"):
             continue
@@ -80,7 +79,7 @@ def test_links_lead_to_files_and_headings(document: str) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_paths_and_modules_that_a_document_names_are_there(document: str) -> None:
+def test_paths_in_a_document_exist(document: str) -> None:
     named = re.findall(
         r"`((?:tests|bench|csrc|simpo_ext)/[\w./-]+?)(?:::[^`]*)?`", text_of(document)
     )

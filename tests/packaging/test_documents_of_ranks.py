@@ -1,4 +1,4 @@
-"""The examples for several processes run as printed, in each of two."""
+"""The examples for several processes run as printed, in two processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOCUMENT = "simpo_ext/distributed/README.md"
 
 
 def run_examples(sources: list[str]) -> dict[str, float]:
-    """The norm of each gradient that the examples leave behind."""
+    """Runs the examples, and returns the norms of all gradients."""
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for source in sources:
@@ -33,7 +33,7 @@ def run_examples(sources: list[str]) -> dict[str, float]:
     return {name: whole(leaf.grad).norm().item() for name, leaf in leaves.items()}
 
 
-def test_the_examples_run_one_after_the_other_on_two_ranks() -> None:
+def test_the_examples_run_on_two_ranks() -> None:
     sources = code(DOCUMENT)
     assert len(sources) >= 5
     for norms in run_on_ranks(2, run_examples, sources):

@@ -1,7 +1,7 @@
-"""The examples in trainers run as printed; TRL's logs what is printed below it.
+"""The examples of trainers run as printed. The logs of TRL's match the printed ones.
 
-Its model is a small Llama with random weights, tokens and pairs are of the LICENSE: what the
-example finds as "my-model" and "pairs.jsonl". LLaMA-Factory and axolotl are their callers here.
+For TRL, "my-model" is a small Llama with random weights, and "pairs.jsonl" is made of the LICENSE.
+For LLaMA-Factory and axolotl, tests/support has code that calls the integrations as they do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from support.documents import code
 from support.paths import ROOT
 
 DOCUMENT = "simpo_ext/integrations/README.md"
-# What a machine with a GPU and a connection has no need of.
+# Settings for a machine without a GPU and without a network.
 HERE = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True}
 
 pytestmark = pytest.mark.cpu_only
@@ -64,7 +64,7 @@ def write_model(folder: Path, texts: list[str]) -> None:
 
 
 def write_pairs(file: Path, words: list[str]) -> None:
-    """Of 128 places in a text, what comes next, and the same with its words shuffled."""
+    """128 pairs: a chosen completion continues the text, a rejected one has its words shuffled."""
     generator = random.Random(0)
     with file.open("w") as lines:
         for _ in range(128):
@@ -77,12 +77,12 @@ def write_pairs(file: Path, words: list[str]) -> None:
 
 
 def as_numbers(logged: str) -> list[dict[str, float]]:
-    """The dicts that a trainer prints, whose values are strings."""
+    """The dicts that a trainer prints, with numbers instead of strings."""
     found = re.findall(r"\{.*?\}", logged, re.DOTALL)
     return [{k: float(v) for k, v in ast.literal_eval(each).items()} for each in found]
 
 
-def test_the_example_of_trl_logs_what_is_printed(
+def test_the_example_of_trl_logs_the_printed_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (source,) = (text for text in code(DOCUMENT) if "trl." in text)
@@ -104,7 +104,7 @@ def test_the_example_of_trl_logs_what_is_printed(
     steps = [each for each in logs if "loss" in each]
     for ours, printed in zip((steps[0], steps[-1]), as_numbers(shown), strict=True):
         assert list(ours) == list(printed)
-        # Of other processors, other roundings, on which some steps of Adam have been taken.
+        # Other processors round differently, and Adam's steps amplify the differences.
         assert ours == pytest.approx(printed, rel=0.02, abs=0.02)
 
 
@@ -126,7 +126,7 @@ def test_the_example_of_llama_factory_trains_with_the_mixin(
     assert issubclass(made_class, callers_llamafactory.DPOTrainerCaller)
 
 
-def test_the_example_of_axolotl_has_the_plugin_s_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_axolotl_uses_the_plugin_s_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     (text,) = code(DOCUMENT, "yaml")
 
     class Trainer:

@@ -1,6 +1,6 @@
-"""Errors of ops: each tag becomes its class, and no message that a user sees has a tag.
+"""The tag in an op's error message becomes the error's class, and users see messages without tags.
 
-tests/cpp has the same for the C++ front end.
+tests/cpp tests the C++ front end.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_a_tag_becomes_its_class(case: str) -> None:
+def test_a_tag_becomes_the_class_of_the_error(case: str) -> None:
     call, kind, message = ERRORS[case]
     with pytest.raises(kind) as caught:
         call()
     assert (type(caught.value), str(caught.value)) == (kind, message)
 
 
-def test_the_ops_say_it_with_the_tags() -> None:
-    # The class depends on the version of torch, and the text does not.
+def test_errors_of_the_ops_have_tags() -> None:
+    # The class depends on the version of torch, but the text does not.
     wrong = torch.full_like(LABELS, V)
     with pytest.raises((IndexError, RuntimeError)) as caught:
         OPS.token_logps(LOGITS, wrong, -100, False, 1.0, 0.0)
@@ -68,6 +68,6 @@ def test_the_ops_say_it_with_the_tags() -> None:
     assert f"{_C.VALUE_ERROR_TAG}cu_seqlens[1]: " in str(caught.value)
 
 
-def test_other_errors_of_ops_stay_as_they_are() -> None:
+def test_errors_without_a_tag_are_not_changed() -> None:
     with pytest.raises(RuntimeError, match=r"logits: expected shape \[B, T, V\], got \[3, 5\]"):
         call(OPS.token_logps.default, LOGITS[0], LABELS, -100, True, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""What must never depend on what, read from the sources."""
+"""Forbidden dependencies between layers, checked in the sources."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from support.paths import ROOT
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 IMPORT = re.compile(r"^\s*(?:from|import)\s+([\w.]+)", re.MULTILINE)
 
-# But for build_info.h, which needs no torch.
+# All headers of the API except build_info.h, which needs no torch.
 API_HEADERS = tuple(f"simpo_ext/{name}" for name in ("detail/", "options", "simpo_ext", "vocab"))
 
 
-# What the integrations are for, and what comes with it.
+# The trainers, and packages that they need.
 TRAINERS = ("accelerate", "axolotl", "llamafactory", "peft", "pydantic", "transformers", "trl")
 
 
@@ -54,13 +54,13 @@ def test_kernels_include_neither_torch_nor_python(folder: str) -> None:
         ("csrc/examples", ("core/", "cpu/", "cuda/", "ops/", "python/", "simpo_ext/detail/")),
     ],
 )
-def test_kernels_include_only_what_lies_below_them(folder: str, others: tuple[str, ...]) -> None:
+def test_sources_include_only_lower_layers(folder: str, others: tuple[str, ...]) -> None:
     for path, names in includes(folder).items():
         assert not [name for name in names if name.startswith(others)], path
 
 
-def test_kernels_reach_the_cuda_toolkit_through_the_platform_header_alone() -> None:
-    # device.cu, host code, asks the runtime about devices and errors.
+def test_only_the_platform_header_includes_the_cuda_toolkit() -> None:
+    # device.cu is host code that calls the runtime.
     users = {
         path.name
         for path, names in includes("csrc").items()
@@ -69,7 +69,7 @@ def test_kernels_reach_the_cuda_toolkit_through_the_platform_header_alone() -> N
     assert users == {"platform.h", "device.cu"}
 
 
-def test_the_op_library_includes_the_stable_abi_alone() -> None:
+def test_the_op_library_includes_only_the_stable_abi() -> None:
     allowed = ("torch/csrc/stable/", "torch/headeronly/")
     for path, names in includes("csrc/ops").items():
         foreign = [name for name in names if name.startswith(("torch/", "ATen/", "c10/"))]
@@ -82,7 +82,7 @@ def test_the_python_module_includes_no_torch_header() -> None:
 
 
 @pytest.mark.parametrize(("folder", "suffix"), [("simpo_ext", ".py"), ("csrc/include", ".h")])
-def test_a_front_end_searches_errors_for_tags_and_not_for_words(folder: str, suffix: str) -> None:
+def test_front_ends_search_errors_for_tags_only(folder: str, suffix: str) -> None:
     reads_text = re.compile(
         r"\b(?:str|repr)\(\w*(?:err|exc)\w*\)|\w*(?:err|exc)\w*\.(?:args|what\()"
     )
@@ -93,7 +93,7 @@ def test_a_front_end_searches_errors_for_tags_and_not_for_words(folder: str, suf
     assert not re.findall(rf"[\"']{words}[\"']", reader)
 
 
-def test_one_header_makes_errors_that_have_a_tag() -> None:
+def test_only_one_header_creates_errors_with_tags() -> None:
     users = {
         path.relative_to(ROOT).as_posix()
         for folder in ("csrc/ops", "csrc/cpu", "csrc/cuda", "csrc/core")
@@ -103,7 +103,7 @@ def test_one_header_makes_errors_that_have_a_tag() -> None:
     assert users == {"csrc/ops/errors.h"}
 
 
-def test_only_the_ops_package_touches_the_registered_ops() -> None:
+def test_only_the_ops_package_uses_the_registered_ops() -> None:
     users = {
         path.parent.relative_to(ROOT).as_posix()
         for path in sources("simpo_ext", ".py")
@@ -113,7 +113,7 @@ def test_only_the_ops_package_touches_the_registered_ops() -> None:
 
 
 def imported_with(path: Path) -> Iterator[str]:
-    """The modules that importing a file imports: not those of its functions' bodies."""
+    """The modules that a file imports at import time, not those in bodies of functions."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
     pending: list[ast.AST] = [ast.parse(path.read_text())]
     while pending:
@@ -128,8 +128,8 @@ def imported_with(path: Path) -> Iterator[str]:
             pending.extend(ast.iter_child_nodes(node))
 
 
-# A part of the package imports from itself and from the parts before it. The package's own
-# __init__ imports everything and is imported by the commands alone.
+# A part of the package imports from itself and from the parts before it. Its __init__ imports
+# everything, and only the commands import it.
 LEVELS = (
     "_C",
     "_ops",
@@ -149,7 +149,7 @@ LEVELS = (
 
 
 def package_modules() -> dict[str, Path]:
-    """The package's Python modules by their names."""
+    """The package's Python modules by name."""
     modules = {}
     for path in sources("simpo_ext", ".py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -158,14 +158,14 @@ def package_modules() -> dict[str, Path]:
 
 
 def imports_within(modules: dict[str, Path]) -> dict[str, set[str]]:
-    """Of each module, those of the package that importing it imports, by their full names."""
+    """The modules of the package that each module imports, by full names."""
     return {
         name: {other for other in imported_with(path) if other in modules and other != name}
         for name, path in modules.items()
     }
 
 
-def test_each_part_of_the_package_imports_only_what_lies_below_it() -> None:
+def test_each_part_of_the_package_imports_only_lower_parts() -> None:
     modules = package_modules()
     assert {name.split(".")[1] for name in modules if "." in name} | {"_C"} == {*LEVELS}
     for name, others in imports_within(modules).items():
@@ -176,8 +176,8 @@ def test_each_part_of_the_package_imports_only_what_lies_below_it() -> None:
             assert LEVELS.index(other.split(".")[1]) <= level, f"{name} imports {other}"
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    # A package's __init__ is not followed: a module imports it with any of the package's modules.
+def test_imports_have_no_cycles() -> None:
+    # Imports of a package's __init__ are ignored: they come with every import from the package.
     modules = package_modules()
     imports = {
         name: {other for other in others if modules[other].name != "__init__.py"}
@@ -196,7 +196,7 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(name, ())
 
 
-def test_no_module_imports_a_trainer_but_the_one_for_trl() -> None:
+def test_only_the_trl_integration_imports_a_trainer() -> None:
     users = {
         path.relative_to(ROOT).as_posix(): {name.split(".")[0] for name in imported_with(path)}
         for path in sources("simpo_ext", ".py")
@@ -205,7 +205,7 @@ def test_no_module_imports_a_trainer_but_the_one_for_trl() -> None:
     assert found == {"simpo_ext/integrations/trl.py": {"trl"}}
 
 
-def test_nothing_else_imports_the_integrations() -> None:
+def test_only_the_integrations_import_the_integrations() -> None:
     integrations = ROOT / "simpo_ext" / "integrations"
     for path in sources("simpo_ext", ".py"):
         if integrations not in path.parents:
@@ -213,7 +213,7 @@ def test_nothing_else_imports_the_integrations() -> None:
             assert not names, path
 
 
-def test_the_package_and_its_integrations_come_without_their_trainers() -> None:
+def test_the_integrations_import_no_trainer() -> None:
     script = (
         "import sys\n"
         "import simpo_ext.integrations.axolotl, simpo_ext.integrations.llamafactory\n"
@@ -226,9 +226,10 @@ def test_the_package_and_its_integrations_come_without_their_trainers() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_oracle_never_imports_the_package_and_bench_never_the_tests() -> None:
-    oracle = IMPORT.findall((ROOT / "tests" / "support" / "oracle.py").read_text())
-    assert not [name for name in oracle if name.split(".")[0] in ("simpo_ext", "torch")]
+def test_the_oracle_does_not_import_the_package_nor_bench_the_tests() -> None:
+    for path in (ROOT / "tests" / "support").glob("*oracle.py"):
+        names = {name.split(".")[0] for name in IMPORT.findall(path.read_text())}
+        assert not names & {"simpo_ext", "torch"}, path
     for path in (ROOT / "bench").rglob("*.py"):
         names = {name.split(".")[0] for name in IMPORT.findall(path.read_text())}
         assert not names & {"tests", "support"}, path

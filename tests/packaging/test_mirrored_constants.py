@@ -1,12 +1,11 @@
-"""Constants that C++ and Python both need: the headers of csrc/ are parsed, and compared to Python.
+"""Constants that exist in both C++ and Python have the same values: the headers are parsed.
 
-Each pair has two homes because neither side can read the other's: the ops take enums as numbers,
-fake kernels compute the shapes of C++ in Python, and the C++ API has its own structs of options.
+Neither side can read the other's: the ops take enums as numbers, fake kernels compute the shapes of
+C++ in Python, and the C++ API has its own structs of options.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -26,12 +25,13 @@ from simpo_ext._ops.logits_plan import (
 )
 from simpo_ext._ops.records import ENUMS, METRIC_NAMES
 from support.paths import ROOT
+from support.signatures import keywords
 
 INCLUDE = "include/simpo_ext"
 
 
 def read(header: str) -> str:
-    """The text of a header in csrc/, without comments."""
+    """The text of a header in csrc/ without comments."""
     return re.sub(r"//.*", "", (ROOT / "csrc" / header).read_text())
 
 
@@ -40,7 +40,7 @@ def snake_case(name: str) -> str:
 
 
 def constant(header: str, name: str) -> float:
-    """A number that a header defines: a literal, or a shift of one."""
+    """A number in a header: a literal, or a shift of a literal."""
     found = re.search(rf"\b{name} = (?:int64_t\{{)?([\d.e+-]+)\}}?(?: << (\d+))?[;,]", read(header))
     assert found, f"{header} does not define {name}"
     return float(found[1]) * 2 ** int(found[2] or 0)
@@ -50,7 +50,7 @@ def constant(header: str, name: str) -> float:
 
 
 def enumerators(header: str, name: str) -> list[tuple[str, str]]:
-    """Names in snake case, and the texts of values, of an enum's members."""
+    """The names of an enum's members in snake case, and the texts of their values."""
     found = re.search(rf"enum (?:class )?{name} : \w+ \{{([^}}]*)\}}", read(header))
     assert found, f"{header} has no enum {name}"
     members = re.findall(r"\bk(\w+)(?: = (\d+))?", found[1])
@@ -125,7 +125,7 @@ def test_dtypes_of_arguments() -> None:
 
 
 def members(struct: str) -> Iterator[tuple[str, Any]]:
-    """Name and default of each member of a struct of options, as Python has the default."""
+    """The name and default of each member of a struct of options, as Python values."""
     text = read(f"{INCLUDE}/options.h")
     body = text[text.index(f"struct {struct} {{") :].split("\n};")[0]
     for name, default in re.findall(r"^  [\w:<>]+ (\w+)(?: = ([^;]+)|\{\});", body, re.MULTILINE):
@@ -139,20 +139,15 @@ def members(struct: str) -> Iterator[tuple[str, Any]]:
             yield name, float(default) if default else None
 
 
-def signature_of(function: Any) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
 def test_defaults_of_token_options() -> None:
-    want = signature_of(simpo_ext.token_logps)
-    del want["cu_seqlens"]  # of Layout
+    want = keywords(simpo_ext.token_logps)
+    del want["cu_seqlens"]  # a member of Layout
     assert dict(members("TokenLogpsOptions")) == want
 
 
 def test_defaults_of_linear_options() -> None:
     options = dict(members("LinearOptions"))
-    want = signature_of(simpo_ext.linear_token_logps)
+    want = keywords(simpo_ext.linear_token_logps)
     assert {"bias", "logits_budget_bytes", "num_valid_tokens"} == options.keys()
     assert options == {name: want[name] for name in options}
 
@@ -160,10 +155,10 @@ def test_defaults_of_linear_options() -> None:
 def test_defaults_of_loss_options() -> None:
     options = dict(members("SimPOOptions"))
     tokens = dict(members("TokenLogpsOptions"))
-    assert options.pop("tokens") is None  # a struct: those of TokenLogpsOptions
-    # One normalizer in Python: a number, or (pairs, tokens).
+    assert options.pop("tokens") is None  # the struct TokenLogpsOptions
+    # In Python, normalizer is a number or (pairs, tokens).
     assert options.pop("pair_normalizer") is options.pop("token_normalizer") is None
-    # Of the two, at most one may be given. C++ fills in the default when it checks them.
+    # At most one of the two may be given. C++ sets the default when it checks them.
     assert options.pop("gamma") is options.pop("gamma_beta_ratio") is None
     checks = read(f"{INCLUDE}/detail/checks.h")
     found = re.search(r"loss_type == LossType::kIpo \? ([\d.]+) : ([\d.]+);", checks)
@@ -177,13 +172,13 @@ def test_defaults_of_loss_options() -> None:
     want = vars(simpo_ext.SimPOLoss())
     assert {name: want[name] for name in options} == options
     assert {name: want[name] for name in tokens} == tokens
-    # Nothing that Python has is missing in C++, but for presets and reports.
-    missing = signature_of(simpo_ext.SimPOLoss) - {**options, **tokens}.keys()
+    # C++ lacks only presets and reports.
+    missing = keywords(simpo_ext.SimPOLoss) - {**options, **tokens}.keys()
     assert missing == {"preset", "report", "normalizer", "gamma", "gamma_beta_ratio"}
 
 
 def ranges() -> dict[str, tuple[str, list[float]]]:
-    """The check of each number in detail/checks.h: its kind, and its bounds."""
+    """The kind and the bounds of each number's check in detail/checks.h."""
     text = re.sub(r"\s+", " ", read(f"{INCLUDE}/detail/checks.h"))
     calls = re.findall(r'\bcheck_(\w+)\( ?"(\w+)", [\w.*]+((?:, [\w.]+)*)\);', text)
     bounds = {
@@ -203,7 +198,7 @@ SCALAR_OPTIONS = {
 
 
 def edges(kind: str, bounds: list[float]) -> tuple[list[float], list[float]]:
-    """Numbers at the edges of a range: inside, and outside."""
+    """Numbers at the edges of a range, inside and outside."""
     inside: list[float] = []
     outside = [math.inf, -math.inf, math.nan]
     for bound, direction in zip(bounds, (-math.inf, math.inf), strict=False):

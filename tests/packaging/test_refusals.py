@@ -1,5 +1,8 @@
-"""Where the package cannot work it says so: no torch that is new enough, no compiled module, a
-second copy of the library, tensors on a device that there are no kernels for."""
+"""Errors where the package cannot work.
+
+The causes: torch is missing or too old, the compiled module is missing, a second copy of the
+library is loaded, or tensors are on a device without kernels.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +28,18 @@ from simpo_ext import _C, distributed
 from simpo_ext._inputs import checks
 from simpo_ext._ops import library
 from support.builds import run
+from support.messages import message
 from support.paths import ROOT
 
 SOURCES = Path(simpo_ext.__file__).parent
-COMPILED = Path(_C.__file__).parent  # the same folder, unless one is a source checkout
-
-
-def message(*parts: object) -> str:
-    """A pattern for the parts in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
+COMPILED = Path(_C.__file__).parent  # another folder in an editable install
 
 
 # ---- imports -------------------------------------------------------------------------------------
 
 
 def python_with(folder: Path, code: str, *, site: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs it with the packages in the folder before all others, however those are installed."""
+    """Runs the code. Packages in the folder come before all others, even editable installs."""
     finders = "sys.meta_path[:] = [BuiltinImporter, FrozenImporter, PathFinder]"
     prelude = f"import sys; from importlib.machinery import *; {finders}; "
     return subprocess.run(
@@ -59,7 +58,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def copy_package(folder: Path, *, compiled: bool = True) -> Path:
-    """The whole package, or what a source checkout has of it."""
+    """Copies the whole package, or only the files of a source checkout."""
     package = folder / "simpo_ext"
     if compiled:
         shutil.copytree(COMPILED, package)
@@ -69,12 +68,12 @@ def copy_package(folder: Path, *, compiled: bool = True) -> Path:
 
 
 def stand_in_torch(folder: Path, version: str) -> None:
-    """A torch of which nothing but the version is there to be imported."""
+    """Writes a package torch that has only a version."""
     (folder / "torch").mkdir()
     (folder / "torch" / "__init__.py").write_text(f"__version__ = {version!r}\n")
 
 
-def test_a_process_without_torch_says_that_torch_is_missing(tmp_path: Path) -> None:
+def test_a_missing_torch_is_an_error(tmp_path: Path) -> None:
     copy_package(tmp_path)
     done = python_with(tmp_path, "import simpo_ext", site=False)
     assert last_line(done) == "ModuleNotFoundError: No module named 'torch'"
@@ -96,40 +95,38 @@ finally:
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "2.9.1+cu128", "2.9.0a0+git1234567", "1.13.1", "2.0"])
-def test_versions_before_the_oldest_are_refused(
-    version: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_older_torch_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ImportError, match=message("expected torch >= 2.10, got torch", version)):
         library._check_torch_version()
 
 
-# The last: what a build says that does not know its version.
+# A build that does not know its version calls itself main.
 @pytest.mark.parametrize(
     "version",
     ["2.10.0", "2.10.0a0+git1234567", "2.13.0+cpu", "2.15.0.dev20260101", "3.0.0", "10.1", "main"],
 )
-def test_versions_from_the_oldest_on_are_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newer_torch_is_accepted(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", version)
     library._check_torch_version()
 
 
-def test_the_oldest_torch_is_one_for_library_package_and_import() -> None:
+def test_library_package_and_import_name_the_same_oldest_torch() -> None:
     oldest = ".".join(map(str, library.OLDEST_TORCH))
     assert simpo_ext.build_info()["torch_target"] == oldest
     assert f"torch>={oldest}" in (importlib.metadata.requires("simpo_ext") or [])
 
 
-def test_a_source_checkout_that_was_not_built_says_how_to_install_it(tmp_path: Path) -> None:
+def test_the_error_of_an_unbuilt_checkout_says_how_to_install_it(tmp_path: Path) -> None:
     package = copy_package(tmp_path, compiled=False)
     stand_in_torch(tmp_path, "2.10.0")
-    # Without site-packages, where the compiled module would be found.
+    # site-packages may have the compiled module.
     words = last_line(python_with(tmp_path, "import simpo_ext", site=False))
     expected = f"expected its compiled module _C{EXTENSION_SUFFIXES[0]} in {package}, found none"
     assert re.match(message("ImportError: simpo_ext: ", expected, "pip install ."), words)
 
 
-def test_a_compiled_module_for_another_python_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_compiled_module_for_another_python(tmp_path: Path) -> None:
     package = copy_package(tmp_path)
     stand_in_torch(tmp_path, "2.10.0")
     other = package / "_C.cpython-39-s390x-linux-gnu.so"
@@ -139,7 +136,7 @@ def test_a_compiled_module_for_another_python_is_named(tmp_path: Path) -> None:
     assert re.match(message("ImportError: simpo_ext: ", expected, "pip install ."), words)
 
 
-def test_a_compiled_module_that_does_not_load_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_the_error_says_why_the_compiled_module_does_not_load(tmp_path: Path) -> None:
     package = copy_package(tmp_path)
     shutil.rmtree(package / "lib")
     words = last_line(python_with(tmp_path, "import simpo_ext"))
@@ -149,7 +146,7 @@ def test_a_compiled_module_that_does_not_load_is_named_with_the_reason(tmp_path:
     assert re.match(message(*parts), words)
 
 
-def test_of_two_copies_on_the_path_the_first_is_used_and_the_other_refused(tmp_path: Path) -> None:
+def test_a_second_copy_of_the_package_is_refused(tmp_path: Path) -> None:
     first, second = (copy_package(tmp_path / name) for name in ("first", "second"))
     code = f"""
 import torch, simpo_ext
@@ -200,8 +197,7 @@ def pair_logps(device: str) -> Tensor:
     return torch.empty(P, device=device)
 
 
-# All that take tensors for kernels: the name in the message, and a call with tensors on a device.
-# The denominators that global_normalizer adds up need none.
+# All functions that pass tensors to kernels: the argument in the message, and a call.
 ENTRIES: dict[str, tuple[str, Callable[[str], object]]] = {
     "token_logps": ("logits", lambda d: simpo_ext.token_logps(logits(d), labels(d))),
     "sequence_logps": ("logits", lambda d: simpo_ext.sequence_logps(logits(d), labels(d))),
@@ -233,7 +229,7 @@ ENTRIES: dict[str, tuple[str, Callable[[str], object]]] = {
 }
 NO_KERNELS = {"PairCounts", "SimPOOutput", "build_info", "cmake_prefix_path", "cpu_capability"}
 NO_KERNELS |= {"VocabShard", "__version__", "distributed", "global_normalizer"}
-# What the message says of tensors there, and what torch and the library are taken for.
+# The device, parts of the message, the version of HIP, and the version of the CUDA runtime.
 DEVICES: dict[str, tuple[str, tuple[str, ...], str | None, int]] = {
     "XPU": ("xpu:0", ("CPU and CUDA tensors", "xpu:0", ".cpu()"), None, 13000),
     "MPS": ("mps:0", ("CPU and CUDA tensors", "mps:0", ".cpu()"), None, 13000),
@@ -250,7 +246,7 @@ DEVICES: dict[str, tuple[str, tuple[str, ...], str | None, int]] = {
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A device that fake tensors are on while inside, and what is said of it."""
+    """A device of fake tensors, and the parts of the message about it."""
     name, parts, hip, runtime = DEVICES[request.param]
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(checks, "_HAS_CUDA_KERNELS", bool(runtime))
@@ -258,7 +254,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
         yield name, parts
 
 
-def test_every_public_function_is_an_entry() -> None:
+def test_every_public_function_is_tested() -> None:
     assert {*simpo_ext.__all__, *distributed.__all__} == NO_KERNELS | ENTRIES.keys()
 
 
@@ -274,7 +270,7 @@ def test_tensors_on_a_device_without_kernels_are_refused(
 
 @pytest.mark.parametrize("entry", ["simpo_loss", "LinearSimPOLoss"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_so_are_they_in_what_is_compiled(
+def test_tensors_on_a_device_without_kernels_are_refused_under_compile(
     entry: str, whole: bool, device: tuple[str, tuple[str, ...]]
 ) -> None:
     argument, call = ENTRIES[entry]
@@ -287,7 +283,7 @@ def test_so_are_they_in_what_is_compiled(
 
 @pytest.fixture(scope="module")
 def without_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ops of CUDA tensors as a build without nvcc has them, and nothing else."""
+    """A library with only the CUDA ops of a build without nvcc."""
     folder = tmp_path_factory.mktemp("without_cuda")
     torch_folder, csrc = Path(torch.__file__).parent, ROOT / "csrc"
     names = ("library.cpp", "ops_cuda.cpp", "registration.cpp")
@@ -303,7 +299,7 @@ def without_cuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_op_of_a_build_without_cuda_refuses_cuda_tensors(without_cuda: Path) -> None:
-    # No CUDA tensor can be made here: CPU tensors are sent where CUDA's go.
+    # Without a GPU there are no CUDA tensors, so CPU tensors are dispatched to the CUDA kernels.
     code = """
 import torch
 torch.ops.load_library("libops.so")

@@ -1,7 +1,7 @@
-"""The public names and their signatures, compared with a snapshot.
+"""The public names and their signatures match a snapshot.
 
-A change of the snapshot is a change for users: write it down in CHANGELOG.md.
-``python tests/packaging/test_signatures.py`` prints the signatures as they are.
+Describe every change of the snapshot in CHANGELOG.md, since it affects users.
+``python tests/packaging/test_signatures.py`` prints the current signatures.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODULES = (
 
 
 def shown(hint: Any) -> str:
-    """A type as it is written, on every version of Python, wherever in the package it lives."""
+    """The text of a type, which depends neither on the version of Python nor on modules."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(shown, arguments))
@@ -47,7 +47,7 @@ def shown(hint: Any) -> str:
 
 
 def described(parameter: inspect.Parameter, hints: dict[str, Any]) -> str:
-    """Kind, name, type and default of a parameter."""
+    """The kind, name, type and default of a parameter."""
     hint = parameter.annotation
     if isinstance(hint, str):
         hint = hints.get(parameter.name, hint)
@@ -67,7 +67,7 @@ def signature(function: Any) -> list[str]:
 
 
 def members(value: type) -> Iterator[tuple[str, Any]]:
-    """A class's own public methods and its constructor."""
+    """The public methods that a class defines itself."""
     for name, member in vars(value).items():
         function = member.__func__ if isinstance(member, staticmethod | classmethod) else member
         if isinstance(function, types.FunctionType) and not name.startswith("_"):
@@ -109,7 +109,7 @@ def current() -> dict[str, list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
-def test_public_names_signatures_and_schemas_are_those_of_the_snapshot() -> None:
+def test_public_names_signatures_and_schemas_match_the_snapshot() -> None:
     expected = json.loads(SNAPSHOT.read_text())
     found = current()
     assert found.keys() == expected.keys()

@@ -1,4 +1,4 @@
-"""The checks of a wheel find what they are there for, in small wheels made up for it."""
+"""The checks of wheels find each fault, in small wheels made for the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.paths import ROOT
 def load(name: str, file: str) -> ModuleType:
     loader = SourceFileLoader(name, str(ROOT / ".ci" / file))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    sys.modules[name] = module  # where the script looks for the checks
+    sys.modules[name] = module  # The script imports the checks from here.
     loader.exec_module(module)
     return module
 
@@ -59,7 +59,7 @@ Tag: cp311-cp311-manylinux_2_28_x86_64
 
 @dataclasses.dataclass
 class Wheel:
-    """What goes into a wheel, which a test may change before it is written."""
+    """The contents of a wheel, which a test may change before writing it."""
 
     files: dict[str, bytes]
     name: str = NAME
@@ -178,7 +178,7 @@ def test_two_platforms_of_one_machine_are_in_order(wheel: Wheel, tmp_path: Path)
         (("libtorch.so",), (RUNPATH, "-Wl,--disable-new-dtags"), f"{LIBRARY} searches "),
     ],
 )
-def test_what_the_library_is_linked_with(
+def test_wrong_links_of_the_library(
     wheel: Wheel,
     link: Linker,
     needed: tuple[str, ...],
@@ -191,7 +191,7 @@ def test_what_the_library_is_linked_with(
     assert found.startswith(fault)
 
 
-def test_a_module_that_needs_torch(wheel: Wheel, link: Linker, tmp_path: Path) -> None:
+def test_a_module_that_links_torch(wheel: Wheel, link: Linker, tmp_path: Path) -> None:
     wheel.files[MODULE] = link(("libsimpo_ext.so", "libtorch.so"), "-Wl,-rpath,$ORIGIN/lib")
     (found,) = wheel.faults(tmp_path)
     assert found.startswith(f"{MODULE} needs libtorch.so,")
@@ -300,7 +300,7 @@ def test_a_large_wheel(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class NoEnvironment:
-    """In place of a virtual environment, with linters that find nothing."""
+    """Replaces the virtual environment. Its linters find nothing."""
 
     def __init__(self, python: str, folder: Path) -> None:
         self.python = python
@@ -328,7 +328,7 @@ def smoke_result(*, ok: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("wheel_is_right", [True, False])
 @pytest.mark.parametrize("tests_pass", [True, False])
-def test_the_script_fails_where_a_check_or_a_test_does(
+def test_the_script_fails_if_a_check_or_a_test_fails(
     wheel: Wheel,
     wheel_is_right: bool,
     tests_pass: bool,
@@ -347,7 +347,7 @@ def test_the_script_fails_where_a_check_or_a_test_does(
     assert f"| 2.10.0+cu128 | 12.8 | 3.11.7 | {tests} |" in printed
 
 
-def test_results_replace_those_of_the_same_wheel_alone(
+def test_results_replace_only_those_of_the_same_wheel(
     wheel: Wheel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""What builds and publishes wheels agrees with what it is about."""
+"""The configuration of wheels and releases is consistent."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def text_of(*parts: str) -> str:
     return ROOT.joinpath(*parts).read_text(encoding="utf-8")
 
 
-def test_wheels_are_built_for_the_pythons_that_the_classifiers_name() -> None:
+def test_wheels_are_built_for_the_pythons_in_the_classifiers() -> None:
     pattern = re.fullmatch(r"cp3\{([\d,]+)\}-manylinux_\*", CIBUILDWHEEL["build"])
     built = [f"3.{minor}" for minor in pattern[1].split(",")]
     label = "Programming Language :: Python :: "
@@ -35,13 +35,13 @@ def test_wheels_are_built_for_the_pythons_that_the_classifiers_name() -> None:
     assert PYPROJECT["project"]["requires-python"] == f">={built[0]}"
 
 
-def test_auditwheel_leaves_libtorch_out_and_nothing_else() -> None:
+def test_auditwheel_excludes_only_libtorch() -> None:
     command = CIBUILDWHEEL["linux"]["repair-wheel-command"]
     assert re.findall(r"--exclude (\S+)", command) == ["libtorch.so"]
     assert "--plat" not in command
 
 
-def test_wheels_for_publication_have_cuda_kernels_of_the_nvcc_that_is_installed() -> None:
+def test_published_wheels_use_the_installed_nvcc() -> None:
     linux = CIBUILDWHEEL["linux"]
     folder = re.search(r"folder=\$\{1:-(.+)\}", text_of(".ci", "install-nvcc"))[1]
     assert linux["environment"]["CUDACXX"] == f"{folder}/bin/nvcc"
@@ -50,7 +50,7 @@ def test_wheels_for_publication_have_cuda_kernels_of_the_nvcc_that_is_installed(
 
 
 @pytest.mark.parametrize("workflow", sorted(path.name for path in WORKFLOWS.glob("*.yml")))
-def test_workflows_call_what_is_there_and_pin_what_is_not(workflow: str) -> None:
+def test_workflows_call_existing_scripts_and_pin_actions(workflow: str) -> None:
     text = (WORKFLOWS / workflow).read_text(encoding="utf-8")
     for action in re.findall(r"uses: (.+)", text):
         if action.startswith("./"):
@@ -62,7 +62,7 @@ def test_workflows_call_what_is_there_and_pin_what_is_not(workflow: str) -> None
     assert re.search(r"^permissions: \{\}$", text, re.MULTILINE)
 
 
-def test_the_smoke_tests_are_there() -> None:
+def test_the_smoke_tests_exist() -> None:
     named = re.findall(r"tests/\w+/test_\w+\.py", text_of(".ci", "smoke"))
     assert named
     assert all((ROOT / name).is_file() for name in named)
@@ -73,7 +73,7 @@ def test_the_smoke_tests_are_there() -> None:
 
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
-    """A checkout of version 1.2.3, released on a day."""
+    """A checkout of version 1.2.3, which has a date of release."""
     (tmp_path / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "check-tag", tmp_path / ".ci")
     sources = re.sub(r"(simpo_ext VERSION) [\d.]+", r"\1 1.2.3", text_of("CMakeLists.txt"))

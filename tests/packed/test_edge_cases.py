@@ -1,4 +1,4 @@
-"""Sequences laid end to end: boundaries, padding, nothing to score, and layouts in memory."""
+"""Packed sequences: boundaries, padding, batches without scored tokens, and layouts in memory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,9 @@ from simpo_ext import (
 )
 from support import oracle
 from support.batches import DTYPES
-from support.linear_batches import LinearBatch, assert_same
-from support.packed_batches import (
-    LENGTHS,
-    PAIRS,
-    Packed,
-    loss_and_gradient,
-    make_linear_packed,
-    make_packed,
-)
+from support.comparisons import assert_same, loss_and_gradient
+from support.linear_batches import LinearBatch
+from support.packed_batches import LENGTHS, PAIRS, Packed, make_linear_packed, make_packed
 
 pytestmark = pytest.mark.kernels
 
@@ -40,7 +34,7 @@ PAIRED = torch.tensor(PAIRS)
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_sequence_is_scored_as_if_it_were_alone(dtype: torch.dtype, shift: bool) -> None:
+def test_a_packed_sequence_scores_like_a_batch_of_one(dtype: torch.dtype, shift: bool) -> None:
     packed = make_packed(dtype=dtype, before=2, after=1)
     logps = token_logps(*packed[:2], cu_seqlens=packed.cu_seqlens, shift=shift)
     means = sequence_logps(*packed[:2], cu_seqlens=packed.cu_seqlens, shift=shift)
@@ -102,7 +96,7 @@ def test_padding_and_sequences_in_no_pair_change_nothing(
 
 @pytest.mark.parametrize("garbage", [NAN, float("inf")])
 @pytest.mark.parametrize("unused", ["padding", "in no pair", "weight 0", "dropped"])
-def test_hidden_states_without_a_gradient_have_no_part_in_that_of_the_weight(
+def test_unscored_hidden_states_do_not_change_the_weight_gradient(
     unused: str, garbage: float
 ) -> None:
     def gradients(fill: float) -> tuple[Tensor, list[Tensor]]:
@@ -113,7 +107,7 @@ def test_hidden_states_without_a_gradient_have_no_part_in_that_of_the_weight(
             rows[packed.spans[7]] = True
         elif unused == "weight 0":
             rows[packed.spans[5]], weight[2] = True, 0.0
-        elif unused == "dropped":  # with 3, which has no token
+        elif unused == "dropped":  # Its partner, 3, has no token.
             rows[packed.spans[5]], pairs[2, 1] = True, 3
         batch.hidden[rows] = fill
         leaf = batch.leaves()
@@ -133,10 +127,10 @@ def test_hidden_states_without_a_gradient_have_no_part_in_that_of_the_weight(
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("positions", "cu_seqlens"), [
-    (0, [0]), (4, [0]), (4, [2]), (4, [4]),  # no sequence
-    (0, [0, 0, 0]), (4, [2, 2, 2]), (3, [0, 1, 2]), (3, [1, 2, 3]),  # with nothing to predict
+    (0, [0]), (4, [0]), (4, [2]), (4, [4]),  # no sequences
+    (0, [0, 0, 0]), (4, [2, 2, 2]), (3, [0, 1, 2]), (3, [1, 2, 3]),  # nothing to predict
 ])  # fmt: skip
-def test_nothing_to_score_is_loss_zero(
+def test_loss_zero_without_scored_tokens(
     positions: int, cu_seqlens: list[int], reduction: Any, inplace: bool
 ) -> None:
     leaf = torch.full((positions, 7), NAN, requires_grad=True)
@@ -155,7 +149,7 @@ def test_nothing_to_score_is_loss_zero(
 
 
 @pytest.mark.parametrize("pairs", [torch.zeros(0, 2, dtype=torch.int64), None])
-def test_no_sequence_or_no_pair_in_the_linear_front_end(pairs: Any) -> None:
+def test_the_linear_loss_without_sequences_or_pairs(pairs: Any) -> None:
     batch, packed = make_linear_packed()
     cu = packed.cu_seqlens if pairs is not None else packed.cu_seqlens[-1:]
     leaf = batch.leaves()
@@ -165,7 +159,7 @@ def test_no_sequence_or_no_pair_in_the_linear_front_end(pairs: Any) -> None:
     assert not any(x.grad.any() for x in leaf.inputs())
 
 
-def test_a_vocabulary_of_nothing() -> None:
+def test_an_empty_vocabulary() -> None:
     leaf = torch.zeros(4, 0, requires_grad=True)
     labels = torch.full((4,), -100)
     out = simpo_loss(leaf, labels, cu_seqlens=torch.tensor([0, 2, 4]))
@@ -177,7 +171,7 @@ def test_a_vocabulary_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_batch_of_one_row_is_the_same(dtype: torch.dtype) -> None:
+def test_a_batch_of_one_row_equals_flat_positions(dtype: torch.dtype) -> None:
     packed = make_packed(dtype=dtype, before=1, after=1)
     options: dict[str, Any] = {"cu_seqlens": packed.cu_seqlens, "pairs": PAIRED}
     want, gradients = loss_and_gradient(*packed[:2], **options)
@@ -190,7 +184,7 @@ def test_a_batch_of_one_row_is_the_same(dtype: torch.dtype) -> None:
     assert_same(sequence_logps(*row, cu_seqlens=cu), sequence_logps(*packed[:2], cu_seqlens=cu))
 
 
-def test_a_linear_batch_of_one_row_is_the_same() -> None:
+def test_a_linear_batch_of_one_row_equals_flat_positions() -> None:
     batch, packed = make_linear_packed(before=1, after=1)
     results = []
     for inputs in (batch, batch._replace(hidden=batch.hidden[None], labels=batch.labels[None])):
@@ -250,7 +244,7 @@ def test_layout_of_the_logits_changes_no_bit(layout: str, dtype: torch.dtype, ra
     want, (want_gradient, _) = loss_and_gradient(logits.contiguous(), labels, **options)
     out, (gradient, _) = loss_and_gradient(logits, labels, **options)
     assert_same((tuple(out), gradient), (tuple(want), want_gradient))
-    if layout in ("offset", "wider", "every other row"):  # Rows that can be overwritten.
+    if layout in ("offset", "wider", "every other row"):  # These rows can be overwritten.
         leaf = packed.logits.clone().requires_grad_()
         logits = LAYOUTS[layout](leaf * 1)
         logits = logits[None] if rank == 3 else logits
@@ -261,12 +255,12 @@ def test_layout_of_the_logits_changes_no_bit(layout: str, dtype: torch.dtype, ra
 
 
 def transposed(batch: LinearBatch) -> LinearBatch:
-    """The same hidden states, positions last in memory, and a weight as [H, V].t()."""
+    """The batch with columns first in memory, such as a weight [H, V].t()."""
     hidden, weight, labels, bias = batch
     return LinearBatch(hidden.t().contiguous().t(), weight.t().contiguous().t(), labels, bias)
 
 
-def test_layout_of_hidden_states_changes_nothing_but_the_order_of_sums() -> None:
+def test_the_layout_of_hidden_states_changes_only_the_order_of_sums() -> None:
     batch, packed = make_linear_packed(dtype=torch.float64, before=1)
     results = []
     for stored in (batch, transposed(batch)):
@@ -284,7 +278,7 @@ def test_layout_of_hidden_states_changes_nothing_but_the_order_of_sums() -> None
     ("threads", "times"), [(1, 2), pytest.param(2, 40, marks=pytest.mark.cpu_only)]
 )
 def test_repetition_and_threads_change_no_bit(threads: int, times: int, request: Any) -> None:
-    # Two sequences in every other pair; with two threads, enough of tokens and pairs for both.
+    # Sequence 0 or 2 is in every pair. For two threads, there are enough tokens and pairs for both.
     packed = make_packed([40, 3, 700] * times, 48)
     count = 3 * times
     pairs = torch.tensor([(0, p % count) if p % 2 else (p % count, 2) for p in range(20 * times)])
@@ -297,7 +291,7 @@ def test_repetition_and_threads_change_no_bit(threads: int, times: int, request:
         assert_same(loss_and_gradient(*packed[:2], **options), want)
 
 
-def test_the_order_of_the_sequences_is_of_no_account() -> None:
+def test_the_order_of_the_sequences_changes_nothing() -> None:
     packed = make_packed(dtype=torch.float64)
     order = [5, 2, 7, 0, 3, 6, 1, 4]
     moved = Packed(
@@ -312,7 +306,7 @@ def test_the_order_of_the_sequences_is_of_no_account() -> None:
     assert_same(got, torch.cat([gradient[packed.spans[s]] for s in order]))
 
 
-def test_the_oracle_reads_no_padding_either() -> None:
+def test_the_oracle_reads_no_padding() -> None:
     packed = make_packed(dtype=torch.float64, before=3, after=3)
     logps, _, valid = oracle.token_logps(*packed.arrays(), cu_seqlens=packed.cu_seqlens.numpy())
     assert np.isfinite(logps).all()

@@ -1,4 +1,4 @@
-"""Packed sequences, pairs, weights and variants through what PyTorch offers around a function."""
+"""Packed sequences, pairs, weights and variants under PyTorch's own checks and transforms."""
 
 from __future__ import annotations
 
@@ -24,22 +24,16 @@ from simpo_ext import (
     token_logps,
 )
 from support.batches import make_batch
-from support.linear_batches import Watcher, assert_same
-from support.packed_batches import (
-    DIFFERENTIABLE,
-    PAIRS,
-    Packed,
-    make_linear_packed,
-    make_packed,
-    reduced_weights,
-)
+from support.comparisons import DIFFERENTIABLE, assert_same, reduced_weights
+from support.linear_batches import Watcher
+from support.packed_batches import PAIRS, Packed, make_linear_packed, make_packed
 
 pytestmark = pytest.mark.kernels
 
 OPS = torch.ops.simpo_ext
 PAIRED = torch.tensor(PAIRS)
 WEIGHTS = torch.tensor([0.25, -1.5, 3.0, 0.0, 7.0, 0.0, 1.0], dtype=torch.float64)
-# What the ops take beside tensors, by the names in their schemas.
+# The ops' options by their names in the schemas.
 NUMBERS: dict[str, Any] = dict(
     ignore_index=-100, shift=True, average_log_prob=True, beta=2.0, gamma_beta_ratio=0.5,
     loss_type=0, label_smoothing=0.1, alpha=0.2, sft_weight=0.2, sft_reduction=0, reduction=1,
@@ -55,18 +49,18 @@ def layout_of(packed: Packed) -> dict[str, Any]:
 
 
 def op_arguments(op: Any, known: dict[str, Any]) -> tuple[Any, ...]:
-    """What a schema asks for."""
+    """The arguments of an op, in the order of its schema."""
     return tuple({**NUMBERS, **known}[argument.name] for argument in op.default._schema.arguments)
 
 
-# One row, pairs, weights, reduction: each with and without the others.
+# Packed, pairs, weights, reduction.
 LAYOUTS = [(True, True, True, 1), (True, False, False, 0), (False, True, False, 2),
            (False, False, True, 0), (False, True, True, 1)]  # fmt: skip
 
 
 def op_inputs(flat: bool, pairs: bool, weights: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """Token logps and labels: rows that are sequences, or one row of them with its targets."""
-    # None without a token, whose NaN is unlike itself to opcheck.
+    """Token logps and labels of padded rows, or of one packed row with its targets."""
+    # Every sequence has a token, since opcheck does not take NaN for equal.
     packed = make_packed((7, 4, 5, 2, 12, 2, 5, 9))
     labels, cu = packed.padded().labels, packed.cu_seqlens
     if flat:
@@ -120,7 +114,7 @@ def test_opcheck_of_the_preference_ops(
     torch.library.opcheck(OPS.preference_loss.default, op_arguments(OPS.preference_loss, known))
 
 
-# ---- both ways through the library ---------------------------------------------------------------
+# ---- the fast path and the ops -------------------------------------------------------------------
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -132,7 +126,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def scored(packed: Packed, **options: Any) -> tuple[Tensor, Any]:
-    """A leaf and the outputs for it times 1, which an in-place backward may overwrite."""
+    """A leaf, and the outputs for leaf * 1, which an in-place backward may overwrite."""
     leaf = packed.logits.clone().requires_grad_()
     return leaf, simpo_loss(leaf * 1, packed.labels, **layout_of(packed), **options)
 
@@ -171,7 +165,7 @@ def test_evaluation_gives_the_same_values(context: Any) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_checkpoint_recomputes_it(inplace: bool) -> None:
+def test_a_checkpoint_gives_the_same_gradients(inplace: bool) -> None:
     packed = make_packed(before=1)
     leaf, out = scored(packed)
     (want,) = torch.autograd.grad(out.loss, leaf)
@@ -236,7 +230,7 @@ def test_gradcheck_of_simpo_loss(rank: int, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("function", [token_logps, sequence_logps])
 def test_gradcheck_of_logps(function: Callable[..., Tensor]) -> None:
     packed = make_packed((4, 1, 0, 5), 5, dtype=torch.float64)
-    kept = [0, 3]  # The others have no tokens, and logps of NaN.
+    kept = [0, 3]  # The others have no tokens, so their logps are NaN.
 
     def logps(x: Tensor) -> Tensor:
         result = function(x, packed.labels, cu_seqlens=packed.cu_seqlens)
@@ -273,7 +267,7 @@ def test_gradcheck_of_simpo_loss_from_logps(options: dict[str, Any]) -> None:
 
 
 def assert_compiles(function: Callable[..., Tensor], *cases: tuple[Any, ...], **how: Any) -> None:
-    """The compiled function has the values and gradients of the eager one."""
+    """Compares values and gradients of the compiled function with the eager function's."""
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, **how)
     for inputs in cases:
@@ -359,7 +353,7 @@ def test_meta_tensors_give_shapes_and_dtypes() -> None:
     assert sequence_logps(logits, labels, cu_seqlens=cu).shape == (len(cu) - 1,)
 
 
-def test_autocast_casts_the_linear_layer_and_not_the_loss() -> None:
+def test_autocast_casts_the_linear_layer_but_not_the_loss() -> None:
     batch, packed = make_linear_packed()
     layout = layout_of(packed)
     low = [x.bfloat16() for x in batch.inputs()]
@@ -379,7 +373,7 @@ def test_autocast_casts_the_linear_layer_and_not_the_loss() -> None:
     {}, {"alpha": 0.3, "beta": 1.5}, {"loss_type": "ipo"}, {"loss_type": "ipo", "gamma": 1.0},
     {"sft_weight": 0.3, "sft_reduction": "token", "normalizer": (3.0, 9.0)},
 ], ids=str)  # fmt: skip
-def test_modules_are_the_functions(options: dict[str, Any]) -> None:
+def test_modules_equal_the_functions(options: dict[str, Any]) -> None:
     packed = make_packed()
     layout = layout_of(packed)
     want = simpo_loss(*packed[:2], **layout, **options)
@@ -395,7 +389,7 @@ def test_modules_are_the_functions(options: dict[str, Any]) -> None:
         assert_same(tuple(LinearSimPOLoss(**options)(*batch[:3], **layout)), tuple(want))
 
 
-def test_modules_show_alpha_and_follow_it() -> None:
+def test_modules_show_alpha_and_follow_changes() -> None:
     module = SimPOLoss(alpha=0.25, loss_type="ipo")
     assert "alpha=0.25" in repr(module)
     assert "loss_type='ipo'" in repr(module)

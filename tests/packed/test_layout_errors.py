@@ -1,4 +1,4 @@
-"""Wrong boundaries, pairs, weights and variants: the error, and what its message names."""
+"""Errors of wrong boundaries, pairs, weights and variants."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from simpo_ext import (
     simpo_loss_from_token_logps,
     token_logps,
 )
+from support.messages import message
 
 pytestmark = pytest.mark.kernels
 
@@ -37,7 +38,7 @@ LABELS = torch.arange(N) % V
 CU = torch.tensor([0, 3, 5, 5, 8])
 PAIRS = torch.tensor([[0, 1], [3, 1], [1, 3]])
 
-# Each takes labels of any shape and makes what it scores in that shape.
+# Functions of labels [N] or [1, N]. The logits or hidden states get the same shape.
 Scorer: TypeAlias = Callable[..., object]
 SCORERS: dict[str, Scorer] = {
     "token_logps": lambda y, **k: token_logps(LOGITS.view(*y.shape, V), y, **k),
@@ -56,18 +57,13 @@ LOSSES: dict[str, Scorer] = {
     ),
 }
 COUNT: dict[str, Scorer] = {"count_pairs": count_pairs}
-# The tensor that the message on its shape names.
+# The tensor that a message about shapes names.
 TOKENS = {"token_logps": "logits", "sequence_logps": "logits", "simpo_loss": "logits",
           "SimPOLoss": "logits", "simpo_loss_from_token_logps": "token_logps"}  # fmt: skip
 
 
-def message(*parts: object) -> str:
-    """A pattern for the parts in this order."""
-    return "(?s)" + ".*".join(re.escape(str(part)) for part in parts)
-
-
 def assert_names(error: pytest.ExceptionInfo[Exception], name: str, *parts: object) -> None:
-    """The message begins with the argument and has all the parts, numbers as numbers."""
+    """The message begins with the argument and contains all parts. An int is a whole number."""
     text = str(error.value)
     assert text.startswith(name), text
     for part in parts:
@@ -94,14 +90,14 @@ EVERYTHING = {**SCORERS, **LOSSES, **COUNT}
 
 @pytest.mark.parametrize("case", BAD_BOUNDARIES)
 @pytest.mark.parametrize("scorer", EVERYTHING)
-def test_boundaries_that_are_no_such_tensor(scorer: str, case: str) -> None:
+def test_invalid_boundaries(scorer: str, case: str) -> None:
     cu_seqlens, error, parts = BAD_BOUNDARIES[case]
     with pytest.raises(error, match=message("cu_seqlens: expected", *parts)):
         EVERYTHING[scorer](LABELS, cu_seqlens=cu_seqlens)
 
 
 BAD_VALUES: dict[str, tuple[list[int], tuple[int, ...]]] = {
-    # boundaries; position and values that the message names
+    # Boundaries, then the position and the values in the message.
     "decreasing": ([0, 5, 3, 8, 9], (2, 5, 3)),
     "decreasing at the end": ([0, 1, 2, 9, 8], (4, 9, 8)),
     "decreasing at the start": ([4, 3, 5, 5, 8], (1, 4, 3)),
@@ -129,7 +125,7 @@ def test_boundaries_that_do_not_divide_the_positions(
 
 
 @pytest.mark.cpu_only
-def test_boundaries_past_every_index_are_refused() -> None:
+def test_boundaries_beyond_every_index_are_refused() -> None:
     for value in (2**62, 2**63 - 1, -(2**63)):
         with pytest.raises(ValueError, match=message("cu_seqlens", value)):
             token_logps(LOGITS, LABELS, cu_seqlens=torch.tensor([0, value, 2, 2, 9]))
@@ -137,7 +133,7 @@ def test_boundaries_past_every_index_are_refused() -> None:
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("scorer", {**LOSSES, **COUNT})
-def test_boundaries_are_looked_at_where_pairs_use_none_of_them(scorer: str) -> None:
+def test_boundaries_are_checked_even_if_no_pair_uses_them(scorer: str) -> None:
     pairs = torch.zeros(0, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"^cu_seqlens"):
         EVERYTHING[scorer](LABELS, cu_seqlens=torch.tensor([0, 10]), pairs=pairs)
@@ -157,7 +153,7 @@ def test_flat_positions_without_boundaries(scorer: str) -> None:
         EVERYTHING[scorer](LABELS)
 
 
-def test_labels_of_another_number_of_positions() -> None:
+def test_labels_with_another_number_of_positions() -> None:
     for logits, labels in ((LOGITS, LABELS[1:]), (LOGITS[None], LABELS[None, 1:])):
         with pytest.raises(ValueError, match=message("labels", "expected", f"{N - 1}]")):
             token_logps(logits, labels, cu_seqlens=CU)
@@ -180,14 +176,14 @@ def test_an_odd_number_of_sequences_without_pairs(scorer: str) -> None:
     LOSSES[scorer](rows, pairs=torch.tensor([[0, 2]]))
 
 
-def test_an_odd_number_of_sequences_to_count_without_pairs() -> None:
+def test_count_pairs_refuses_an_odd_number_of_sequences() -> None:
     with pytest.raises(ValueError, match=message("cu_seqlens: expected", "even", "3")):
         count_pairs(LABELS, cu_seqlens=CU[:4])
     with pytest.raises(ValueError, match=message("labels: expected an even B", "3")):
         count_pairs(LABELS.view(3, 3))
 
 
-def test_other_device() -> None:
+def test_tensors_on_other_devices() -> None:
     for name, value in (("cu_seqlens", CU), ("pairs", PAIRS), ("pair_weight", torch.ones(3))):
         options = {"cu_seqlens": CU, "pairs": PAIRS, name: value.to("meta")}
         with pytest.raises(ValueError, match=message(f"{name}: expected device cpu", "meta")):
@@ -212,7 +208,7 @@ BAD_PAIRS: dict[str, tuple[Any, type[Exception], tuple[object, ...]]] = {
 
 @pytest.mark.parametrize("case", BAD_PAIRS)
 @pytest.mark.parametrize("scorer", PAIRED)
-def test_pairs_that_are_no_such_tensor(scorer: str, case: str) -> None:
+def test_invalid_pairs(scorer: str, case: str) -> None:
     pairs, error, parts = BAD_PAIRS[case]
     with pytest.raises(error, match=message("pairs: expected", *parts)):
         PAIRED[scorer](LABELS, cu_seqlens=CU, pairs=pairs)
@@ -222,10 +218,10 @@ def test_pairs_that_are_no_such_tensor(scorer: str, case: str) -> None:
 @pytest.mark.parametrize("index", [S, 17, -1, -S, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("scorer", PAIRED)
-def test_a_sequence_that_is_not_there_is_named(scorer: str, side: int, index: int) -> None:
+def test_the_error_names_a_missing_sequence(scorer: str, side: int, index: int) -> None:
     pairs = torch.tensor([[0, 1], [1, 2], [3, 0], [2, 2], [0, 3]])
     pairs[3, side] = index
-    pairs[4, 0] = 99  # Not the first.
+    pairs[4, 0] = 99  # Comes later, so it is not reported.
     what = f"pairs[3, {side}] is out of range: expected a sequence in [0, {S}), got {index}"
     for labels, layout in ((LABELS, {"cu_seqlens": CU}), (LABELS[:8].view(4, 2), {})):
         if scorer in ("count_pairs", "simpo_loss_from_token_logps") or layout:
@@ -234,7 +230,7 @@ def test_a_sequence_that_is_not_there_is_named(scorer: str, side: int, index: in
 
 
 @pytest.mark.cpu_only
-def test_rows_that_are_not_there_are_named() -> None:
+def test_the_error_names_a_missing_row() -> None:
     logits, labels = LOGITS.view(3, 3, V), LABELS.view(3, 3)
     for index in (3, -1):
         pairs = torch.tensor([[0, 1], [2, index]], dtype=torch.int32)
@@ -245,7 +241,7 @@ def test_rows_that_are_not_there_are_named() -> None:
 
 
 @pytest.mark.cpu_only
-def test_a_pair_of_no_sequences() -> None:
+def test_a_pair_without_sequences() -> None:
     for cu in (CU[:1], CU[-1:]):
         with pytest.raises(IndexError, match=message("pairs[0, 0]", "[0, 0)", "got 0")):
             simpo_loss(LOGITS, LABELS, cu_seqlens=cu, pairs=torch.tensor([[0, 0]]))
@@ -270,20 +266,20 @@ BAD_WEIGHTS: dict[str, tuple[Any, type[Exception], tuple[object, ...]]] = {
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
 @pytest.mark.parametrize("scorer", LOSSES)
-def test_weights_that_are_no_such_tensor(scorer: str, case: str) -> None:
+def test_invalid_weights(scorer: str, case: str) -> None:
     weight, error, parts = BAD_WEIGHTS[case]
     with pytest.raises(error, match=message("pair_weight: expected", *parts)):
         LOSSES[scorer](LABELS, cu_seqlens=CU, pairs=PAIRS, pair_weight=weight)
 
 
 @pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_weights_of_sequence_logps_that_are_no_such_tensor(case: str) -> None:
+def test_invalid_weights_of_sequence_logps(case: str) -> None:
     weight, error, parts = BAD_WEIGHTS[case]
     with pytest.raises(error, match=message("pair_weight: expected", *parts)):
         simpo_loss_from_logps(-torch.ones(3), -torch.ones(3), pair_weight=weight)
 
 
-def test_weights_that_require_grad_are_refused_without_grad_mode_too() -> None:
+def test_weights_that_require_grad_are_refused_under_no_grad() -> None:
     with torch.no_grad(), pytest.raises(ValueError, match=message("pair_weight", "requires grad")):
         simpo_loss(LOGITS.view(9, 1, V), LABELS.view(9, 1), pairs=PAIRS,
                    pair_weight=torch.ones(3, requires_grad=True))  # fmt: skip
@@ -318,7 +314,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], tuple[object, ...]]] = 
 
 @pytest.mark.parametrize("case", BAD_OPTIONS, ids=lambda case: str(case[0]))
 @pytest.mark.parametrize("function", WITH_OPTIONS)
-def test_options_that_do_not_fit(function: str, case: Any) -> None:
+def test_invalid_options(function: str, case: Any) -> None:
     options, error, parts = case
     with pytest.raises(error, match=message(*parts)):
         WITH_OPTIONS[function](**options)
@@ -326,7 +322,7 @@ def test_options_that_do_not_fit(function: str, case: Any) -> None:
 
 @pytest.mark.parametrize("alpha", [1e-30, -1e-30, 1e30, -1e30, 0, -0.0, 1, np.float32(0.5)])
 @pytest.mark.parametrize("function", WITH_OPTIONS)
-def test_alphas_that_fit(function: str, alpha: Any) -> None:
+def test_valid_alphas(function: str, alpha: Any) -> None:
     WITH_OPTIONS[function](alpha=alpha)
 
 
@@ -347,7 +343,7 @@ ROWS = torch.zeros(4, 2, dtype=torch.int64)
     (LOGPS[:3], ROWS[:3], ValueError, ("token_logps: expected an even B", "3")),
     (LOGPS, ROWS.to("meta"), ValueError, ("labels: expected device cpu", "meta")),
 ])  # fmt: skip
-def test_token_logps_that_do_not_fit(logps: Any, labels: Any, error: Any, parts: Any) -> None:
+def test_invalid_token_logps(logps: Any, labels: Any, error: Any, parts: Any) -> None:
     with pytest.raises(error, match=message(*parts)):
         simpo_loss_from_token_logps(logps, labels)
 
@@ -363,19 +359,19 @@ def test_token_logps_that_do_not_fit(logps: Any, labels: Any, error: Any, parts:
     (ROWS, {"ignore_index": -100.0}, TypeError, ("ignore_index: expected an int", "float")),
     (ROWS, {"ignore_index": 2**63}, ValueError, ("ignore_index", "64-bit")),
 ])  # fmt: skip
-def test_counts_of_what_does_not_fit(labels: Any, options: Any, error: Any, parts: Any) -> None:
+def test_count_pairs_checks_arguments(labels: Any, options: Any, error: Any, parts: Any) -> None:
     with pytest.raises(error, match=message(*parts)):
         count_pairs(labels, **options)
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens", "pairs", "pair_weight"])
 @pytest.mark.parametrize("module", [SimPOLoss, LinearSimPOLoss])
-def test_what_belongs_to_a_batch_is_no_option_of_a_module(module: Any, name: str) -> None:
+def test_modules_refuse_arguments_of_a_batch(module: Any, name: str) -> None:
     with pytest.raises(TypeError, match=name):
         module(**{name: torch.ones(3)})
 
 
-def test_no_layout_of_pairs_in_functions_of_sequences() -> None:
+def test_functions_of_sequences_take_no_pairs() -> None:
     calls = ((token_logps, 1), (sequence_logps, 1), (linear_token_logps, 2))
     for function, tensors in calls:
         with pytest.raises(TypeError, match="pairs"):

@@ -1,4 +1,4 @@
-"""Sequences laid end to end give what they give as padded rows, and what the oracle says."""
+"""Packed sequences give the results of padded rows, and those of the oracle."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ from simpo_ext import (
 )
 from support import linear_oracle
 from support.batches import DTYPES
-from support.linear_batches import assert_same
+from support.comparisons import OUTPUTS, assert_outputs_match, assert_same, loss_and_gradient
 from support.packed_batches import (
     LENGTHS,
-    OUTPUTS,
     PAIRS,
     Packed,
-    loss_and_gradient,
     make_linear_packed,
     make_packed,
     pad,
@@ -36,8 +34,8 @@ pytestmark = pytest.mark.kernels
 
 NAN = float("nan")
 PAIRED = torch.tensor(PAIRS)
-# The CUDA kernels sum in an order that depends on where 16-byte vectors begin: at the same places
-# in both layouts if the vocabulary is a multiple of 8.
+# The order in which CUDA kernels sum depends on where 16-byte vectors begin. If the vocabulary is a
+# multiple of 8, they begin at the same places in both layouts.
 VOCABULARIES = [40, pytest.param(259, marks=pytest.mark.cpu_only)]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -56,7 +54,7 @@ def with_ignore_index(packed: Packed, options: dict[str, Any]) -> Packed:
 
 
 def assert_losses_match(out: SimPOOutput, want: SimPOOutput) -> None:
-    """Bit for bit but for sums over the batch, which may be added up in another order."""
+    """Compares bit for bit, except for sums over the batch, whose order may differ."""
     eps = torch.finfo(out.loss.dtype).eps
     for name in OUTPUTS:
         rtol = 4 * eps if name in ("loss", "sft_loss") else 0.0
@@ -65,13 +63,13 @@ def assert_losses_match(out: SimPOOutput, want: SimPOOutput) -> None:
     assert out.metrics() == pytest.approx(want.metrics(), rel=1e-13, nan_ok=True)
 
 
-# ---- as padded rows ------------------------------------------------------------------------------
+# ---- padded rows ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_logps_and_gradients_are_those_of_padded_rows(
+def test_logps_and_gradients_equal_those_of_padded_rows(
     dtype: torch.dtype, vocabulary: int, shift: bool
 ) -> None:
     packed = make_packed(vocabulary=vocabulary, dtype=dtype, before=3, after=2)
@@ -98,7 +96,7 @@ def test_logps_and_gradients_are_those_of_padded_rows(
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pairs", [None, PAIRED])
-def test_the_loss_and_its_gradient_are_those_of_padded_rows(
+def test_the_loss_and_its_gradient_equal_those_of_padded_rows(
     pairs: Any, dtype: torch.dtype, vocabulary: int, options: dict[str, Any]
 ) -> None:
     packed = make_packed(vocabulary=vocabulary, dtype=dtype, before=1, after=4)
@@ -114,7 +112,7 @@ def test_the_loss_and_its_gradient_are_those_of_padded_rows(
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_linear_loss_is_that_of_padded_rows(
+def test_the_linear_loss_equals_that_of_padded_rows(
     dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     batch, packed = make_linear_packed(dtype=dtype, before=1, after=4)
@@ -143,7 +141,7 @@ def test_the_linear_loss_is_that_of_padded_rows(
 
 @pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_logps_are_those_of_padded_rows(dtype: torch.dtype, shift: bool) -> None:
+def test_linear_logps_equal_those_of_padded_rows(dtype: torch.dtype, shift: bool) -> None:
     batch, packed = make_linear_packed(dtype=dtype, before=2, after=1)
     padded = padded_linear(batch, packed)
     cu = packed.cu_seqlens
@@ -164,13 +162,9 @@ def test_every_output_and_the_gradient_match_the_oracle(
     want, want_gradient = packed.oracle_loss(pairs=PAIRS, **options)
     options = {"cu_seqlens": packed.cu_seqlens, "pairs": PAIRED, **options}
     out, (gradient, _) = loss_and_gradient(*packed[:2], **options)
-    # Sums of log-probs reach a hundred; token log-probs are within 5e-7.
+    # Sums of log-probabilities reach 100. Those of tokens are within 5e-7.
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
-    for name in OUTPUTS:
-        got, expected = getattr(out, name).detach().double().numpy(), getattr(want, name)
-        np.testing.assert_allclose(
-            got, expected, rtol=10 * tolerance, atol=2 * tolerance, err_msg=name
-        )
+    assert_outputs_match(out, want, 10 * tolerance, 2 * tolerance)
     assert out.metrics() == pytest.approx(want.metrics, rel=2e-6, abs=2e-6, nan_ok=True)
     rounding = {torch.float64: 1e-13, torch.float32: 3e-6}.get(dtype, torch.finfo(dtype).eps)
     assert gradient.shape == packed.logits.shape
@@ -191,17 +185,14 @@ def test_the_linear_front_end_matches_the_oracle(options: dict[str, Any]) -> Non
     leaf = batch.leaves()
     layout = {"cu_seqlens": packed.cu_seqlens, "pairs": PAIRED}
     out = linear_simpo_loss(*leaf[:3], bias=leaf.bias, **layout, **options)
-    for name in OUTPUTS:
-        got, expected = getattr(out, name).detach().numpy(), getattr(want, name)
-        np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-12, err_msg=name)
+    assert_outputs_match(out, want, 1e-12)
     out.loss.sum().backward()
     for ours, theirs in zip(leaf.inputs(), gradients, strict=True):
         np.testing.assert_allclose(ours.grad.numpy(), theirs, rtol=1e-11, atol=1e-13)
 
 
 def shapes_of_real_pairs() -> tuple[list[int], list[int]]:
-    """Prompt lengths and lengths of 16 sequences, chosen then rejected: tokens of eight pairs of a
-    preference data set, as one step would have them."""
+    """Prompt lengths and sequence lengths of eight pairs of a preference data set, in tokens."""
     triples = ((26, 402, 131), (545, 220, 220), (12, 620, 264), (10, 504, 174), (505, 542, 337),
                (187, 72, 155), (28, 660, 550), (126, 1, 87))  # fmt: skip
     prompts = [prompt for prompt, _, _ in triples] * 2
@@ -209,7 +200,7 @@ def shapes_of_real_pairs() -> tuple[list[int], list[int]]:
     return prompts, lengths
 
 
-def test_a_batch_of_the_lengths_that_data_have() -> None:
+def test_a_batch_with_lengths_of_real_data() -> None:
     prompts, lengths = shapes_of_real_pairs()
     packed = make_packed(lengths, 24)
     for span, prompt in zip(packed.spans, prompts, strict=True):
@@ -217,9 +208,7 @@ def test_a_batch_of_the_lengths_that_data_have() -> None:
     options: dict[str, Any] = {"sft_weight": 0.3, "sft_reduction": "token"}
     want, want_gradient = packed.oracle_loss(**options)
     out, (gradient, _) = loss_and_gradient(*packed[:2], cu_seqlens=packed.cu_seqlens, **options)
-    for name in OUTPUTS:
-        got = getattr(out, name).detach().double().numpy()
-        np.testing.assert_allclose(got, getattr(want, name), rtol=1e-6, atol=2e-6, err_msg=name)
+    assert_outputs_match(out, want, 1e-6, 2e-6)
     assert out.metrics()["num_tokens"] == sum(lengths) - sum(prompts)
     error = np.abs(gradient.double().numpy() - want_gradient).max()
     assert error < 3e-6 * np.abs(want_gradient).max()
@@ -233,9 +222,7 @@ def test_a_thousand_short_sequences_in_more_pairs() -> None:
     want, want_gradient = packed.oracle_loss(**options)
     options |= {"pairs": torch.from_numpy(pairs), "cu_seqlens": packed.cu_seqlens}
     out, (gradient, _) = loss_and_gradient(*packed[:2], **options)
-    for name in OUTPUTS:
-        got = getattr(out, name).detach().numpy()
-        np.testing.assert_allclose(got, getattr(want, name), rtol=1e-12, atol=1e-13, err_msg=name)
+    assert_outputs_match(out, want, 1e-12, 1e-13)
     assert out.metrics() == pytest.approx(want.metrics, rel=1e-12)
     np.testing.assert_allclose(gradient.numpy(), want_gradient, rtol=1e-11, atol=1e-16)
 

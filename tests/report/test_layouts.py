@@ -1,4 +1,4 @@
-"""Metrics on request of packed sequences and of pairs by indices."""
+"""Requested metrics of packed sequences and of pairs by indices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = tuple(f"{name}/{side}" for name in ALL for side in ("chosen", "rejected"
 def expected(
     logits: torch.Tensor, labels: torch.Tensor, cu_seqlens: torch.Tensor, pairs: list[list[int]]
 ) -> dict[str, float]:
-    """By their definition: a sequence counts once for each of its pairs."""
+    """The metrics by definition. A sequence counts once for each of its pairs."""
     spans = [slice(a, b) for a, b in pairwise(cu_seqlens.tolist())]
     scored = [[t for t in range(s.start, s.stop - 1) if labels[t + 1] != -100] for s in spans]
     counted = [pair for pair in pairs if all(scored[s] for s in pair)]
@@ -36,8 +36,8 @@ def expected(
     return {name: result[name] for name in NAMES}
 
 
-def test_packed_sequences_with_shared_ones() -> None:
-    packed = make_packed(before=3, after=2)  # of NaN, which counts for nothing
+def test_packed_sequences_in_several_pairs() -> None:
+    packed = make_packed(before=3, after=2)  # The padding is NaN.
     out = simpo_loss(
         packed.logits, packed.labels, cu_seqlens=packed.cu_seqlens, pairs=torch.tensor(PAIRS),
         report=ALL,

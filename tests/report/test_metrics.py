@@ -1,4 +1,4 @@
-"""Metrics on request: mean logits and entropies from the forward's own pass over the logits."""
+"""Requested metrics: mean logits and entropies, computed in the forward's pass over the logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def z_of(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
-    """In float64."""
+    """The scaled and capped logits in float64."""
     z = logits.double() * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -55,7 +55,7 @@ def expected_metrics(
     empty: str = "drop",
     **_: Any,
 ) -> dict[str, float]:
-    """By definition, sequence by sequence."""
+    """The metrics by their definition."""
     z = z_of(logits, logit_scale, softcap)
     valid, pairs = is_valid(labels, shift), len(labels) // 2
     has_tokens = valid.any(1)
@@ -93,11 +93,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_metrics_are_those_of_their_definition(
-    dtype: torch.dtype, options: dict[str, Any]
-) -> None:
+def test_the_metrics_match_their_definition(dtype: torch.dtype, options: dict[str, Any]) -> None:
     batch = make_batch(pairs=3, time=10, vocabulary=301, dtype=dtype)
-    batch.labels[4] = -100  # a pair that is not counted, unless empty="nan"
+    batch.labels[4] = -100  # drops a pair, unless empty="nan"
     out = simpo_loss(*batch, report=ALL, **options)
     want = {**simpo_loss(*batch, **options).metrics(), **expected_metrics(*batch, **options)}
     assert list(out.metrics()) == list(want)
@@ -123,7 +121,7 @@ def test_a_report_changes_no_bit_of_loss_and_gradient(
 
 
 @pytest.mark.parametrize("report", [(), ("entropy",), ("logits_all", "logits"), list(ALL), {*ALL}])
-def test_what_is_asked_for_is_added_in_one_order(report: Any) -> None:
+def test_requested_metrics_have_a_fixed_order(report: Any) -> None:
     out = simpo_loss(*make_batch(), report=report)
     plain = simpo_loss(*make_batch())
     added = [f"{name}/{side}" for name in ALL if name in report for side in ("chosen", "rejected")]
@@ -134,13 +132,12 @@ def test_what_is_asked_for_is_added_in_one_order(report: Any) -> None:
 
 # ---- the op --------------------------------------------------------------------------------------
 
-# Of both the CPU's and the GPU's kernels: a label alone; less than a vector; a vector and less than
-# a step; blocks and a tail.
+# A single logit; less than a vector; a vector but less than a step; blocks and a tail.
 SIZES = [1, 5, 67, 4099]
 
 
 def rows(vocabulary: int, dtype: torch.dtype, offset: float = 0.0) -> Tensor:
-    """[6, V]: spread out, flat, sure, sure of the last but for its neighbours, and with -inf."""
+    """[6, V]: random, flat, sure, increasing to the last, and two rows with -inf."""
     generator = torch.Generator().manual_seed(vocabulary)
     logits = 3.0 * torch.randn(6, vocabulary, generator=generator, dtype=torch.float64)
     logits[1] = 0.25
@@ -164,7 +161,7 @@ def test_mean_logit_and_entropy_of_every_token(
     options = (-100, False, *transform)
     z = z_of(logits, transform[0], transform[1] or None)
     if dtype != torch.float64 and transform != (1.0, 0.0):
-        # With the digits that the arithmetic keeps of a scaled logit.
+        # The kernels round a scaled logit to float32.
         z = z_of(logits.float(), transform[0], transform[1] or None).float().double()
     for all_positions in (False, True):
         logps, *saved, mean_logit, entropy = OPS.token_logps_report(
@@ -178,17 +175,17 @@ def test_mean_logit_and_entropy_of_every_token(
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
         mean = torch.where(scored | all_positions, z.mean(-1), 0.0)
         torch.testing.assert_close(mean_logit, mean, rtol=tolerance, atol=tolerance)
-        # Each probability is as exact as the distance of its z from the largest.
+        # A probability has the relative error of the difference between its z and the largest.
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6
         if dtype != torch.float64 and transform != (1.0, 0.0) and offset:
-            tolerance = 3e-3  # of which a rounding of z at 1e4 takes an ulp
+            tolerance = 3e-3  # an ulp of z at 1e4 is 1e-3
         want = torch.where(scored, entropy_of(z), 0.0)
         torch.testing.assert_close(entropy, want, rtol=tolerance, atol=tolerance)
         assert (entropy >= 0.0).all()
 
 
-def test_the_entropy_of_a_sure_row_is_as_small_as_it_is() -> None:
-    # 1 - p is 4e-8, which p itself does not show in float32.
+def test_the_entropy_of_a_sure_row_keeps_its_digits() -> None:
+    # 1 - p is 5e-8, so p rounded to float32 has no digits of it.
     logits = torch.full((1, 1, 501), -23.0)
     logits[0, 0, 300] = 0.0
     *_, entropy = OPS.token_logps_report(
@@ -196,13 +193,13 @@ def test_the_entropy_of_a_sure_row_is_as_small_as_it_is() -> None:
     )
     want = entropy_of(logits.double()).item()
     assert 1e-6 < want < 2e-6
-    # Terms that share a lane's sum with that of the label lose digits, and are few.
+    # Only the few terms in the sum of the label's lane lose digits.
     assert entropy.item() == pytest.approx(want, rel=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("spoiler", [NAN, INF])
-def test_a_row_without_a_log_probability_has_no_entropy(spoiler: float, dtype: torch.dtype) -> None:
+def test_a_row_that_is_no_distribution_has_entropy_nan(spoiler: float, dtype: torch.dtype) -> None:
     logits = torch.randn(1, 3, 70, dtype=dtype)
     logits[0, 0, 69] = spoiler
     logits[0, 1] = -INF
@@ -216,7 +213,7 @@ def test_a_row_without_a_log_probability_has_no_entropy(spoiler: float, dtype: t
     torch.testing.assert_close(mean_logit[0, 2], logits[0, 2].double().mean())
 
 
-# Longer than what one thread works on, and the same bits for any number of them.
+# The rows are longer than one thread's share. The bits do not depend on the number of threads.
 @pytest.mark.cpu_only
 def test_long_rows_are_reported_by_any_number_of_threads() -> None:
     logits = torch.randn(2, 2, 140_001)
@@ -285,7 +282,7 @@ def test_opcheck(dtype: torch.dtype, all_positions: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_logits_are_read_for_logits_all_alone(dtype: torch.dtype) -> None:
+def test_masked_logits_are_read_only_for_logits_all(dtype: torch.dtype) -> None:
     batch = make_batch(dtype=dtype)
     masked = ~is_valid(batch.labels)
     spoilt = batch.logits.masked_fill(masked[..., None], NAN)
@@ -298,7 +295,7 @@ def test_masked_logits_are_read_for_logits_all_alone(dtype: torch.dtype) -> None
     assert of_all == want.metrics()
 
 
-def test_nothing_counted_is_nan() -> None:
+def test_metrics_without_counted_pairs_are_nan() -> None:
     batch = make_batch()
     batch.labels[0] = batch.labels[3] = -100  # each pair has an empty completion
     metrics = simpo_loss(*batch, report=ALL).metrics()
@@ -310,7 +307,7 @@ def test_nothing_counted_is_nan() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (4, 0, 7), (4, 5, 0)])
-def test_batches_without_a_logit(shape: tuple[int, int, int]) -> None:
+def test_empty_batches(shape: tuple[int, int, int]) -> None:
     out = simpo_loss(torch.randn(shape), torch.full(shape[:2], -100), report=ALL)
     assert all(value != value for value in list(out.metrics().values())[9:])
 
@@ -337,7 +334,7 @@ def test_compiled_in_one_graph(report: Any) -> None:
     torch.testing.assert_close(gradient, want_gradient)
 
 
-def test_recomputed_by_a_checkpoint() -> None:
+def test_checkpoint() -> None:
     batch = make_batch()
     want, want_gradient = loss_and_gradient(batch, report=ALL)
     leaf = batch.logits.clone().requires_grad_()
@@ -348,7 +345,7 @@ def test_recomputed_by_a_checkpoint() -> None:
     assert torch.equal(out.metrics_values, want.metrics_values)
 
 
-def test_without_a_gradient() -> None:
+def test_no_grad() -> None:
     batch = make_batch()
     want = simpo_loss(*batch, report=ALL)
     with torch.no_grad():
@@ -356,7 +353,7 @@ def test_without_a_gradient() -> None:
     assert torch.equal(out.metrics_values, want.metrics_values)
 
 
-def test_the_module_keeps_it() -> None:
+def test_the_module_takes_a_report() -> None:
     batch = make_batch()
     module = SimPOLoss(report=["entropy", "logits"])
     assert module.report == ("logits", "entropy")

@@ -1,4 +1,4 @@
-"""From reported values of tokens to means over sides: packed sequences, and pairs in a list."""
+"""Means over chosen and rejected tokens, from the values of each token."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("empty", ["drop", "nan"])
 @pytest.mark.parametrize("shift", [False, True])
-def test_packed_sequences_count_as_those_of_a_batch(shift: bool, empty: Any) -> None:
-    """Sequences of other lengths, one of them empty, and pairs that share and leave out some."""
+def test_means_of_packed_sequences(shift: bool, empty: Any) -> None:
+    """One sequence is empty. Pairs share some sequences."""
     generator = torch.Generator().manual_seed(0)
     lengths = [4, 0, 3, 1, 6]
     cu_seqlens = torch.tensor([2, *lengths]).cumsum(0)
-    size = int(cu_seqlens[-1]) + 3  # padding at both ends
+    size = int(cu_seqlens[-1]) + 3  # with padding at both ends
     labels = torch.randint(3, (size,), generator=generator)
     labels[3] = -100
     values = {name: torch.randn(size, generator=generator, dtype=torch.float64) for name in ALL}
@@ -55,13 +55,13 @@ def test_packed_sequences_count_as_those_of_a_batch(shift: bool, empty: Any) -> 
     torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-12)
 
 
-def test_sums_of_packed_sequences_are_apart() -> None:
+def test_sums_of_packed_sequences() -> None:
     values = torch.tensor([[NAN, 1.0, 2.0, NAN, 4.0, 8.0, torch.inf]])
     cu_seqlens = torch.tensor([1, 3, 4, 4, 6])
     sums, counts = sequence_sums(values, cu_seqlens=cu_seqlens)
     want = torch.tensor([3.0, NAN, 0.0, 12.0], dtype=torch.float64)
     torch.testing.assert_close(sums, want, rtol=0.0, atol=0.0, equal_nan=True)
     assert counts.tolist() == [2.0, 1.0, 0.0, 2.0]
-    # What is not counted may be NaN.
+    # Values that are not counted may be NaN.
     sums, counts = sequence_sums(values, values.isfinite(), cu_seqlens)
     assert (sums.tolist(), counts.tolist()) == ([3.0, 0.0, 0.0, 12.0], [2.0, 0.0, 0.0, 2.0])

@@ -1,7 +1,8 @@
-"""Batches for the tests: logits like a trained model's, labels like a preference batch's."""
+"""Batches with logits like those of a trained model."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,10 +25,10 @@ def make_batch(
     seed: int = 0,
     offset: float = 0.0,
 ) -> Batch:
-    """A batch with prompts and padding masked, of lengths that differ.
+    """A batch of sequences of different lengths, with masked prompts and padding.
 
-    A few logits a row are large and most are small, and the label's is often among the large ones:
-    errors that a flat distribution averages away show in a peaked one.
+    A few logits of a row are large, often the label's among them. A flat distribution would average
+    errors away.
     """
     generator = torch.Generator().manual_seed(seed)
     batch = 2 * pairs
@@ -46,8 +47,17 @@ def make_batch(
 
 
 def eager_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """The formula of the trainers, with the logits in their compute dtype: [2P, T - 1]."""
+    """The trainers' formula, computed in float32 or float64: [2P, T - 1]."""
     targets = labels[:, 1:]
     compute = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     gathered = compute.log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
     return gathered.masked_fill(targets == -100, 0.0)
+
+
+def far_apart(x: Tensor, path: Path, dim: int) -> Tensor:
+    """A copy in a sparse file, whose stride in ``dim`` is just above 2^31 elements."""
+    strides = list(x.stride())
+    strides[dim] = 2**31 + 64
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    flat = torch.from_file(str(path), shared=True, size=last + 1, dtype=x.dtype)
+    return flat.as_strided(x.shape, strides).copy_(x)

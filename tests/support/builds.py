@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,18 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 
-# TorchConfig.cmake of a CUDA build of torch fails without a toolkit.
+from support.paths import ROOT
+
 needs_libtorch = pytest.mark.skipif(
     torch.version.cuda is not None and shutil.which("nvcc") is None,
     reason="find_package(Torch) of a CUDA build of torch needs a CUDA toolkit",
 )
 
-# Compiling a file that includes libtorch is most of what a test of a program takes.
+# Tests of programs spend most of their time compiling files that include libtorch.
 WITHOUT_DEBUG_INFO = ("-DCMAKE_CXX_FLAGS_DEBUG=-O0",)
 
 
 def run(*command: str | Path, **options: object) -> str:
-    """The command's output; a failure shows all of it."""
+    """Returns the command's output. A failure shows all of it."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False, **options
     )
@@ -45,8 +47,17 @@ def build(source: Path, folder: Path, *definitions: str, target: str = "all") ->
     run("cmake", "--build", folder, "--target", target)
 
 
+def build_library(folder: Path, *definitions: str, target: str = "all") -> None:
+    """Builds the library as for a wheel, with the same compiler cache if there is one."""
+    given = os.environ.get("SKBUILD_CMAKE_DEFINE", "").split(";")
+    definitions += tuple(f"-D{definition}" for definition in given if definition)
+    build(
+        ROOT, folder, "-DCMAKE_BUILD_TYPE=Release", "-DSIMPO_WERROR=ON", *definitions, target=target
+    )
+
+
 def skip_unless_sanitizer_works(sanitizer: str, folder: Path) -> None:
-    """Its runtime may be missing, or at odds with the kernel's address space layout."""
+    """Skips the test if the sanitizer's runtime is missing, or fails on this kernel."""
     (folder / "probe.cpp").write_text("int main() {}")
     flags = [f"-fsanitize={sanitizer}", "-o", "probe"]
     compiled = subprocess.run(["c++", "probe.cpp", *flags], cwd=folder, check=False)

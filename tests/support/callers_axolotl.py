@@ -1,4 +1,4 @@
-"""How axolotl calls a plugin, from YAML to trainer, when it trains ``rl: simpo``.
+"""Calls a plugin as axolotl does when it trains ``rl: simpo``, from YAML to trainer.
 
 Written from the public interface of BasePlugin and PluginManager (axolotl.integrations.base), of
 the merge of their arguments into the configuration (axolotl.integrations.config), and of
@@ -24,14 +24,14 @@ class RLType(str, Enum):
 
 
 class Config(dict):
-    """A configuration: what it has not is None."""
+    """A configuration whose missing keys are None."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)
 
 
 class InputConfig(pydantic.BaseModel):
-    """The part of axolotl's own keys that a run with ``rl: simpo`` has."""
+    """axolotl's keys of a run with ``rl: simpo``."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -44,7 +44,7 @@ class InputConfig(pydantic.BaseModel):
 
 
 class BasePlugin:
-    """Every hook that the builder goes through, without effect."""
+    """The hooks that the builder calls. They do nothing."""
 
     def register(self, cfg: Any) -> None: ...
 
@@ -59,7 +59,7 @@ class BasePlugin:
 
 
 class Run:
-    """One run of axolotl: plugins by name, the configuration that they extend, and the builder."""
+    """A run of axolotl: its plugins, the configuration that they extend, and the builder."""
 
     def __init__(self, yaml: dict[str, Any]) -> None:
         self.plugins = [self._load(name) for name in yaml.get("plugins", [])]
@@ -79,7 +79,7 @@ class Run:
         return self._attribute(dotted)()
 
     def training_arguments(self) -> dict[str, Any]:
-        """The keywords of its CPOConfig: simpo_gamma always, the others if they are there."""
+        """The keywords of CPOConfig: always simpo_gamma, and the others if they are set."""
         arguments: dict[str, Any] = {"loss_type": "simpo", "simpo_gamma": self.cfg.simpo_gamma}
         if self.cfg.rl_beta is not None:
             arguments["beta"] = self.cfg.rl_beta
@@ -90,9 +90,9 @@ class Run:
         return arguments
 
     def build(self, model: Any, default: type, *, args: Any = None, **data: Any) -> Any:
-        """The trainer; ``default`` is the class where no plugin has one.
+        """Creates the trainer, of the class ``default`` if no plugin has one.
 
-        A class that a plugin has is not given the model.
+        axolotl does not pass the model to the class of a plugin.
         """
         found = (plugin.get_trainer_cls(self.cfg) for plugin in self.plugins)
         trainer_class = next((each for each in found if each is not None), None)
@@ -112,7 +112,7 @@ class Run:
 
 
 def install_package(monkeypatch: pytest.MonkeyPatch, trainer_class: type) -> None:
-    """A package with the modules that a plugin imports from."""
+    """Installs modules that a plugin imports from."""
     names = ["axolotl", "axolotl.core", "axolotl.core.trainers", "axolotl.integrations"]
     for name in (*names, "axolotl.integrations.base"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

@@ -1,7 +1,7 @@
-"""How LLaMA-Factory calls what simpo_ext.integrations.llamafactory stands in for.
+"""Calls the methods that simpo_ext.integrations.llamafactory replaces, as LLaMA-Factory does.
 
 Written from the public interface of CustomDPOTrainer (llamafactory.train.dpo.trainer) and of
-get_batch_logps (llamafactory.train.trainer_utils), without transformers and TRL under them.
+get_batch_logps (llamafactory.train.trainer_utils), without transformers and TRL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AVERAGED = ("ipo", "orpo", "simpo")
 
 
 def preference_batch(pairs: int = 3, time: int = 12, vocabulary: int = 61) -> dict[str, Tensor]:
-    """As PairwiseDataCollatorWithPadding makes it: chosen rows, then rejected, padded right."""
+    """A batch of PairwiseDataCollatorWithPadding: chosen rows, then rejected, padded right."""
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(vocabulary, (2 * pairs, time), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -36,7 +36,7 @@ def preference_batch(pairs: int = 3, time: int = 12, vocabulary: int = 61) -> di
 def get_batch_logps(
     logits: Tensor, labels: Tensor, label_pad_token_id: int = -100, ld_alpha: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Its definition: sums over valid tokens, those past the shorter of a pair by ld_alpha."""
+    """Sums over valid tokens. ld_alpha weights tokens beyond the length of a pair's shorter one."""
     is_valid = labels[:, 1:] != label_pad_token_id
     targets = torch.where(is_valid, labels[:, 1:], 0)
     logps = logits[:, :-1].log_softmax(-1).gather(2, targets.unsqueeze(2)).squeeze(2)
@@ -51,9 +51,9 @@ def get_batch_logps(
 
 
 class DPOTrainerCaller:
-    """CustomDPOTrainer, as far as a batch's loss goes.
+    """The methods of CustomDPOTrainer that compute a batch's loss.
 
-    To 0.9.3, what the forward returns is a tuple (``returns=tuple``), and since a dict.
+    Up to version 0.9.3 the forward returns a tuple (``returns=tuple``), and later a dict.
     """
 
     returns: Callable[..., Any] = dict
@@ -124,7 +124,8 @@ class DPOTrainerCaller:
         elif self.loss_type == "orpo":
             losses = self.odds_ratio_loss(chosen_logps, rejected_logps)
         else:
-            losses = -F.logsigmoid(self.beta * (chosen_logps - rejected_logps))  # as if ref were 0
+            # The reference's log-probabilities are 0.
+            losses = -F.logsigmoid(self.beta * (chosen_logps - rejected_logps))
         rewards = self.beta * chosen_logps.detach(), self.beta * rejected_logps.detach()
         if self.ftx_gamma > 1e-6:
             losses += self.ftx_gamma * -chosen_logps_avg
@@ -143,7 +144,7 @@ class DPOTrainerCaller:
 
 
 class TupleCaller(DPOTrainerCaller):
-    """CustomDPOTrainer to 0.9.3."""
+    """CustomDPOTrainer up to version 0.9.3."""
 
     returns = tuple
 
@@ -151,7 +152,7 @@ class TupleCaller(DPOTrainerCaller):
 def install_package(
     monkeypatch: pytest.MonkeyPatch, trainer_class: type, *, is_imported_by_workflow: bool
 ) -> tuple[ModuleType, ModuleType]:
-    """A package of the modules that llamafactory.train.dpo has; its trainer and its workflow."""
+    """Installs the modules of llamafactory.train.dpo. Returns its trainer and its workflow."""
     names = [
         "llamafactory",
         "llamafactory.train",

@@ -1,5 +1,7 @@
-"""CPU tensors on the CUDA kernels: each op, called on the CPU, sends its tensors to the GPU, runs
-there, and brings the results back, so that tests written for CPU tensors test the CUDA kernels."""
+"""CPU ops that run the CUDA kernels, so that tests with CPU tensors test the CUDA kernels.
+
+Each op copies its tensors to the GPU, runs there, and copies the results back.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,14 @@ FORWARD_AND_BACKWARD = (
 
 
 def moved(tensor: Tensor, device: str) -> Tensor:
-    """A copy with the same strides, from the same place within an aligned 16 bytes."""
+    """A copy with the same strides and the same alignment within 16 bytes."""
     if tensor.numel() == 0:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     first = tensor.data_ptr() % 16 // tensor.element_size()
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     memory = torch.empty(first + span, dtype=tensor.dtype, device=device)
     copy = memory.as_strided(tensor.shape, tensor.stride(), first)
-    if span <= 4 * tensor.numel():  # rows that overlap, too
+    if span <= 4 * tensor.numel():  # Rows may overlap.
         memory[first:] = tensor.as_strided((span,), (1,), tensor.storage_offset())
     else:
         copy.copy_(tensor)
@@ -52,12 +54,12 @@ def moved(tensor: Tensor, device: str) -> Tensor:
 
 
 def route_cpu_ops_to_cuda(device: str = "cuda") -> torch.library.Library:
-    """Replaces the CPU kernels of every op. They are back when the library returned is gone."""
+    """Replaces the CPU kernels of all ops until the returned library is deleted."""
     library = torch.library.Library("simpo_ext", "IMPL")
-    # What the fake kernels say of CPU tensors has to be the GPU's plan now.
+    # The fake kernels must use the GPU's chunks for CPU tensors.
     logits_plan.CHUNK_COLUMNS["cpu"] = logits_plan.CHUNK_COLUMNS["cuda"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the dispatcher's, that a kernel was registered anew
+        warnings.simplefilter("ignore")  # The dispatcher warns about replaced kernels.
         for name in FORWARD_AND_BACKWARD:
             library.impl(name, _routed(name, device), "CPU", allow_override=True)
     return library
@@ -69,7 +71,7 @@ def _routed(name: str, device: str) -> Callable[..., Any]:
     def route(*args: Any) -> Any:
         sent = [moved(arg, device) if isinstance(arg, Tensor) else arg for arg in args]
         results = op(*sent)
-        if name.endswith("_"):  # overwrites its second argument
+        if name.endswith("_"):  # The op overwrites its second argument.
             args[1].copy_(sent[1])
         if isinstance(results, Tensor):
             return results.cpu()

@@ -1,4 +1,4 @@
-"""A small causal transformer that is trained on preference pairs, by one process or by several."""
+"""A small causal transformer, and its training on preference pairs in one or more processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import simpo_ext
 from simpo_ext import PairCounts, count_pairs
 from simpo_ext.distributed.normalizer import global_normalizer
 
-# A vocabulary and a width that no number of ranks divides.
+# The numbers of ranks do not divide the vocabulary and the width.
 VOCABULARY = 203
 WIDTH = 30
 TIME = 14
 STEPS = 20
 
-# Whose pairs of a batch are whose: per rank, the sizes of its micro-batches, all of them unequal.
+# The numbers of pairs in the micro-batches of each rank.
 Shares = Sequence[Sequence[int]]
 PAIRS = 12
 SHARES: dict[int, Shares] = {2: ((5, 3), (1, 3)), 4: ((3, 2), (1, 1), (2, 1), (1, 1))}
@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
         return Pairs(self.tokens[rows], self.labels[rows])
 
     def micro_batches(self, shares: Shares, rank: int) -> list[Pairs]:
-        """What one rank has of the batch."""
+        """The micro-batches of one rank."""
         first = sum(map(sum, shares[:rank]))
         parts = []
         for count in shares[rank]:
@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
 
 
 def make_pairs(seed: int, dropped: Sequence[int] = (2, 6)) -> Pairs:
-    """Chosen completions follow a rule, rejected ones none; ``dropped`` pairs lack one of them."""
+    """Chosen completions follow a rule. Each ``dropped`` pair lacks one completion."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(VOCABULARY, (2 * PAIRS, TIME), generator=generator)
     for position in range(1, TIME):
@@ -93,7 +93,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The hidden states, as trainers get them from a model without its lm_head."""
+    """Computes hidden states, like a language model without its lm_head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
 
 
 class LossHead(nn.Linear):
-    """lm_head whose forward is the loss, so that what wraps forward has its weight at hand."""
+    """An lm_head whose forward computes the loss, so that FSDP gathers its weight before."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__(WIDTH, VOCABULARY, bias=False)
@@ -122,13 +122,13 @@ class LossHead(nn.Linear):
 
 
 class ModelWithLoss(nn.Module):
-    """The model and its loss: what DDP and FSDP wrap."""
+    """The module that DDP and FSDP wrap."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.decoder = Decoder()
         self.head = LossHead(loss)
-        # Does by hand what FSDP does before the forward of a head that is sharded by itself.
+        # Whether forward unshards the head itself, and does not call the head's forward.
         self.unshards_head = False
 
     def forward(self, tokens: Tensor, labels: Tensor, normalizer: Any) -> Tensor:
@@ -144,7 +144,7 @@ def make_model(
 ) -> ModelWithLoss:
     torch.manual_seed(0)
     options = {"beta": 2.0, "gamma_beta_ratio": 0.25, **LOSSES[loss]}
-    if front_end == "linear":  # of a budget that keeps a part of the logits
+    if front_end == "linear":  # The budget keeps a part of the logits.
         module = simpo_ext.LinearSimPOLoss(logits_budget_bytes=1 << 16, **options)
     else:
         module = simpo_ext.SimPOLoss(inplace_backward=front_end == "in place", **options)
@@ -152,7 +152,7 @@ def make_model(
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """Adam where rounding is far off: to it a gradient of next to nothing is one like others."""
+    """Adam in float64, else SGD: Adam would scale up gradients that are rounding errors."""
     if next(model.parameters()).dtype == torch.float64:
         return torch.optim.AdamW(model.parameters(), lr=3e-3)
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -160,7 +160,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 @contextlib.contextmanager
 def synchronized(model: nn.Module, last: bool) -> Any:
-    """Gradients are reduced over the ranks by the backward of the last micro-batch alone."""
+    """Lets only the backward of the last micro-batch reduce the gradients over the ranks."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         yield
@@ -174,7 +174,7 @@ def synchronized(model: nn.Module, last: bool) -> Any:
 def train(
     model: nn.Module, shares: Shares, batches: Sequence[Pairs], gradients: Any = "mean"
 ) -> list[float]:
-    """Steps of this rank of a group; the loss of each whole batch."""
+    """Takes this rank's steps, and returns the loss of each whole batch."""
     optimizer = make_optimizer(model)
     losses = []
     for batch in batches:
@@ -186,7 +186,7 @@ def train(
 
 
 def accumulate(model: nn.Module, parts: Sequence[Pairs], gradients: Any = "mean") -> float:
-    """The gradient of the ranks' micro-batches taken together; their loss."""
+    """Accumulates the gradient of all ranks' micro-batches, and returns their loss."""
     normalizer = global_normalizer(
         [count_pairs(part.labels) for part in parts], gradients=gradients
     )
@@ -203,7 +203,7 @@ def accumulate(model: nn.Module, parts: Sequence[Pairs], gradients: Any = "mean"
 def train_with_casts(
     model: nn.Module, shares: Shares, batches: Sequence[Pairs], dtype: torch.dtype
 ) -> list[float]:
-    """The steps of ranks that compute in ``dtype`` and keep and reduce float32, in one process."""
+    """Takes, in one process, the steps of ranks that compute in ``dtype`` and reduce in float32."""
     optimizer = make_optimizer(model)
     losses = []
     for batch in batches:
@@ -229,7 +229,7 @@ def train_with_casts(
 
 
 def train_alone(model: nn.Module, batches: Sequence[Pairs]) -> list[float]:
-    """The same steps in one process, each on the whole batch with the loss's own mean."""
+    """Takes the steps in one process, each on the whole batch with the loss's own mean."""
     optimizer = make_optimizer(model)
     losses = []
     for batch in batches:
@@ -242,7 +242,7 @@ def train_alone(model: nn.Module, batches: Sequence[Pairs]) -> list[float]:
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """All of them, whole."""
+    """All parameters, gathered from their shards."""
     return {
         name.removeprefix("module."): whole(parameter.detach())
         for name, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""The documents of the repository and their code blocks."""
+"""The repository's documents and their code blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels in the emulator: their test program, built from a copy of the sources."""
+"""The test program of the emulated CUDA kernels, built as they are or from a changed copy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from support.paths import CSRC, EMULATION
 
 
 class Build(NamedTuple):
-    sanitizer: str = ""  # what -fsanitize= gets
-    optimization: str = ""  # that of tests/cuda/emulation/CMakeLists.txt
+    sanitizer: str = ""  # the value of -fsanitize=
+    optimization: str = ""  # OPTIMIZATION in tests/cuda/emulation/CMakeLists.txt
 
 
-# Without optimization a change is compiled in a quarter of the time.
+# Without optimization, a change compiles in a quarter of the time.
 BUILDS = {
     "asan": Build("address,undefined"),
     "tsan": Build("thread"),
@@ -30,7 +30,7 @@ BUILDS = {
 }
 ENVIRONMENT = {
     **os.environ,
-    # A fiber's stack is not one that AddressSanitizer could move frames away from.
+    # AddressSanitizer cannot move frames away from a fiber's stack.
     "ASAN_OPTIONS": "detect_stack_use_after_return=0",
     "TSAN_OPTIONS": "halt_on_error=1",
 }
@@ -66,7 +66,7 @@ class EmulatedKernels:
 
 
 class ChangeableKernels(EmulatedKernels):
-    """A build of a copy of the sources, which can be changed for a while."""
+    """A build of a copy of the sources, which can be changed temporarily."""
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder / "build")
@@ -86,7 +86,7 @@ class ChangeableKernels(EmulatedKernels):
         build(EMULATION, self._build, *flags, target="kernels")
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Runs the program, after what changed has been compiled."""
+        """Compiles changes, and runs the program."""
         if not self._is_current:
             run("cmake", "--build", self._build, "--target", "kernels")
             self._is_current = True
@@ -94,7 +94,7 @@ class ChangeableKernels(EmulatedKernels):
 
     @contextmanager
     def mutated(self, file: str, original: str, mutated: str) -> Iterator[None]:
-        """While inside, a piece of source that stands in the file once is another."""
+        """Replaces a piece of source temporarily. The file must contain it once."""
         path = self._sources / file
         source = path.read_text()
         assert source.count(original) == 1

@@ -1,4 +1,4 @@
-"""Compares losses and gradients of tensors on any device with the oracle's in float64."""
+"""Compares losses and gradients on any device with the float64 oracle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.linear_batches import LinearBatch
 
 @pytest.fixture
 def exact_float32_products() -> Iterator[None]:
-    """Turns TF32 off, which the environment may turn on: it keeps 10 bits of each factor."""
+    """Turns TF32 off, which rounds factors to 10 bits and which the environment may turn on."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -25,7 +25,7 @@ def exact_float32_products() -> Iterator[None]:
 
 class LossAndGradients(NamedTuple):
     loss: Tensor  # []
-    gradients: tuple[Tensor, ...]  # of the logits; or of hidden, weight and, where asked for, bias
+    gradients: tuple[Tensor, ...]  # of the logits; or of hidden, weight and, if requested, bias
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -34,7 +34,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def check_of_logits(got: LossAndGradients, batch: Batch, **options: Any) -> None:
-    """The loss is computed in float32, and the gradient rounded once to the logits' dtype."""
+    """Allows the errors of a float32 loss, and of a gradient rounded once to the logits' dtype."""
     logits, labels = (x.detach().cpu() for x in batch)
     want, gradient = oracle.simpo_loss(logits.double().numpy(), labels.numpy(), **options)
     assert relative_error(got.loss, torch.as_tensor(want.loss)) <= 1e-5
@@ -43,11 +43,11 @@ def check_of_logits(got: LossAndGradients, batch: Batch, **options: Any) -> None
 
 
 def check_of_hidden_states(got: LossAndGradients, batch: LinearBatch, **options: Any) -> None:
-    """Allows any order of sums in matrix products: it differs by shape, device and library.
+    """Allows any order of sums in matrix products, which depends on shape, device and library.
 
-    The oracle rounds the logits to their dtype, like the products. A sum in another order may round
-    a logit the other way, which moves it by the gap between two numbers of its size. Besides the
-    errors of the arithmetic, the bounds allow this for four labels of one sequence.
+    The oracle rounds the logits to their dtype, like the products. Another order may round a logit
+    the other way, which moves it by the gap between two numbers of its size. Besides arithmetic
+    errors, the bounds allow this for four labels of one sequence.
     """
     hidden, weight, labels, bias = (None if x is None else x.detach().cpu() for x in batch)
     assert hidden is not None and weight is not None and labels is not None
@@ -69,7 +69,7 @@ def check_of_hidden_states(got: LossAndGradients, batch: LinearBatch, **options:
     own = 1e-5 if hidden.dtype != torch.float64 else 1e-13
     assert (got.loss.detach().cpu().double() - loss).abs() <= moved + own * loss.abs()
 
-    # dlogits and the result are rounded, each by half of eps. A label's logit that was rounded the
+    # Rounding dlogits and the result adds half of eps each. A label's logit that is rounded the
     # other way moves its row of dlogits by p (1 - p) gap, which is less than eps of all rows' norm.
     gradients = linear_oracle.linear_grad(dlogits, x, w)[: len(got.gradients)]
     for ours, theirs in zip(got.gradients, gradients, strict=True):

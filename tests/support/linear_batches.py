@@ -1,4 +1,4 @@
-"""Batches for the tests of the linear front end, what they are compared with, and its plan."""
+"""Batches of hidden states, the eager computation, and a recorder of the ops' calls."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import simpo_ext
 from simpo_ext._ops import logits_plan
 from support.batches import make_batch
 
 OPS = torch.ops.simpo_ext
-# The most columns of the logits that are worked on at a time: 4096 on CPUs, 8192 where tensors are
-# sent to a GPU (cuda_routing.py).
+# The largest number of columns in a chunk: 4096 on CPUs, and 8192 if cuda_routing.py sends
+# tensors to a GPU.
 CHUNK = logits_plan.CHUNK_COLUMNS["cpu"]
-# More than any batch of the tests fills.
+# More than the logits of any test's batch.
 UNLIMITED = 2**62
 
 
 class LinearBatch(NamedTuple):
-    """Positional arguments of the functions, in their order, and the bias."""
+    """The positional arguments of the functions in their order, and the bias."""
 
     hidden: Tensor  # [2P, T, H]
     weight: Tensor  # [V, H]
@@ -44,7 +43,7 @@ class LinearBatch(NamedTuple):
         return None if self.bias is None else self.bias.detach().double().numpy()
 
     def leaves(self, needs: tuple[bool, bool, bool] = (True, True, True)) -> LinearBatch:
-        """The batch with copies of the inputs that take part in autograd, if ``needs`` says so."""
+        """The batch with copies of the inputs. ``needs`` says which ones require gradients."""
         hidden, weight, labels, bias = self
         return LinearBatch(
             hidden.detach().clone().requires_grad_(needs[0]),
@@ -54,7 +53,7 @@ class LinearBatch(NamedTuple):
         )
 
     def inputs(self) -> list[Tensor]:
-        """hidden, weight and, where there is one, bias."""
+        """hidden, weight and, if there is one, bias."""
         return [x for x in (self.hidden, self.weight, self.bias) if x is not None]
 
 
@@ -68,10 +67,10 @@ def make_linear_batch(
     seed: int = 0,
     bias: bool = True,
 ) -> LinearBatch:
-    """A batch with prompts and padding masked, of lengths that differ.
+    """A batch of sequences of different lengths, with masked prompts and padding.
 
-    Most hidden states point along the row of their label, some along that of another token: a few
-    logits a row are large and most are small, as a trained model's are.
+    Most hidden states point along the weight row of their label, and some along another token's. So
+    a few logits of a row are large, as those of a trained model.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = make_batch(pairs, time, vocabulary, seed=seed).labels
@@ -101,7 +100,7 @@ def dense_logps(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """The eager computation: all logits in the inputs' dtype, then float32 (or float64)."""
+    """The eager computation: all logits in the inputs' dtype, then in float32 or float64."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * logit_scale
     if softcap is not None:
@@ -125,7 +124,7 @@ def logps_and_gradients(
     needs: tuple[bool, bool, bool] = (True, True, True),
     **options: Any,
 ) -> list[Tensor | None]:
-    """logps, then the gradients of hidden, weight and bias; None where there is none."""
+    """logps, then the gradients of hidden, weight and bias, or None."""
     leaf = batch.leaves(needs)
     logps = function(*leaf[:3], bias=leaf.bias, **options)
     if logps.requires_grad:
@@ -135,28 +134,15 @@ def logps_and_gradients(
 
 
 def logps_op(batch: LinearBatch, budget: int = 0, num_valid_tokens: int = -1) -> tuple[Tensor, ...]:
-    """The op itself: logps [B, T], max [R], sum_exp [R], kept_logits [kept, R, width]."""
+    """The results of the op: logps [B, T], max [R], sum_exp [R], kept_logits [kept, R, width]."""
     hidden, weight, labels, bias = batch
     options = (-100, True, 1.0, 0.0, budget, num_valid_tokens)
     results: tuple[Tensor, ...] = OPS.linear_token_logps(hidden, weight, bias, labels, *options)
     return results
 
 
-def assert_same(got: Any, want: Any) -> None:
-    """Bit for bit, of tensors and what holds them; a NaN is like any other."""
-    leaves, expected = tree_leaves(got), tree_leaves(want)
-    assert [x for x in leaves if isinstance(x, str)] == [x for x in expected if isinstance(x, str)]
-    torch.testing.assert_close(
-        [x for x in leaves if not isinstance(x, str)],
-        [x for x in expected if not isinstance(x, str)],
-        rtol=0.0,
-        atol=0.0,
-        equal_nan=True,
-    )
-
-
 class Watcher(TorchDispatchMode):
-    """Notes the library's ops that pass, what they got and what they gave."""
+    """Records the library's ops that are dispatched, with their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,13 +155,13 @@ class Watcher(TorchDispatchMode):
         return result
 
     def named(self, name: str) -> tuple[tuple[Any, ...], Any]:
-        """Arguments and results of the one call of the op."""
+        """The arguments and results of the only call of the op."""
         (call,) = [(args, result) for op, args, result in self.calls if op == name]
         return call
 
 
 def watched_logps(batch: LinearBatch, **options: Any) -> tuple[Tensor, Watcher]:
-    """linear_token_logps, and what was seen of it."""
+    """linear_token_logps, and the record of its ops."""
     with Watcher() as watcher:
         logps = simpo_ext.linear_token_logps(*batch[:3], bias=batch.bias, **options)
     return logps, watcher

@@ -1,11 +1,10 @@
-"""Closed-form float64 oracle of the losses computed from hidden states and an output layer.
+"""Closed-form float64 oracle of losses from hidden states and an output layer.
 
-``logits = hidden @ weight.T + bias``, and from there everything is `oracle`'s, whose gradient of
-the logits is carried through the layer by hand: ``dhidden = dlogits @ weight``,
-``dweight = dlogits.T @ hidden``, ``dbias = sum of dlogits over the positions``.
+`oracle` computes the loss of ``logits = hidden @ weight.T + bias`` and its gradient dlogits. Then
+``dhidden = dlogits @ weight``, ``dweight = dlogits.T @ hidden``, and ``dbias`` is the sum of
+dlogits over the positions.
 
-Shapes as in `oracle`, and H the size of a hidden state: [B,T,H], or [N,H] or [1,N,H] with
-cu_seqlens.
+The shapes are those of `oracle`. Hidden states are [B,T,H], or [N,H] or [1,N,H] with cu_seqlens.
 """
 
 from __future__ import annotations
@@ -18,16 +17,14 @@ import numpy.typing as npt
 from support import oracle
 from support.oracle import Bools, Floats, Preference
 
-SCORING = ("ignore_index", "shift", "logit_scale", "softcap")
-
 
 class Gradients(NamedTuple):
     """Gradients with respect to the three inputs, float64."""
 
-    # As the hidden states; exactly 0 where the position is masked or has no gradient.
+    # The shape of the hidden states. Exactly 0 at masked positions and at those without a gradient.
     hidden: Floats
     weight: Floats  # [V,H]
-    bias: Floats  # [V], also for an output layer without a bias, whose bias is 0.
+    bias: Floats  # [V], even for an output layer without a bias.
 
 
 @np.errstate(all="ignore")
@@ -42,9 +39,9 @@ def linear(
 
 @np.errstate(all="ignore")
 def linear_grad(dlogits: Floats, hidden: npt.ArrayLike, weight: npt.ArrayLike) -> Gradients:
-    """Gradients of the three inputs of `linear` from that of its result, [...,V].
+    """Gradients of the inputs of `linear` from dlogits [...,V].
 
-    A position whose dlogits are all 0 has no part in any of them, whatever its hidden state is.
+    A position whose dlogits are all 0 adds nothing, even if its hidden state is NaN.
     """
     x, w = np.asarray(hidden, dtype=np.float64), np.asarray(weight, dtype=np.float64)
     active = (dlogits != 0.0).any(axis=-1)
@@ -61,7 +58,7 @@ def linear_token_logps(
     bias: npt.ArrayLike | None = None,
     **scoring: Any,
 ) -> tuple[Floats, Floats, Bools]:
-    """`oracle.token_logps` (logps, lse, valid) of the logits of `linear`; its keywords."""
+    """`oracle.token_logps` (logps, lse, valid) of the logits, with its keywords."""
     return oracle.token_logps(linear(hidden, weight, bias), labels, **scoring)
 
 
@@ -74,7 +71,7 @@ def linear_token_logps_grad(
     bias: npt.ArrayLike | None = None,
     **scoring: Any,
 ) -> Gradients:
-    """Gradients of sum(grad_logps * logps); the keywords of `oracle.token_logps`."""
+    """Gradients of sum(grad_logps * logps), with the keywords of `oracle.token_logps`."""
     logits = linear(hidden, weight, bias)
     dlogits = oracle.token_logps_grad(grad_logps, logits, labels, **scoring)
     return linear_grad(dlogits, hidden, weight)
@@ -88,6 +85,6 @@ def linear_simpo_loss(
     bias: npt.ArrayLike | None = None,
     **options: Any,
 ) -> tuple[Preference, Gradients]:
-    """`oracle.simpo_loss` of the logits of `linear`, and the gradients; its keywords."""
+    """`oracle.simpo_loss` of the logits, and the gradients, with its keywords."""
     preference, dlogits = oracle.simpo_loss(linear(hidden, weight, bias), labels, **options)
     return preference, linear_grad(dlogits, hidden, weight)

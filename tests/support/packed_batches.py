@@ -1,4 +1,4 @@
-"""Batches for the tests of sequences laid end to end, and the same sequences as padded rows."""
+"""Batches of packed sequences, and the same sequences as padded rows."""
 
 from __future__ import annotations
 
@@ -11,31 +11,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from simpo_ext import SimPOOutput, simpo_loss
 from support import oracle
 from support.batches import Batch
 from support.linear_batches import LinearBatch
 
-# Without a position; with one, which predicts nothing with a shift; with two, which predict one; of
-# the same length and of others.
+# An empty sequence, one of a single position, which predicts nothing with a shift, and others.
 LENGTHS = (7, 0, 5, 1, 12, 2, 5, 9)
-# A sequence in several pairs, on one side or on both; 1 and 3 have no valid token with a shift, and
-# 7 is in no pair.
+# Some sequences are in several pairs, on one side or on both. 1 and 3 have no valid token with a
+# shift, and 7 is in no pair.
 PAIRS = ((0, 2), (0, 6), (4, 0), (5, 4), (1, 2), (6, 3), (2, 5))
-OUTPUTS = (
-    "loss",
-    "losses",
-    "chosen_logps",
-    "rejected_logps",
-    "chosen_rewards",
-    "rejected_rewards",
-    "sft_loss",
-)
-DIFFERENTIABLE = ("loss", "losses", "chosen_logps", "rejected_logps", "sft_loss")
 
 
 class Packed(NamedTuple):
-    """Sequences laid end to end, perhaps with positions before and after that are none of them."""
+    """Packed sequences, with padding before and after them."""
 
     logits: Tensor  # [N, V]
     labels: Tensor  # [N]
@@ -51,19 +39,19 @@ class Packed(NamedTuple):
         return self.cu_seqlens.diff().tolist()
 
     def padding(self) -> Tensor:
-        """[N] bool: the positions before the first and after the last sequence."""
+        """[N] bool: the positions before the first sequence and after the last."""
         outside = torch.ones(self.labels.shape, dtype=torch.bool)
         outside[self.cu_seqlens[0] : self.cu_seqlens[-1]] = False
         return outside
 
     def padded(self, fill: float = 0.0) -> Batch:
-        """The sequences as rows of the longest one's length, what is left over filled."""
+        """The sequences as rows of equal length. The rest of a row is filled."""
         rows = [self.logits[span] for span in self.spans]
         labels = [self.labels[span] for span in self.spans]
         return Batch(pad(rows, self.logits.shape[1:], fill), pad(labels, (), -100))
 
     def flat(self, rows: Tensor, fill: float = 0.0) -> Tensor:
-        """What stands in padded rows [S, T, ...], at the positions of the sequences [N, ...]."""
+        """The values of padded rows [S, T, ...] at the positions of the sequences [N, ...]."""
         result = rows.new_full((len(self.labels), *rows.shape[2:]), fill)
         for span, row, length in zip(self.spans, rows, self.lengths, strict=True):
             result[span] = row[:length]
@@ -78,7 +66,7 @@ class Packed(NamedTuple):
 
 
 def pad(sequences: Sequence[Tensor], rest: Sequence[int], fill: float) -> Tensor:
-    """Rows [S, T, *rest] of the longest sequence's length, what is left over filled."""
+    """Rows [S, T, *rest] of equal length. The rest of a row is filled."""
     longest = max((len(sequence) for sequence in sequences), default=0)
     dtype = sequences[0].dtype if sequences else torch.float32
     rows = torch.full((len(sequences), longest, *rest), fill, dtype=dtype)
@@ -96,10 +84,10 @@ def make_packed(
     after: int = 0,
     seed: int = 0,
 ) -> Packed:
-    """Sequences of these lengths, each with a prompt that is masked where it has three positions.
+    """Sequences of these lengths. Those of three or more positions have a masked prompt.
 
-    A few logits a row are large and most are small, and the label's is often among the large ones.
-    Padding holds NaN, and labels that are in no vocabulary.
+    A few logits of a row are large, often the label's among them. The padding has NaN logits and
+    labels out of range.
     """
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
@@ -129,7 +117,7 @@ def make_linear_packed(
     after: int = 0,
     seed: int = 0,
 ) -> tuple[LinearBatch, Packed]:
-    """Hidden states [N, H] of such sequences, with weight and bias, and the logits they make."""
+    """Hidden states [N, H] of packed sequences, with weight and bias, and their logits."""
     packed = make_packed(lengths, vocabulary, dtype=dtype, before=before, after=after, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
@@ -153,28 +141,3 @@ def padded_linear(batch: LinearBatch, packed: Packed) -> LinearBatch:
     """The same sequences as padded rows."""
     hidden = packed._replace(logits=batch.hidden).padded()
     return batch._replace(hidden=hidden.logits, labels=hidden.labels)
-
-
-def loss_and_gradient(
-    logits: Tensor, labels: Tensor, **options: Any
-) -> tuple[SimPOOutput, list[Tensor]]:
-    """The outputs, the gradient of the loss, and that of the outputs that are per pair."""
-    leaf = logits.detach().requires_grad_()
-    out = simpo_loss(leaf, labels, **options)
-    per_pair = sum((getattr(out, name).nan_to_num() * 0.7).sum() for name in DIFFERENTIABLE[1:4])
-    return out, [
-        torch.autograd.grad(result, leaf, retain_graph=True)[0]
-        for result in (out.loss.sum(), per_pair)
-    ]
-
-
-def reduced_weights(result: Tensor) -> Tensor:
-    """An upstream gradient in the shape of a result, of both signs."""
-    weights = torch.linspace(1.25, -0.5, max(result.numel(), 1), dtype=result.dtype)
-    return weights[: result.numel()].view(result.shape)
-
-
-def gradients_by_the_oracle(names: Sequence[str], out: Any) -> dict[str, Any]:
-    """`reduced_weights` of these results as the oracle's keywords."""
-    given = {f"grad_{name}": reduced_weights(getattr(out, name)).double() for name in names}
-    return {"grad_loss": 0.0, **{name: grad.numpy() for name, grad in given.items()}}

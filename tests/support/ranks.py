@@ -1,8 +1,8 @@
-"""Runs a test's function in several processes at once, as ranks of a gloo process group.
+"""Runs a function in several processes at once, as the ranks of a gloo process group.
 
-The processes are started when first asked for and kept until the interpreter ends; every call has
-a process group of its own. They are forked from one that has imported torch and done nothing else,
-which the tests' process itself has.
+The processes start at the first call and are kept until the interpreter ends. Every call has its
+own process group. The processes are forked from one that has only imported modules, because the
+tests' process has threads.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ import torch
 import torch.distributed as dist
 
 START_SECONDS = 120.0
-# What takes seconds to import, and starts no thread.
+# Modules that take seconds to import and start no threads.
 PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel"]
-# Ranks whose peer failed or died find its connection closed; this is for those that do not.
+# Ranks usually notice the closed connection of a peer that failed. This is for those that do not.
 GRACE_SECONDS = 5.0
 
 
 class RankError(RuntimeError):
-    """A rank's process ended, or its exception cannot be sent; the traceback is in the text."""
+    """A rank's process ended, or its exception cannot be pickled. The text has the traceback."""
 
 
 class _RemoteTracebacks(Exception):
-    """The ``__cause__`` of an exception that comes from ranks: what happened on each of them."""
+    """The ``__cause__`` of an exception raised on a rank, with the tracebacks of all ranks."""
 
 
 class _Call(NamedTuple):
-    """What a rank is sent: a function of a module and its arguments, and the group to be in."""
+    """The message to a rank: a function of a module, its arguments, and the process group."""
 
     module: str
     file: str
@@ -61,12 +61,12 @@ class _Call(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What a rank sends back: a pickled result, or a pickled exception and its traceback."""
+    """The answer of a rank: a pickled result, or a pickled exception and its traceback."""
 
     content: bytes
     error: str = ""
-    # When the exception was raised, by the clock that all processes share. An exception that
-    # another one causes on a second rank may be sent sooner.
+    # The time of the exception, by a clock that all processes share. An exception that it causes on
+    # another rank may arrive first.
     raised_at: float = math.inf
 
 
@@ -82,25 +82,25 @@ _calls = itertools.count()
 def run_on_ranks(
     world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0
 ) -> list[Any]:
-    """``function(*args)`` on each of ``world_size`` processes at once; its results by rank.
+    """Runs ``function(*args)`` in ``world_size`` processes at once. Returns the results by rank.
 
-    In each process a gloo group of exactly these ranks is the default group, torch has one thread,
-    and warnings are errors as in the tests. ``function`` is a module-level function; its module
-    is imported there under the name it has here. Arguments and results are pickled.
+    In each process, the default group is a gloo group of these ranks, torch has one thread, and
+    warnings are errors. ``function`` must be a module-level function. The processes import its
+    module under the same name. Arguments and results are pickled.
 
     Args:
-        world_size: The number of processes, of which up to the most ever asked for are kept.
-        function: What to run.
-        *args: Its arguments, the same on every rank.
-        timeout: Seconds after which ranks that have not answered are ended.
+        world_size: The number of processes.
+        function: The function.
+        *args: Its arguments, equal on all ranks.
+        timeout: Seconds after which ranks without an answer are killed.
 
     Raises:
-        Exception: The first that was raised on a rank; its ``__cause__`` has every rank's
-            traceback. All other ranks have failed as well by then, or were ended.
-        RankError: A rank's process ended, or its exception does not survive pickling.
+        Exception: The first exception on a rank. Its ``__cause__`` has the tracebacks of all ranks,
+            which have failed too, or were killed.
+        RankError: A rank's process ended, or its exception cannot be pickled.
         TimeoutError: Ranks did not answer. Their stacks are in the captured stderr.
     """
-    __tracebackhide__ = True  # Of pytest's report, which has those of the ranks.
+    __tracebackhide__ = True  # The report has the tracebacks of the ranks.
     if not isinstance(function, FunctionType) or "." in function.__qualname__:
         raise TypeError(f"function: expected a module-level function, got {function!r}")
     arguments = pickle.dumps(args)
@@ -120,7 +120,7 @@ def run_on_ranks(
             )
             worker.connection.send(call)
         answers = _collect(workers, timeout)
-        for worker in workers:  # None waits for another any more: the groups can go.
+        for worker in workers:  # All ranks have answered, so they can leave the group.
             worker.connection.send(None)
         _collect(workers, timeout)
     except BaseException:
@@ -138,22 +138,22 @@ def run_on_ranks(
 
 @cache
 def _store() -> dist.TCPStore:
-    """Where the ranks of all calls find each other, each call under a prefix of its own.
+    """The store through which the ranks of a call find each other, under the call's own prefix.
 
-    Not in their own memory or in a file, which would have to outlast whatever holds on to a group.
+    The tests' process owns it, so that it outlives every group.
     """
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _start(world_size: int) -> list[_Worker]:
-    """The first ``world_size`` processes, started where there are not so many yet."""
+    """The first ``world_size`` processes. Starts those that do not run yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     environment = mock.patch.dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     new: list[_Worker] = []
     for _ in range(world_size - len(_workers)):
         connection, theirs = context.Pipe()
-        # A daemon is ended with the interpreter.
+        # A daemon ends with the interpreter.
         process = context.Process(target=_serve, args=(theirs, _store().port), daemon=True)
         with environment:
             process.start()
@@ -169,7 +169,7 @@ def _start(world_size: int) -> list[_Worker]:
 
 
 def _collect(workers: list[_Worker], timeout: float) -> dict[int, _Answer]:
-    """An answer of each of the workers, by rank, in the order in which they came."""
+    """One answer of each worker, by rank, in the order of arrival."""
     answers: dict[int, _Answer] = {}
     waiting = {worker.connection: rank for rank, worker in enumerate(workers)}
     deadline = time.monotonic() + timeout
@@ -210,7 +210,7 @@ def _print_stacks(worker: _Worker) -> None:
 
 
 def _kill() -> None:
-    """Ends all processes; the next call starts new ones."""
+    """Kills all processes. The next call starts new ones."""
     for worker in _workers:
         worker.process.kill()
     for worker in _workers:
@@ -221,7 +221,7 @@ def _kill() -> None:
 
 
 def _serve(connection: Connection, port: int) -> None:
-    """A rank's process: one call after the other, until the tests' process is gone."""
+    """Runs in a rank's process: answers calls until the tests' process ends."""
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -234,7 +234,7 @@ def _serve(connection: Connection, port: int) -> None:
 
 
 def _answer(connection: Connection, call: _Call, store: dist.Store) -> None:
-    """Runs one call, in a group that is there until all ranks have answered."""
+    """Runs one call. Without an error, its group exists until all ranks have answered."""
     result = None
     try:
         dist.init_process_group(
@@ -253,7 +253,7 @@ def _answer(connection: Connection, call: _Call, store: dist.Store) -> None:
         answer = _failure(error)
     result = None
     if answer.error:
-        _leave_group()  # Closes the connections that the others may be waiting on.
+        _leave_group()  # Other ranks may be waiting on its connections.
     connection.send(answer)
     connection.recv()
     _leave_group()
@@ -261,13 +261,13 @@ def _answer(connection: Connection, call: _Call, store: dist.Store) -> None:
 
 
 def _module(name: str, file: str) -> ModuleType:
-    """The module under the name it has in the tests' process, which pytest may have made up."""
+    """The module under its name in the tests' process, which pytest may have invented."""
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Pickle imports a class's module with its parents, which need not be on the path.
+    # Pickle imports the parents of a class's module, which may not be on the path.
     for parent in itertools.accumulate(name.split(".")[:-1], "{}.{}".format):
         sys.modules.setdefault(parent, ModuleType(parent))
     sys.modules[name] = module
@@ -276,14 +276,14 @@ def _module(name: str, file: str) -> ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
-    gc.freeze()  # Modules stay, and a collection need not go through them.
+    gc.freeze()  # A collection need not visit modules.
     return module
 
 
 def _failure(error: BaseException) -> _Answer:
     raised_at = time.monotonic()
     text = "".join(traceback.format_exception(error))
-    traceback.clear_frames(error.__traceback__)  # whose variables may hold on to the group
+    traceback.clear_frames(error.__traceback__)  # Their variables may hold the group.
     try:
         content = pickle.dumps(error)
         if type(pickle.loads(content)) is type(error):
@@ -296,11 +296,11 @@ def _failure(error: BaseException) -> _Answer:
 def _leave_group() -> None:
     if not dist.is_initialized():
         return
-    gc.collect()  # What still holds on to the group, DDP's reducer for one.
+    gc.collect()  # Objects such as DDP's reducer may hold the group.
     dist.destroy_process_group()
     if "torch.distributed.tensor" in sys.modules:
         from torch.distributed.tensor import debug
 
-        # To which equal meshes are one, though their groups are not.
+        # These caches take equal meshes for one, though their groups differ.
         debug._clear_python_sharding_prop_cache()
         debug._clear_fast_path_sharding_prop_cache()

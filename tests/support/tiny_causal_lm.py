@@ -1,4 +1,4 @@
-"""A language model that is called as those of transformers are, and trains in any dtype."""
+"""A language model with the interface of those of transformers, for any dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class TinyCausalLM(nn.Module):
-    """Of each call, ``calls`` has the names of its keywords."""
+    """Records the names of each call's keywords in ``calls``."""
 
     def __init__(self, vocabulary: int = 61, width: int = 16, seed: int = 0) -> None:
         super().__init__()

@@ -1,9 +1,11 @@
-"""The trainers' losses in eager PyTorch, written out from their public definitions.
+"""The trainers' losses in eager PyTorch, written from their public definitions.
 
-Arguments and defaults are the trainers' own. Princeton: SimPOTrainer's get_batch_logps, simpo_loss
-and get_batch_loss_metrics. TRL: the same of CPOTrainer, with cpo_loss. Liger: chunk_forward,
-_compute_loss and preference_loss_fn of LigerFusedLinearSimPOFunction. LLaMA-Factory:
-concatenated_forward, simpo_loss and get_batch_loss_metrics of CustomDPOTrainer.
+Arguments and defaults are those of the trainers:
+
+- Princeton: get_batch_logps, simpo_loss and get_batch_loss_metrics of SimPOTrainer;
+- TRL: get_batch_logps, cpo_loss and get_batch_loss_metrics of CPOTrainer;
+- Liger: chunk_forward, _compute_loss, preference_loss_fn of LigerFusedLinearSimPOFunction;
+- LLaMA-Factory: concatenated_forward, simpo_loss, get_batch_loss_metrics of CustomDPOTrainer.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ class TrainerLoss(NamedTuple):
 
 
 def get_batch_logps(logits: Tensor, labels: Tensor, average_log_prob: bool) -> Tensor:
-    """Of Princeton and TRL; LLaMA-Factory divides where it calls it."""
+    """Princeton's and TRL's function. LLaMA-Factory uses its sums."""
     return aligned_logps(logits[:, :-1, :], labels[:, 1:], average_log_prob)
 
 
 def aligned_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = True) -> Tensor:
-    """Liger's, as which the others go on when they have shifted."""
+    """Liger's function. The others do the same after the shift."""
     loss_mask = labels != -100
     index = torch.where(loss_mask, labels, 0).unsqueeze(2)
     per_token = torch.gather(logits.log_softmax(-1), dim=2, index=index).squeeze(2)
@@ -38,7 +40,7 @@ def aligned_logps(logits: Tensor, labels: Tensor, average_log_prob: bool = True)
 
 
 def token_mean_nll(logits: Tensor, labels: Tensor, shift: bool = True) -> Tensor:
-    """The SFT term of all but LLaMA-Factory: cross entropy over the chosen half of the batch."""
+    """The SFT term, except LLaMA-Factory's: the cross entropy of the chosen half of the batch."""
     pairs = logits.shape[0] // 2
     chosen, targets = logits[:pairs], labels[:pairs]
     if shift:

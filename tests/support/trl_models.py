@@ -1,4 +1,4 @@
-"""Models of many families, and models and heads that treat their logits in ways of their own."""
+"""Models of many families, and models with unusual logits or heads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def family(name: str, config: str, **options: Any) -> Build:
 _EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "router_aux_loss_coef": 0.5}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 
-# Of which trainers know what comes after lm_head.
+# The trainer knows what these families compute after lm_head.
 FUSED: dict[str, Build] = {
     "llama": family("LlamaForCausalLM", "LlamaConfig"),
     "llama tied": family("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True),
@@ -49,7 +49,7 @@ FUSED: dict[str, Build] = {
 CAPPED = {"gemma2, a softcap"}
 EXPERTS = {"mixtral", "qwen3 moe"}
 
-# Which do what nobody can tell from the names of their configs, or have a head of another name.
+# The configs of these families do not describe the logits, or their head has another name.
 OTHERS: dict[str, Build] = {
     "gpt neox, embed_out": family("GPTNeoXForCausalLM", "GPTNeoXConfig"),
     "opt": family("OPTForCausalLM", "OPTConfig", ffn_dim=48, word_embed_proj_dim=32, dropout=0.0),
@@ -57,7 +57,7 @@ OTHERS: dict[str, Build] = {
     "nanochat, a softcap": family(
         "NanoChatForCausalLM", "NanoChatConfig", final_logit_softcapping=1.5
     ),
-    # logits_scaling again, but a factor where Granite's is a divisor.
+    # Here logits_scaling is a factor. Granite's is a divisor.
     "hyperclovax": family("HyperCLOVAXForCausalLM", "HyperCLOVAXConfig", logits_scaling=4.0),
     "granite moe": family(
         "GraniteMoeForCausalLM", "GraniteMoeConfig",
@@ -80,7 +80,7 @@ OTHERS: dict[str, Build] = {
 }  # fmt: skip
 
 
-# ---- logits that are changed on their way out ------------------------------------------------
+# ---- models that change the logits of the head -----------------------------------------------
 
 
 class _Changed(hf.LlamaForCausalLM):
@@ -104,22 +104,22 @@ class ScaledInPlace(_Changed):
 
 
 class Sliced(_Changed):
-    """As of a head that is padded to a round number."""
+    """Like a model whose head is padded to a round number."""
 
     def change(self, logits: Tensor) -> Tensor:
         return logits[..., : VOCABULARY - 8]
 
 
 class Masked(_Changed):
-    """As of models that never say their images' tokens."""
+    """Like a model that never generates image tokens."""
 
     def change(self, logits: Tensor) -> Tensor:
-        logits[..., 100:180] = torch.finfo(logits.dtype).min  # bytes that the text has none of
+        logits[..., 100:180] = torch.finfo(logits.dtype).min  # bytes that the text does not contain
         return logits
 
 
 class Rolled(_Changed):
-    """Of the right shape, from the right head, at other positions."""
+    """Logits of the right shape and head, at other positions."""
 
     def change(self, logits: Tensor) -> Tensor:
         return logits.roll(1, dims=1)
@@ -131,14 +131,14 @@ class ScaledInTraining(_Changed):
 
 
 class ScaledWhereLong(_Changed):
-    """What no short probe shows."""
+    """A short probe does not show the scale."""
 
     def change(self, logits: Tensor) -> Tensor:
         return logits * 0.5 if logits.shape[1] > 16 else logits
 
 
 class ScaledByAParameter(_Changed):
-    """Which has a gradient of its own."""
+    """The parameter has a gradient of its own."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -174,7 +174,7 @@ class CalledTwiceAndOnceForNothing(_Headed):
 
 
 class CalledInParts(_Headed):
-    """As models do that would save memory."""
+    """Like a model that saves memory."""
 
     def head_of(self, hidden: Tensor) -> Tensor:
         return torch.cat([self.lm_head(part) for part in hidden.chunk(3, dim=1)], dim=1)
@@ -186,29 +186,29 @@ class CalledFlat(_Headed):
 
 
 class PlusAnother(_Headed):
-    """Logits that are the head's and something else's."""
+    """Logits of the head plus others."""
 
     def head_of(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden) + F.linear(hidden, self.model.embed_tokens.weight)
 
 
-# What has to be taken from the logits, for its numbers to be right.
+# Only the logits give the right results.
 CHANGED = (
     *(Affine, Sliced, Masked, Rolled, ScaledByAParameter),
     *(NeverCalled, CalledTwice, PlusAnother),
 )
-# From which a clever trainer might still get the right numbers.
+# Hidden states could give the right results.
 UNUSUAL = (
     *(ScaledInPlace, ScaledInTraining, ScaledWhereLong),
     *(CalledTwiceAndOnceForNothing, CalledInParts, CalledFlat),
 )
 
 
-# ---- heads that are no plain nn.Linear -------------------------------------------------------
+# ---- heads that are not a plain nn.Linear ----------------------------------------------------
 
 
 class RoundedLinear(nn.Linear):
-    """As of a quantised weight."""
+    """Like a layer with a quantized weight."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         rounded = self.weight + ((self.weight * 16).round() / 16 - self.weight).detach()
@@ -243,7 +243,7 @@ def _parametrized(model: Any) -> None:
 
 
 class _Double:
-    """A hook that survives a copy of the model."""
+    """A hook that can be copied with the model."""
 
     def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return 2.0 * output
@@ -255,7 +255,7 @@ class _Halve:
 
 
 class _PatchedForward:
-    """What libraries put in place of a module's forward."""
+    """Replaces a module's forward, as some libraries do."""
 
     def __init__(self, head: nn.Linear) -> None:
         self.head = head

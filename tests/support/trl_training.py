@@ -1,6 +1,6 @@
-"""Small models that TRL's trainers train on preference pairs, and a record of all they do.
+"""Small models that TRL's trainers train on preference pairs, and records of the runs.
 
-The text is that of the demo, from CPython's own documentation; nothing is fetched.
+The text is that of the demo, from CPython's documentation. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -41,9 +41,14 @@ VOCABULARY = 1000
 MAX_LENGTH = 56
 STEPS = 20
 TRAIN_PAIRS, HELD_OUT_PAIRS = 37, 7
-# Of a step's floats, relative to the largest of each tensor: sums of a few hundred products.
+# Sums of a few hundred float32 products, relative to the largest element of a tensor.
 TOLERANCE = 2e-5
-# What differs between any two runs.
+# The metrics in the order of TRL's logs.
+METRICS = [
+    *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
+    *("logps/rejected", "logps/chosen", "logits/rejected", "logits/chosen", "nll_loss"),
+]
+# Values that differ between any two runs.
 TIMES = ("_runtime", "_per_second", "total_flos", "_preparation_time")
 
 Step = dict[str, Any]
@@ -54,7 +59,7 @@ Step = dict[str, Any]
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained on the text that the pairs are made of."""
+    """Byte-level BPE, trained on the text of the pairs."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -73,7 +78,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @cache
 def pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """To train on and held out; both leave a smaller batch of the usual sizes at the end."""
+    """Pairs for training, and held-out pairs. The last batch of both is smaller than the others."""
     split = documentation.pairs(0)
     return tuple(
         [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in part[:count]]
@@ -81,7 +86,7 @@ def pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     )
 
 
-# Of a Llama, and of what is configured like one.
+# The config of a small Llama, and of models configured like one.
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -90,7 +95,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    # Logits further apart than those of a new model.
+    # The logits differ more than those of a new model.
     "initializer_range": 0.15,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -109,7 +114,7 @@ def make_model(
 
 
 def make_config(folder: Path, **options: Any) -> CPOConfig:
-    """Of a run on the CPU that reports to nobody; float32, and a step of every loss that counts."""
+    """The config of a float32 run on the CPU that reports to no service."""
     given = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -124,11 +129,11 @@ def make_config(folder: Path, **options: Any) -> CPOConfig:
         "max_steps": STEPS,
         "per_device_train_batch_size": 3,
         "per_device_eval_batch_size": 3,
-        # Adam takes a gradient that is nothing but rounding for one like others.
+        # Adam would scale up gradients that are rounding errors.
         "optim": "sgd",
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
-        # Never reached: the norm is logged, and the gradients stay as they are.
+        # The norm is logged, but never clipped.
         "max_grad_norm": 1e9,
         "max_length": MAX_LENGTH,
         "loss_type": "simpo",
@@ -137,7 +142,7 @@ def make_config(folder: Path, **options: Any) -> CPOConfig:
         "cpo_alpha": 0.5,
         "seed": 0,
     }
-    with warnings.catch_warnings():  # of its own defaults
+    with warnings.catch_warnings():  # CPOConfig warns about its own defaults.
         warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         return CPOConfig(**{**given, **options})
 
@@ -156,14 +161,14 @@ def make_trainer(
     """A trainer of a copy of the model.
 
     Args:
-        tier: ``"stock"``, or of :class:`SimPOTrainer`: ``"logits"``, ``"fused"`` or ``"auto"``.
-        folder: Where checkpoints go.
-        model: Or the small Llama.
-        train: Pairs, or all of them.
-        held_out: Pairs, or all of them.
-        peft_config: As the trainers take it.
-        ours: Options of :class:`SimPOTrainer` alone.
-        **options: Of the config.
+        tier: ``"stock"`` for CPOTrainer. For SimPOTrainer, ``"logits"``, ``"fused"`` or ``"auto"``.
+        folder: The folder of checkpoints.
+        model: The model. The default is the small Llama.
+        train: Pairs for training. The default is all.
+        held_out: Pairs for evaluation. The default is all.
+        peft_config: Passed to the trainer.
+        ours: Options of SimPOTrainer alone.
+        **options: Options of the config.
     """
     train_pairs, held_out_pairs = pairs()
     arguments = {
@@ -189,10 +194,10 @@ def make_trainer(
 
 
 class Trained(NamedTuple):
-    """What a run did."""
+    """The record of a run."""
 
     logs: list[dict[str, float]]
-    gradients: list[dict[str, Tensor]]  # of every optimizer step
+    gradients: list[dict[str, Tensor]]  # one dict for each optimizer step
     parameters: dict[str, Tensor]
     trainer: CPOTrainer
 
@@ -210,7 +215,7 @@ class _Recorder(TrainerCallback):
 
 
 def train(trainer: CPOTrainer, *, resume: Path | None = None) -> Trained:
-    """Trains as the trainer's config says, or goes on from a checkpoint."""
+    """Trains, or resumes from a checkpoint."""
     recorder = _Recorder()
     trainer.add_callback(recorder)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -227,7 +232,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    """Of the parameters that have one."""
+    """The gradients of all parameters that have one."""
     return {
         _bare(name): value.grad.detach().clone()
         for name, value in model.named_parameters()
@@ -236,7 +241,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _bare(name: str) -> str:
-    """Without what DDP and torch.compile put before it."""
+    """The name without the prefixes of DDP and torch.compile."""
     return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
@@ -244,7 +249,7 @@ def _bare(name: str) -> str:
 
 
 def batches(trainer: CPOTrainer, train_eval: str = "train") -> list[Any]:
-    """The first epoch's."""
+    """The batches of the first epoch."""
     torch.manual_seed(0)
     loader = (
         trainer.get_train_dataloader() if train_eval == "train" else trainer.get_eval_dataloader()
@@ -262,7 +267,7 @@ def step(trainer: CPOTrainer, batch: Any, model: nn.Module | None = None) -> Ste
     model = trainer.model if model is None else model
     model.train()
     model.zero_grad(set_to_none=True)
-    torch.manual_seed(0)  # Some have dropout that TRL does not find.
+    torch.manual_seed(0)  # Some models have dropout that TRL does not disable.
     loss, metrics = trainer.get_batch_loss_metrics(model, batch, train_eval="train")
     loss.backward()
     result = {"loss": loss.item(), "metrics": metrics, "gradients": gradients_of(model)}
@@ -273,7 +278,7 @@ def step(trainer: CPOTrainer, batch: Any, model: nn.Module | None = None) -> Ste
 def with_attributes(
     trainer: CPOTrainer, values: Mapping[str, Any], run: Callable[[], Step]
 ) -> Step:
-    """A step of a trainer whose attributes are others for once."""
+    """Runs a step with these attributes of the trainer, and restores them."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in values.items():
             patch.setattr(trainer, name, value)
@@ -302,7 +307,7 @@ def assert_same_training(ours: Trained, stock: Trained, tolerance: float = TOLER
 def assert_same_floats(
     ours: Mapping[str, float], stock: Mapping[str, float], tolerance: float, where: str = ""
 ) -> None:
-    """The same names in the same order, and values; margins are differences of the rewards."""
+    """Compares names, their order, and values. Margins are as exact as the rewards."""
     assert list(ours) == list(stock)
     size = max((abs(value) for name, value in stock.items() if "rewards/" in name), default=0.0)
     for name, expected in stock.items():
@@ -317,7 +322,7 @@ def assert_same_tensors(
 ) -> None:
     assert list(ours) == list(stock)
     assert stock
-    # Below which all are rounding: of a bias of keys, say, on which no softmax depends.
+    # Smaller gradients are rounding errors, such as that of a bias of keys, which softmax ignores.
     floor = torch.finfo(torch.float32).eps * largest(stock)
     for name, expected in stock.items():
         assert ours[name].dtype == expected.dtype
@@ -336,4 +341,4 @@ def largest(tensors: Mapping[str, Tensor]) -> float:
     return max(value.abs().max().item() for value in tensors.values())
 
 
-assert os.environ.get("HF_HUB_OFFLINE") == "1", "conftest.py: nothing is to reach the network"
+assert os.environ.get("HF_HUB_OFFLINE") == "1", "conftest.py must keep tests off the network"

@@ -1,4 +1,4 @@
-"""A vocabulary cut into shards, all of them in one process: the ops around collectives by hand."""
+"""All shards of a vocabulary in one process, with sums in place of the collectives."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from support.batches import Batch
 from support.linear_batches import LinearBatch
 
 OPS = torch.ops.simpo_ext
-# None, one label and all but one, halves that are no vector's, an empty shard at either end and in
-# between, and a shard for each label.
+# A single shard, shards of one label, unaligned halves, empty shards at the ends and in between,
+# and a shard for each label.
 CUTS = {
     50: [(0, 50), (0, 1, 50), (0, 49, 50), (0, 23, 50), (0, 0, 17, 17, 50, 50), tuple(range(51))]
 }
@@ -35,7 +35,7 @@ def spans(cuts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def whole(batch: Batch, upstream: Tensor, options: TokenOptions) -> list[Tensor]:
-    """logps, max, sum_exp and dlogits, by the ops of a whole vocabulary."""
+    """logps, max, sum_exp and dlogits of the ops of a whole vocabulary."""
     logps, *rows = OPS.token_logps(*batch, *options)
     upstream = upstream.to(logps.dtype)
     return [logps, *rows, OPS.token_logps_backward(upstream, *batch, *rows, *options)]
@@ -48,9 +48,9 @@ def in_shards(
     cuts: Sequence[int],
     in_place: bool = False,
 ) -> list[Tensor]:
-    """whole(), in shards between ``cuts``."""
+    """The results of `whole`, computed in the shards between ``cuts``."""
     vocabulary = cuts[-1]
-    # Rows of a shard lie apart in memory, as those of a slice do.
+    # A shard is a slice, so its rows are apart in memory.
     parts = [(batch.logits[..., a:b], a) for a, b in spans(cuts)]
     stats = [
         OPS.token_logps_shard(part, batch.labels, a, vocabulary, *options) for part, a in parts
@@ -72,7 +72,7 @@ def in_shards(
 def linear_whole(
     batch: LinearBatch, upstream: Tensor, options: TokenOptions, budget: int = 0, count: int = -1
 ) -> list[Tensor]:
-    """logps, max, sum_exp, and the gradients of hidden, weight and, if it has one, bias."""
+    """logps, max, sum_exp, and the gradients of hidden, weight and, if there is one, bias."""
     hidden, weight, labels, bias = batch
     args = hidden, weight, bias, labels
     logps, *rows, kept = OPS.linear_token_logps(*args, *options, budget, count)
@@ -91,7 +91,7 @@ def linear_in_shards(
     budget: int = 0,
     count: int = -1,
 ) -> list[Tensor]:
-    """linear_whole(), in shards between ``cuts``."""
+    """The results of `linear_whole`, computed in the shards between ``cuts``."""
     hidden, weight, labels, bias = batch
     vocabulary, needs = cuts[-1], (True, True, bias is not None)
     parts = [

@@ -1,5 +1,4 @@
-"""The ops of a sharded vocabulary and what is made of them, under PyTorch's own checks; errors
-that a single process can have."""
+"""Sharded vocabularies in a single process: PyTorch's own checks, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ from simpo_ext.distributed import (
     vocab_parallel_token_logps,
 )
 from support.batches import DTYPES, make_batch
-from support.linear_batches import OPS, assert_same, make_linear_batch
+from support.comparisons import assert_same
+from support.linear_batches import OPS, make_linear_batch
 from support.vocab_batches import token_options
 
 pytestmark = pytest.mark.kernels
@@ -25,7 +25,7 @@ OPTIONS = token_options()
 
 
 class Beside:
-    """The collectives of a rank beside others, whose tensors are known."""
+    """Collectives of a rank among others, whose tensors are given."""
 
     def __init__(self, before: list[Tensor], after: list[Tensor], of_others: Tensor | int = 0):
         self._before, self._after, self._of_others = before, after, of_others
@@ -98,7 +98,7 @@ def test_gradcheck_of_hidden_states_of_a_shard_that_has_all_labels() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_collectives_get_little_and_what_they_give_is_used(dtype: torch.dtype) -> None:
+def test_collectives_get_small_tensors_and_their_results_are_used(dtype: torch.dtype) -> None:
     hidden, weight, labels, _ = make_linear_batch(dtype=dtype, vocabulary=50, width=5).leaves()
     compute = torch.promote_types(dtype, torch.float32)
     rows = int((labels[:, 1:] >= 0).sum())
@@ -114,7 +114,7 @@ def test_collectives_get_little_and_what_they_give_is_used(dtype: torch.dtype) -
     assert_same(hidden.grad[valid], (sums + 1).to(dtype))
     assert not hidden.grad[~valid].any()
 
-    # Nothing is summed for weights alone, and nothing at all for logits.
+    # The backward reduces nothing if only the weight needs a gradient, and nothing for logits.
     frozen = vocab_parallel_linear_token_logps(hidden.detach(), weight, labels, beside.shard(0, 50))
     frozen.sum().backward()
     logits = torch.randn(*labels.shape, 50).to(dtype).requires_grad_()
@@ -124,7 +124,7 @@ def test_collectives_get_little_and_what_they_give_is_used(dtype: torch.dtype) -
     assert len(beside.reduced) == 1
 
 
-def test_a_single_shard_has_the_bits_of_the_ordinary_functions() -> None:
+def test_a_single_shard_has_the_bits_of_the_whole_vocabulary() -> None:
     for dtype in DTYPES:
         logits, labels = make_batch(dtype=dtype)
         leaves = [logits.clone().requires_grad_() for _ in range(2)]
@@ -151,15 +151,15 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_the_inputs(
         logps.sum().backward()
         grads.append([logps.detach(), *(x.grad for x in leaf.inputs())])
     if pytestconfig.getoption("--kernels") != "cpu":
-        # The CUDA ops round the product of an only chunk to bfloat16 before the label's share
-        # is added, and that of a shard not.
+        # The CUDA ops round the product of a single chunk to bfloat16 before they add the label's
+        # share. The ops of a shard do not.
         of_shard, of_all = (each.pop(1) for each in grads)
         tolerance = 2.0**-7 * of_all.abs().max().item()
         torch.testing.assert_close(of_shard, of_all, rtol=0.0, atol=tolerance)
     assert_same(*grads)
 
 
-def test_overwrites_logits_in_place_and_only_once() -> None:
+def test_an_in_place_backward_overwrites_the_logits_once() -> None:
     logits, labels = make_batch()
     leaf = logits.clone().requires_grad_()
     want = torch.autograd.grad(token_logps(leaf, labels).sum(), leaf)[0]
@@ -175,7 +175,7 @@ def test_overwrites_logits_in_place_and_only_once() -> None:
         vocab_parallel_token_logps(leaf, labels, shard, inplace_backward=True)
 
 
-def test_refuses_what_has_no_derivative() -> None:
+def test_double_backward_and_gradients_of_statistics_are_refused() -> None:
     logits, labels = make_batch()
     leaf = logits.clone().requires_grad_()
     logps = vocab_parallel_token_logps(leaf, labels, ALONE.shard(0, 50))
@@ -189,7 +189,7 @@ def test_refuses_what_has_no_derivative() -> None:
 # ---- opcheck -------------------------------------------------------------------------------------
 
 
-# Which compare outputs, and no NaN is equal to itself.
+# The other checks compare outputs, and do not take NaN for equal.
 WITH_NAN = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -248,7 +248,7 @@ def test_opcheck_of_the_ops_from_hidden_states(
 
 # ---- compile -------------------------------------------------------------------------------------
 
-# Dynamo's own use of the class.
+# Dynamo's own use of autograd.Function warns.
 of_dynamo = pytest.mark.filterwarnings(
     "ignore:.*autograd.function.Function'> should not be instantiated:DeprecationWarning"
 )
@@ -279,7 +279,7 @@ def test_compiles_without_graph_break(dynamic: bool) -> None:
 # ---- errors --------------------------------------------------------------------------------------
 
 
-def test_a_shard_that_cannot_be_is_refused() -> None:
+def test_invalid_shards_are_refused() -> None:
     def same(x: Tensor) -> Tensor:
         return x
 
@@ -301,7 +301,7 @@ def test_a_shard_that_cannot_be_is_refused() -> None:
         VocabShard.of_group(5)
 
 
-def test_arguments_that_do_not_belong_together_are_refused() -> None:
+def test_arguments_that_do_not_match_are_refused() -> None:
     logits, labels = make_batch()
     hidden, weight, labels, bias = make_linear_batch()
     shard = ALONE.shard(20, 50)
@@ -332,7 +332,7 @@ def test_arguments_that_do_not_belong_together_are_refused() -> None:
         logps.sum().backward()
 
 
-def test_ops_refuse_what_they_could_not_read() -> None:
+def test_ops_refuse_invalid_tensors() -> None:
     logits, labels = make_batch()
     with pytest.raises(RuntimeError, match="50 labels that start at first_label"):
         OPS.token_logps_shard(logits, labels, 1, 50, *OPTIONS)

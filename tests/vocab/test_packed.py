@@ -1,4 +1,4 @@
-"""Packed sequences whose vocabulary is divided over ranks: as on one rank."""
+"""Packed sequences with a sharded vocabulary give the results of one rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simpo_ext.distributed import (
 from support.packed_batches import make_packed
 from support.ranks import run_on_ranks
 
-# The ranks' processes run the package as it is.
+# The ranks' processes always run the CPU kernels.
 pytestmark = pytest.mark.cpu_only
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}

@@ -1,4 +1,4 @@
-"""Vocabulary-parallel log-probabilities on ranks of a gloo group: the same as without ranks."""
+"""Vocabulary-parallel log-probabilities on the ranks of a gloo group equal those of one rank."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from simpo_ext.distributed import (
     vocab_parallel_token_logps,
 )
 from support.batches import Batch, make_batch
-from support.linear_batches import LinearBatch, assert_same, make_linear_batch, upstream_of
+from support.comparisons import assert_same
+from support.linear_batches import LinearBatch, make_linear_batch, upstream_of
 from support.ranks import run_on_ranks
 
-# Of a vocabulary of 50, by the number of ranks: all; ragged; ragged, with an empty shard.
+# Shards of a vocabulary of 50, by the number of ranks. The sizes differ, and one shard is empty.
 CUTS = {1: (0, 50), 2: (0, 23, 50), 4: (0, 20, 20, 49, 50)}
 
 
 def batches(dtype: torch.dtype = torch.float32, vocabulary: int = 50) -> tuple[Batch, LinearBatch]:
-    """With a label at either end of every shard that has one."""
+    """Batches with labels at both ends of every shard."""
     batch = make_batch(vocabulary=vocabulary, dtype=dtype)
     linear = make_linear_batch(vocabulary=vocabulary, dtype=dtype, width=5)
     for labels in (batch.labels, linear.labels):
@@ -77,7 +78,7 @@ SHARDED = {"logits": -1, "weight": 0, "bias": 0}
 
 
 def check(results: Sequence[dict[str, Tensor]], dtype: torch.dtype = torch.float32) -> None:
-    """What ranks have in common has the same bits on each; all of it is what one rank gets."""
+    """Replicated results have the same bits on all ranks. All results match those of one rank."""
     want = expected(dtype)
     for name, tensor in want.items():
         parts = [result[name] for result in results]
@@ -123,14 +124,14 @@ def on_shards(
 
 
 def compiled(function: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
-    # Dynamo's own use of autograd.Function.
+    # Dynamo's own use of autograd.Function warns.
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_with_shards_get_what_one_rank_gets(world_size: int, dtype: torch.dtype) -> None:
+def test_ranks_with_shards_match_one_rank(world_size: int, dtype: torch.dtype) -> None:
     cuts = CUTS[world_size]
     results = run_on_ranks(world_size, on_shards, cuts, dtype, None)
     check([result for result, _ in results], dtype)
@@ -173,7 +174,7 @@ def calls_of_collectives() -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return calls
 
 
-def test_one_small_collective_forward_none_for_dlogits_and_one_for_dhidden() -> None:
+def test_collectives_of_forward_and_backward() -> None:
     labels = batches()[1].labels
     rows = int((labels[:, 1:] >= 0).sum())
     for calls in run_on_ranks(2, calls_of_collectives):
@@ -238,14 +239,14 @@ def on_dtensors(vocabulary: int, sharded_batch: bool, backend: str | None) -> di
     partial = [Partial() if sharded_batch else of_weight[0], *of_weight[1:]]
     placements = {"logits": of_logits, "hidden": rows, "weight": partial, "bias": partial}
     for name, gradient in gradients.items():
-        # In torch 2.10, those of uneven shards came back replicated.
+        # Older versions of torch return gradients of uneven shards replicated.
         if vocabulary % mesh.size(mesh.ndim - 1) == 0 or torch.__version__ >= "2.13":
             assert gradient.placements == tuple(placements[name]), name
     results = {name: gradient.full_tensor() for name, gradient in gradients.items()}
     return {"logps": logps.detach(), "linear_logps": linear_logps.detach(), **results}
 
 
-# 49 over 4 ranks: the last has fewer. 5 over 4: the last has none.
+# Of 49 entries over 4 ranks, the last has fewer. Of 5 over 4, the last has none.
 @pytest.mark.parametrize(
     ("world_size", "vocabulary", "sharded_batch", "backend"),
     [
@@ -256,7 +257,7 @@ def on_dtensors(vocabulary: int, sharded_batch: bool, backend: str | None) -> di
         (2, 49, False, "aot_eager"),
     ],
 )
-def test_dtensors_say_what_each_rank_has(
+def test_dtensors_match_one_rank(
     world_size: int, vocabulary: int, sharded_batch: bool, backend: str | None
 ) -> None:
     results = run_on_ranks(world_size, on_dtensors, vocabulary, sharded_batch, backend)
@@ -313,7 +314,7 @@ def errors_of_dtensors() -> list[str]:
         lambda: vocab_parallel_linear_token_logps(
             hidden, head, labels, bias=dtensor(bias, Replicate(), Replicate())
         ),
-        # Those that know of no ranks.
+        # These functions take no DTensors.
         lambda: token_logps(sharded, labels),
         lambda: sequence_logps(logits, dtensor(labels, Replicate(), Replicate())),
         lambda: simpo_loss(sharded, labels),
@@ -327,7 +328,7 @@ def errors_of_dtensors() -> list[str]:
             messages.append(f"{type(error).__name__}: {error}")
         else:
             messages.append("no error")
-    # A replicated DTensor beside plain shards is what it holds.
+    # Beside plain shards, a replicated DTensor counts as its local tensor.
     everywhere = dtensor(labels, Replicate(), Replicate())
     assert_same(
         vocab_parallel_token_logps(logits, everywhere, shard),
@@ -336,7 +337,7 @@ def errors_of_dtensors() -> list[str]:
     return messages
 
 
-def test_layouts_that_do_not_fit_are_refused() -> None:
+def test_invalid_layouts_of_dtensors_are_refused() -> None:
     plain = "TypeError: {}: expected a plain torch.Tensor, got a DTensor"
     parts = [
         "ValueError: logits: expected the vocabulary, dimension 2, to be sharded over one mesh",
@@ -387,13 +388,13 @@ def disagreements() -> list[str]:
             function()
         except ValueError as error:
             messages.append(str(error))
-    # Labels of the same shape are not compared; a token that ranks score differently is NaN.
+    # Labels of equal shape are not compared. A token with different labels on the ranks is NaN.
     labels = batch.labels if rank else (49 - batch.labels).where(batch.labels >= 0, -100)
     messages.append(str(vocab_parallel_token_logps(logits, labels, shard).isnan().any().item()))
     return messages
 
 
-def test_ranks_that_disagree_are_told_so() -> None:
+def test_ranks_that_disagree_raise_errors() -> None:
     count = int((batches()[1].labels[:, 1:] >= 0).sum())
     fewer = int((batches()[1].labels[1:, 1:] >= 0).sum())
     for messages in run_on_ranks(2, disagreements):

@@ -1,4 +1,4 @@
-"""The ops of a sharded vocabulary, all in this process: equal to those of the whole."""
+"""The ops of a sharded vocabulary, in one process, match those of the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -17,13 +17,8 @@ from simpo_ext.distributed import (
 )
 from support import linear_oracle, oracle
 from support.batches import DTYPES, Batch, make_batch
-from support.linear_batches import (
-    UNLIMITED,
-    LinearBatch,
-    assert_same,
-    make_linear_batch,
-    upstream_of,
-)
+from support.comparisons import assert_same
+from support.linear_batches import UNLIMITED, LinearBatch, make_linear_batch, upstream_of
 from support.vocab_batches import (
     CUTS,
     OPS,
@@ -47,11 +42,11 @@ OPTIONS_OF_OPS = token_options()
 def assert_as_exact(
     ours: Sequence[Tensor], theirs: Sequence[Tensor], truth: Sequence[Tensor]
 ) -> None:
-    """Errors of at most twice those of the whole vocabulary's ops, or a few ulp of the largest."""
+    """Errors may be twice those of the whole vocabulary's ops, or a few ulp of the largest."""
     for i, (x, y, z) in enumerate(zip(ours, theirs, truth, strict=True)):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         error, other_error = ((w.double() - z).abs().max().item() for w in (x, y))
-        # Of the first, log-probabilities, float32 at least; and in either short dtype one ulp.
+        # One ulp of a gradient in a short dtype, else 8.
         ulps = 1 if x.dtype in (torch.bfloat16, torch.float16) else 8
         floor = ulps * torch.finfo(x.dtype).eps * max(1.0, z.abs().max().item())
         assert error <= max(2 * other_error, floor), i
@@ -69,20 +64,20 @@ def check_shards(batch: Batch, cuts: Sequence[int], **options: Any) -> None:
     dlogits = oracle.token_logps_grad(upstream.double().numpy(), *args, **options)
     truth = [torch.from_numpy(x) for x in (logps, dlogits)]
     assert_as_exact([ours[0], ours[3]], [theirs[0], theirs[3]], truth)
-    assert_same(ours[1], theirs[1])  # the largest z is one of them
+    assert_same(ours[1], theirs[1])  # The maximum is exact.
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("cuts", CUTS[50], ids=len)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shards_come_to_what_the_whole_vocabulary_does(
+def test_shards_match_the_whole_vocabulary(
     dtype: torch.dtype, cuts: Sequence[int], options: dict[str, Any]
 ) -> None:
     check_shards(make_batch(dtype=dtype), cuts, **options)
 
 
-# Shards longer and shorter than what a CPU thread works on at a time, and a GPU's large block.
+# Shards longer and shorter than a block of the CPU kernels, and than a large block of a GPU's.
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_long_rows_in_shards(dtype: torch.dtype) -> None:
     batch = make_batch(pairs=1, time=4, vocabulary=70_001, dtype=dtype)
@@ -98,7 +93,7 @@ def test_labels_at_both_ends_of_every_shard(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_single_shard_gives_the_bits_of_the_whole(dtype: torch.dtype) -> None:
+def test_a_single_shard_has_the_bits_of_the_whole_vocabulary(dtype: torch.dtype) -> None:
     batch, options = make_batch(dtype=dtype), token_options(softcap=9.0)
     upstream = upstream_of(batch.labels)
     for cuts in ((0, 50), (0, 0, 50, 50)):
@@ -106,13 +101,13 @@ def test_a_single_shard_gives_the_bits_of_the_whole(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_finite_counts_as_in_the_whole_vocabulary(dtype: torch.dtype) -> None:
+def test_logits_that_are_not_finite(dtype: torch.dtype) -> None:
     batch = make_batch(dtype=dtype)
     logits, labels = batch.logits.clone(), torch.full((4, 8), 30)
-    logits[0, 0, :17] = -math.inf  # all of a shard
-    logits[0, 1, 30] = -math.inf  # the label's
+    logits[0, 0, :17] = -math.inf  # a whole shard
+    logits[0, 1, 30] = -math.inf  # the label's logit
     logits[0, 2] = -math.inf
-    logits[0, 3, 2] = math.nan  # on a shard without the label
+    logits[0, 3, 2] = math.nan  # in a shard without the label
     logits[0, 4, 2] = math.inf
     logits[0, 5, 30] = math.nan
     logits[0, 6, 17:] = -math.inf  # the label's shard
@@ -151,7 +146,7 @@ def test_gradients_in_place_have_the_same_bits() -> None:
 
 
 def test_a_label_of_two_shards_is_nan() -> None:
-    # As where ranks have labels of their own.
+    # Ranks have different labels.
     batch = make_batch()
     parts = (batch.logits[..., :20], batch.labels.clamp(max=19), 0), (
         batch.logits[..., 20:], batch.labels, 20)  # fmt: skip
@@ -177,7 +172,7 @@ def test_a_label_out_of_range_is_an_error_on_every_shard(label: int) -> None:
 @pytest.mark.cuda_only
 @pytest.mark.parametrize("label", [-1, 50, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_label_out_of_range_poisons_its_row_and_no_other(dtype: torch.dtype, label: int) -> None:
+def test_a_label_out_of_range_makes_only_its_row_nan(dtype: torch.dtype, label: int) -> None:
     batch, linear, options = make_batch(dtype=dtype), make_linear_batch(dtype=dtype), OPTIONS_OF_OPS
     upstream = torch.ones(batch.labels.shape)
     results = []
@@ -216,7 +211,7 @@ def check_linear_shards(
 @pytest.mark.parametrize("budget", [0, UNLIMITED])
 @pytest.mark.parametrize("cuts", CUTS[50][1:5], ids=len)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_shards_come_to_what_the_whole_vocabulary_does(
+def test_linear_shards_match_the_whole_vocabulary(
     dtype: torch.dtype, cuts: Sequence[int], budget: int
 ) -> None:
     check_linear_shards(make_linear_batch(dtype=dtype), cuts, budget)
@@ -232,7 +227,7 @@ def test_linear_shards_with_options(
     check_linear_shards(batch, (0, 20, 20, 50), UNLIMITED, 40, **options)
 
 
-# Shards of several chunks, the last one shorter; of one; and of none.
+# A shard of several chunks, one of a single chunk, and an empty one.
 @pytest.mark.parametrize("budget", [0, 2**17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_of_several_chunks(dtype: torch.dtype, budget: int) -> None:
@@ -241,7 +236,7 @@ def test_shards_of_several_chunks(dtype: torch.dtype, budget: int) -> None:
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_rows_are_added_unrounded_and_rounded_once(strided: bool) -> None:
+def test_dhidden_is_rounded_once_after_the_sum(strided: bool) -> None:
     for dtype in DTYPES:
         hidden, weight, labels, _ = make_linear_batch(dtype=dtype, vocabulary=20, width=5)
         weight = weight.t().contiguous().t() if strided else weight

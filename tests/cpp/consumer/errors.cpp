@@ -151,7 +151,7 @@ void check_layout_errors(const at::Tensor& logits, const at::Tensor& labels,
   require_error<c10::ValueError>("[S + 1]", with_ends(ends.unsqueeze(0)));
   require_error<c10::TypeError>("cu_seqlens: expected an integer dtype",
                                 with_ends(ends.to(at::kFloat)));
-  require_error<c10::ValueError>("even B", call({.cu_seqlens = ends}));
+  require_error<c10::ValueError>("even number of sequences", call({.cu_seqlens = ends}));
   require_error<c10::IndexError>("pairs[0, 0] is out of range",
                                  call({.cu_seqlens = ends, .pairs = pairs + 99}));
   require_error<c10::ValueError>("[P, 2]", call({.cu_seqlens = ends, .pairs = pairs.t()}));

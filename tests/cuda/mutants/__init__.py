@@ -1,7 +1,7 @@
-"""Bugs to plant in the CUDA kernels, one at a time, and what has to find each of them.
+"""Bugs to plant in the CUDA kernels, one at a time.
 
-A mutant replaces a piece of source that stands in its file once. ``build`` is the build of
-tests/cuda/emulation/kernels that finds it, and ``section`` what the program has to run for that.
+A mutant replaces a piece of source that its file contains once. The build ``build`` of
+tests/cuda/emulation/kernels must find it in the section ``section``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Mutant(NamedTuple):
     original: str
     mutated: str
     section: str
-    build: str = "plain"  # or asan or tsan
+    build: str = "plain"  # or "asan" or "tsan"
 
 
 FORWARD = "cuda/token_logps_forward.cuh"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutants import BACKWARD, FORWARD, ROWS, WARP, Mutant
 
 LOGPS_MUTANTS = (
-    # ---- every barrier, removed: races
+    # ---- removed barriers: races
     Mutant(
         "no barrier before the sums of the warps are read",
         FORWARD,
@@ -14,7 +14,7 @@ LOGPS_MUTANTS = (
         "values",
         "tsan",
     ),
-    # ---- barriers and shuffles that not all threads reach
+    # ---- barriers and shuffles that some threads do not reach
     Mutant(
         "a barrier only some threads reach",
         FORWARD,
@@ -104,7 +104,7 @@ LOGPS_MUTANTS = (
         "values",
         "asan",
     ),
-    # ---- the cut of a row into vectors
+    # ---- vectors of a row
     Mutant(
         "the head of a row not peeled",
         ROWS,
@@ -189,7 +189,7 @@ LOGPS_MUTANTS = (
         "values",
         "tsan",
     ),
-    # ---- what is read and written
+    # ---- reads and writes
     Mutant(
         "masked rows read",
         FORWARD,
@@ -287,7 +287,7 @@ LOGPS_MUTANTS = (
         "      if (tid == 0) write_segments",
         "bytes",
     ),
-    # ---- parts of the vocabulary
+    # ---- chunks of the vocabulary
     Mutant(
         "the parts before forgotten",
         FORWARD,

@@ -1,4 +1,4 @@
-"""Bugs in the CUDA kernels of sequences, of the flat layout and of pairs."""
+"""Bugs in the CUDA kernels of sequences, of packed sequences and of pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LOSS = "cuda/preference_loss.cu"
 SHARED = "core/preference.h"
 
 PAIRS_MUTANTS = (
-    # ---- every barrier, removed: races
+    # ---- removed barriers: races
     Mutant(
         "no barrier before the tokens' sums of the warps are read",
         SUMS,
@@ -81,7 +81,7 @@ PAIRS_MUTANTS = (
         "    store(grad_token_logps + static_cast<int32_t>(b * targets.T + t), is_valid",
         "offsets",
     ),
-    # ---- where a sequence lies
+    # ---- positions of a sequence
     Mutant(
         "a sequence in front of the first position followed",
         SUMS,
@@ -119,7 +119,7 @@ PAIRS_MUTANTS = (
         "  for (int64_t t = first; t < range.end; t += step) {\n    store(grad",
         "sequences",
     ),
-    # ---- targets of the flat layout
+    # ---- targets of packed sequences
     Mutant(
         "a label taken across the end of a sequence",
         TARGETS,
@@ -171,7 +171,7 @@ PAIRS_MUTANTS = (
         "load(labels.labels + static_cast<int32_t>(labels.label_offset(0, t)))",
         "offsets",
     ),
-    # ---- which sequences a pair is of
+    # ---- sequences of a pair
     Mutant(
         "a sequence behind the last one followed",
         LOSS,
@@ -267,7 +267,7 @@ PAIRS_MUTANTS = (
         "1.0;",
         "preference",
     ),
-    # ---- what the CPU has in common
+    # ---- code that the CPU shares
     Mutant(
         "the slope of chosen taken for that of rejected",
         SHARED,

@@ -10,7 +10,7 @@ LABELS = "cuda/label_values.cu"
 HIDDEN = "cuda/hidden_gradient.cu"
 
 ROWS_MUTANTS = (
-    # ---- every barrier, removed: races
+    # ---- removed barriers: races
     Mutant(
         "no barrier before the token counts of the warps are read",
         SELECT,
@@ -27,7 +27,7 @@ ROWS_MUTANTS = (
         "token_rows",
         "tsan",
     ),
-    # ---- what is selected, gathered, added and put
+    # ---- selected, gathered and added values
     Mutant(
         "tokens of the lanes before not counted",
         WARP,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,22 @@ _NOBODY, _MANY = -1, -2
 _UNIT = 2  # bytes whose accesses are tracked together; smaller stores are not supported
 
 
+_MOST_LOADS = 4096  # that are kept, with the places of their threads
+
+
+class _Load(NamedTuple):
+    """One load of several threads."""
+
+    start: int
+    end: int
+    places: Array  # in units of size
+    size: int
+    threads: Array
+
+    def overlaps(self, start: int, end: int) -> bool:
+        return self.start < end and start < self.end
+
+
 class Memory:
     """Bytes at addresses from base on, of which some are allocated."""
 
@@ -27,6 +43,8 @@ class Memory:
         self.state = np.zeros(self.size, np.uint8)
         self.writers = np.full(self.size // _UNIT, _NOBODY, np.int32)
         self.readers = np.full(self.size // _UNIT, _NOBODY, np.int32)
+        self._loads: list[_Load] = []  # whose readers have not been noted yet
+        self._stored = (self.size, 0)  # all stores since the last barrier lie between these places
         self._free = 16
 
     def allocate(
@@ -48,7 +66,12 @@ class Memory:
 
     def forget_accesses(self, start: int = 0, size: int | None = None) -> None:
         """Acts as a barrier: accesses before it do not race with those after it."""
-        end = self.size if size is None else start + size
+        if size is None:
+            start, size = 0, self.size
+            self._loads.clear()
+            self._stored = (self.size, 0)
+        self._note_readers(0, self.size)  # before those of the range are forgotten
+        end = start + size
         self.writers[start // _UNIT : end // _UNIT] = _NOBODY
         self.readers[start // _UNIT : end // _UNIT] = _NOBODY
 
@@ -77,15 +100,22 @@ class Memory:
         def require(good: Array, problem: str) -> None:
             self._require(good, problem, addresses, size, threads, verb)
 
+        # First all threads at once, then, if a check fails, the one that is to blame.
         offsets = addresses.astype(np.uint64) - np.uint64(self.base)
+        wanted = needed | (WRITTEN if needed == READABLE else 0)
+        if offsets.max() <= self.size - size and np.bitwise_or.reduce(offsets) % size == 0:
+            places = (offsets // size).astype(np.int64)
+            width = min(size, 8)
+            states = self.state.view(f"<u{width}").reshape(-1, size // width)[places]
+            everywhere = int.from_bytes(bytes([wanted] * width), "little")
+            if int(np.bitwise_and.reduce(states, axis=None)) & everywhere == everywhere:
+                return places
         require(offsets <= self.size - size, "out of bounds")
         require(offsets % size == 0, "misaligned")
-        places = (offsets // size).astype(np.int64)
-        states = np.bitwise_and.reduce(self.state.reshape(-1, size)[places], axis=1)
+        states = np.bitwise_and.reduce(self.state.reshape(-1, size)[offsets // size], axis=1)
         require(states & needed != 0, "out of bounds")
-        if needed == READABLE:
-            require(states & WRITTEN != 0, "of uninitialised memory")
-        return places
+        require(states & wanted == wanted, "of uninitialised memory")
+        raise AssertionError("unreachable")
 
     def _require(
         self, good: Array, problem: str, addresses: Array, size: int, threads: Array, verb: str
@@ -99,16 +129,29 @@ class Memory:
         )
 
     def _note_load(self, places: Array, addresses: Array, size: int, threads: Array) -> None:
-        me, units = threads[:, None], size // _UNIT
-        writers = self.writers.reshape(-1, units)[places]
-        alone = ((writers == _NOBODY) | (writers == me)).all(axis=1)
-        self._require(alone, "that another thread has stored", addresses, size, threads, "load")
-        all_readers = self.readers.reshape(-1, units)
-        before = all_readers[places]
-        all_readers[places] = np.where((before == _NOBODY) | (before == me), me, _MANY)
-        shared = all_readers[places] != me  # also read by other threads in this same load
-        if shared.any():
-            all_readers[places[shared.any(axis=1)]] = _MANY
+        load = _Load(int(places.min()) * size, int(places.max() + 1) * size, places, size, threads)
+        if load.overlaps(*self._stored):
+            writers = self.writers.reshape(-1, size // _UNIT)[places]
+            alone = ((writers == _NOBODY) | (writers == threads[:, None])).all(axis=1)
+            self._require(alone, "that another thread has stored", addresses, size, threads, "load")
+        self._loads.append(load)
+        if len(self._loads) > _MOST_LOADS:
+            self._note_readers(0, self.size)
+
+    def _note_readers(self, start: int, end: int) -> None:
+        """Notes the readers of all loads that overlap the range. Most are never stored to."""
+        kept = []
+        for load in self._loads:
+            if not load.overlaps(start, end):
+                kept.append(load)
+                continue
+            me, all_readers = load.threads[:, None], self.readers.reshape(-1, load.size // _UNIT)
+            before = all_readers[load.places]
+            all_readers[load.places] = np.where((before == _NOBODY) | (before == me), me, _MANY)
+            shared = all_readers[load.places] != me  # also read by other threads in this same load
+            if shared.any():
+                all_readers[load.places[shared.any(axis=1)]] = _MANY
+        self._loads = kept
 
     def _note_store(self, places: Array, addresses: Array, size: int, threads: Array) -> None:
         if size < _UNIT:
@@ -117,6 +160,9 @@ class Memory:
         def require(alone: Array, problem: str) -> None:
             self._require(alone, problem, addresses, size, threads, "store")
 
+        start, end = int(places.min()) * size, int(places.max() + 1) * size
+        self._note_readers(start, end)
+        self._stored = min(start, self._stored[0]), max(end, self._stored[1])
         me, units = threads[:, None], size // _UNIT
         all_writers = self.writers.reshape(-1, units)
         all_readers = self.readers.reshape(-1, units)
