@@ -1,7 +1,8 @@
 """The floor: what no implementation can go below on this machine, measured in the same rounds.
 
-From logits, it follows from memory bandwidths and the rate of exponentials. cpu/floor.cpp measures
-these, and is compiled where it runs. From hidden states, it is the bare matrix products.
+From logits, it follows from memory bandwidths and the rate of exponentials. On a CPU,
+cpu/floor.cpp measures these, and is compiled where it runs. On a GPU, it is the bandwidth of a
+copy. From hidden states, it is the bare matrix products.
 """
 
 from __future__ import annotations
@@ -194,6 +195,33 @@ class Probes:
             if not error <= EXP_TOLERANCE:
                 raise FloorError(f"exp_seconds: variant {variant} is wrong by {error:.1e}")
         return max(variants, key=lambda each: max(self._exp(is_bfloat16, each) for _ in range(3)))
+
+
+class CopyFloor(Floor):
+    """The fewest bytes at the bandwidth of a copy between two tensors of the device.
+
+        forward             R V e                reads each scored row
+        forward + backward  2 R V e + B T V e    reads it again, writes the gradient of all rows
+
+    e is the size of an element. Smaller tensors are left out.
+    """
+
+    def __init__(self, batch: Batch, to: Tensor, source: Tensor) -> None:
+        self._batch, self._to, self._from = batch, to, source
+
+    def subjects(self) -> dict[str, Subject]:
+        """See the base class."""
+        return {"copy": Subject(lambda: None, {"all": lambda _: self._to.copy_(self._from)})}
+
+    def describe(self, times: Mapping[str, Mapping[str, Times]]) -> dict[str, float]:
+        """See the base class. A copy reads and writes every byte."""
+        bytes_per_ms = 2 * self._from.nbytes / times["copy"]["all"].median_ms
+        read = self._batch.valid_rows * self._batch.vocabulary * self._batch.element_size
+        return {
+            "forward_ms": read / bytes_per_ms,
+            "forward_backward_ms": (2 * read + self._from.nbytes) / bytes_per_ms,
+            "copy": bytes_per_ms * 1e3 / GIGA,
+        }
 
 
 # ---- from hidden states ----------------------------------------------------------------------

@@ -331,8 +331,12 @@ def test_a_recorded_run_is_read_back_and_shown(
         assert text in printed
     assert "other" not in printed and "bad" not in printed
     assert picture.stat().st_size > 10_000
-    tables.print_case(found, found["cases"][0])
-    assert "bad: wrong: differs {'value_error': 'nan'}" in capsys.readouterr().out
+    lines = [*tables.case_lines(found["phases"], "simpo_ext", found["cases"][0])]
+    assert [line.split() for line in lines[2:4]] == [
+        ["simpo_ext", "2.00", "1.00", "2.00", "1", "2e-07"],
+        ["peer", "30.0*", "15.0", "30.0", "1", "2e-07"],
+    ]
+    assert "bad: wrong: differs {'value_error': 'nan'}" in lines
 
 
 @pytest.mark.parametrize("arguments", [("--rounds", "0"), ("--cases", "nothing")])

@@ -143,27 +143,16 @@ def test_a_tiny_run_goes_all_the_way(load, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_gpus_program_goes_all_the_way_on_a_cpu(
-    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(load("common.timing"), "WARMUP_ROUNDS", 0)
     output = tmp_path / "cases.jsonl"
-    arguments = ["--device", "cpu", "--size", "96x64x600", "--sequences", "4", "--rounds", "1"]
-    arguments += ["--candidates", "simpo_ext", "Liger SimPO", "Liger linear cross entropy"]
-    assert load("gpu.linear").main([*arguments, "--record", str(output)]) == 0
+    arguments = ["linear", "--device", "cpu", "--quick", "--rounds", "1", "--candidates"]
+    arguments += ["simpo_ext", "Liger SimPO", "Liger linear cross entropy"]
+    assert load("gpu.measure").main([*arguments, "--record", str(output)]) == 0
     cases = [json.loads(line) for line in output.read_text().splitlines()]
     assert [case["share"] for case in cases] == ["100%", "40%"]
     for case in cases:
         *right, missing = case["rows"]
         assert [row["status"] for row in right] == ["right", "right"]
         assert "CUDA" in missing["reason"]
-        assert "x bare" in "\n".join(load("gpu.report").linear_lines(case))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [("--size", "48x32"), ("--sequences", "5"), ("--rounds", "0"), ("--size", "0x1x1"),
-     ("--candidates", "nobody")],
-)  # fmt: skip
-def test_the_gpus_program_refuses_what_makes_no_sense(load, arguments: tuple[str, str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        load("gpu.linear").main(["--device", "cpu", *arguments])
+    assert "gflops" in capsys.readouterr().out
