@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -267,7 +269,8 @@ def test_logits_are_peaked_at_the_label_that_follows(load) -> None:
 def test_the_probes_count_what_every_thread_moves(load, monkeypatch: pytest.MonkeyPatch) -> None:
     floor = load("common.floor")
     told = {"map_buffer": 1, "read_seconds": 0.5, "copy_seconds": 0.25, "update_seconds": 0.125,
-            "exp_variants": 1, "exp_elements": 10, "exp_error": 0.0, "exp_seconds": 2.0}  # fmt: skip
+            "exp_variants": 1, "exp_elements": 10, "exp_error": 0.0,
+            "exp_seconds": 2.0}  # fmt: skip
     functions = {name: lambda *_, value=value: value for name, value in told.items()}
     library = SimpleNamespace(**functions, unmap_buffer=lambda *_: None)
     monkeypatch.setattr(floor, "_compiled", lambda: library)
@@ -278,7 +281,7 @@ def test_the_probes_count_what_every_thread_moves(load, monkeypatch: pytest.Monk
     assert found["update"] == pytest.approx(2 * 8 * giga)
     assert found["exp_float32"] == pytest.approx(2 * 10 * floor.EXP_REPEATS / 2.0 / 1e9)
     library.exp_error = lambda *_: 1e-3
-    with pytest.raises(floor.FloorError, match="variant 0 is wrong by 1.0e-03"):
+    with pytest.raises(floor.FloorError, match="variant 0 is wrong"):
         floor.Probes(threads=2, buffer_bytes=2**22)
 
 
@@ -397,6 +400,61 @@ def test_a_recorded_run_is_read_back_and_shown(
         ["peer", "30.0*", "15.0", "30.0", "1", "2e-07"],
     ]
     assert "bad: wrong: differs {'value_error': 'nan'}" in lines
+
+
+@pytest.fixture
+def run(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a program of two cases whose measurements are told, and returns what it did."""
+    cases, program, linear = load("common.cases"), load("common.program"), load("linear")
+    shapes = [cases.synthetic(2, 8, 16, dtype, hidden=4) for dtype in ("float32", "bfloat16")]
+    plan = (cases.Case(shapes[0], is_featured=True), cases.Case(shapes[1], "huge", True))
+    told = dataclasses.replace(linear.PROGRAM, cases=plan, phases={"forward": "forward"})
+    done = SimpleNamespace(status=0, measured=[], memory=[], plots=[], kept=tmp_path / "kept")
+
+    def run(*arguments: str, status: str = "right", is_lost: bool = False):
+        def apart(function: str, pages: str, program: str, case: dict, rounds: int) -> dict:
+            done.measured.append((case["batch"]["dtype"], pages))
+            if is_lost and len(done.measured) == 1:
+                raise load("common.processes").ApartError("killed")
+            found = json.loads(json.dumps(results()["cases"][0]))
+            found["rows"][0]["status"] = status
+            return found
+
+        monkeypatch.setattr(program, "apart", apart)
+        monkeypatch.setattr(program, "RESULTS", done.kept)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        peaks = lambda _, case, name, phases: done.memory.append(name) or {}  # noqa: E731
+        monkeypatch.setattr(program.memory, "peaks", peaks)
+        monkeypatch.setattr(program.tables, "plot", lambda _, path: done.plots.append(path))
+        done.status = program.run(told, [*arguments])
+        return done
+
+    return run
+
+
+def test_a_full_run_is_kept(run) -> None:
+    done = run()
+    assert done.status == 0
+    assert done.measured == [("float32", "default"), ("bfloat16", "huge")]
+    assert done.memory == ["simpo_ext", "peer"]  # not of what is wrong, nor with huge pages
+    assert [path.name.partition("-")[0] for path in done.kept.iterdir()] == ["linear"]
+    assert done.plots == [done.kept / "linear.png"]
+
+
+def test_a_partial_run_overwrites_nothing(run) -> None:
+    done = run("--cases", "bfloat16")
+    assert done.measured == [("bfloat16", "huge")]
+    assert not done.kept.exists()
+    assert done.plots and done.kept not in done.plots[0].parents
+
+
+def test_a_run_fails_where_ours_is_wrong(run) -> None:
+    assert run(status="wrong").status == 1
+
+
+def test_a_case_that_is_lost_fails_a_run_and_does_not_end_it(run) -> None:
+    done = run(is_lost=True)
+    assert (done.status, len(done.measured)) == (1, 2)
 
 
 @pytest.mark.parametrize("arguments", [("--rounds", "0"), ("--cases", "nothing")])

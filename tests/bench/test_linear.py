@@ -62,6 +62,7 @@ def test_the_truth_is_that_of_the_formula_in_float64(load, work: str) -> None:
 def test_every_candidate_is_right_with_every_mask(load, dtype: str, fraction: float) -> None:
     linear, measure = load("linear"), load("common.measure")
     problem = problem_of(load, 4, 24, 4500, dtype, fraction, hidden=32)
+    assert len(problem.make_floor()._hidden) == problem.batch.valid_rows
     for candidate in problem.candidates:
         if candidate.name == linear.LIGER_COMPILED:
             continue
