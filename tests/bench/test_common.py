@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
 import json
@@ -285,6 +286,14 @@ def test_the_probes_count_what_every_thread_moves(load, monkeypatch: pytest.Monk
         floor.Probes(threads=2, buffer_bytes=2**22)
 
 
+def test_the_probes_touch_all_of_their_buffers(load) -> None:
+    probes = load("common.floor").Probes(threads=2, buffer_bytes=2**22)
+    size = probes._bytes
+    ctypes.memset(probes._from, 1, size)
+    probes._library.copy_seconds(probes._to, probes._from, size, 2)
+    assert ctypes.string_at(probes._to, size) == b"\1" * size
+
+
 def test_the_probes_run_and_their_exponentials_are_right(load) -> None:
     probes = load("common.floor").Probes(threads=1, buffer_bytes=2**22)
     assert all(rate > 0 for rate in probes.sample().values())
@@ -430,6 +439,17 @@ def run(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return done
 
     return run
+
+
+def test_a_commit_with_changes_says_so(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = load("common.machine")
+    told = {"status": "", "rev-parse": "abc"}
+    monkeypatch.setattr(machine, "_output", lambda *command: told[command[3]])
+    assert machine.commit() == "abc"
+    told["status"] = " M file"
+    assert machine.commit() == "abc with changes"
+    told["rev-parse"] = None
+    assert machine.commit() is None
 
 
 def test_a_full_run_is_kept(run) -> None:

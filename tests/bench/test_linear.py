@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +72,21 @@ def test_every_candidate_is_right_with_every_mask(load, dtype: str, fraction: fl
             assert row["status"] == "right", row
         assert row["status"] in ("right", "unavailable"), row
         if row["status"] == "right":
-            problem.lap(candidate, "forward")
+            loss, gradients = problem.lap(candidate, "forward")
+            assert not (loss.requires_grad or gradients)
+
+
+def test_each_budget_is_asked_for(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, asked = load("linear"), []
+
+    def loss(*_, logits_budget_bytes, **__):
+        asked.append(logits_budget_bytes)
+        return SimpleNamespace(loss=None)
+
+    monkeypatch.setattr(linear.simpo_ext, "linear_simpo_loss", loss)
+    for candidate in linear.linear_candidates()[:3]:
+        candidate.forward(None, None, None, None)
+    assert asked == [None, 0, linear.UNLIMITED]
 
 
 @pytest.mark.parametrize(

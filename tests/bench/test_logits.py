@@ -44,6 +44,8 @@ def test_every_form_of_the_loss_is_right(load, sequences: int, dtype: str, fract
             continue
         row = measure.verify(problem, candidate)
         assert row["status"] == "right", row
+        if candidate.is_ours:
+            assert row["value_tolerance"] <= 1e-6 and row["gradient_tolerance"] <= 2.0**-8
         for phase in problem.phases:
             problem.lap(candidate, phase, problem.prepare(candidate))
 
@@ -127,6 +129,7 @@ def test_a_tiny_run_goes_all_the_way(load, tmp_path: Path, monkeypatch: pytest.M
     names = {row["name"] for row in case["rows"]}
     assert names >= {"simpo_ext", "simpo_ext in place", "Princeton", "Princeton float32",
                      "F.cross_entropy"}  # fmt: skip
+    assert names.isdisjoint({*COMPILED, TRL})
 
 
 @pytest.mark.exhaustive
