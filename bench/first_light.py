@@ -44,7 +44,7 @@ def run_case(case: Case, device: torch.device, kind: str) -> dict[str, Any]:
     began = time.perf_counter()
     record: dict[str, Any] = {
         "kind": kind,
-        "name": case.name,
+        "name": case.problem.name,
         "dtype": str(case.dtype).removeprefix("torch."),
     }
     try:
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     # This setting also makes torch fill new tensors with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    cases = [case for case in all_cases() if options.select == "all" or case.for_sanitizer]
+    cases = [case for case in all_cases() if options.select == "all" or case.problem.for_sanitizer]
     failures = options.failures
     for index in range(options.first, len(cases)):
         record = run_case(cases[index], device, options.kind)

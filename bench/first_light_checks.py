@@ -79,43 +79,70 @@ def place(values: Tensor, device: torch.device, offset: int = 1, padding: int = 
     return storage.to(device).as_strided(values.shape, strides, offset)
 
 
+# ---- problems --------------------------------------------------------------------------------
+
+
+class Given(NamedTuple):
+    """What each side of a comparison gets: this project on the device, the truth in float64."""
+
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
+    others: Mapping[str, Tensor]
+    dtype: torch.dtype  # of the inputs on the device
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What this project computes, the truth to compare it with, and the inputs of both."""
+    """What this project computes, and the truth to compare it with."""
 
-    inputs: Mapping[str, Tensor]  # float64 values that the dtype represents, all differentiable
-    ours: Callable[..., Mapping[str, Tensor]]  # of the inputs on the device
-    truth: Callable[..., Mapping[str, Tensor]]  # of the inputs in float64
-    bounds: Mapping[torch.dtype, Bound]
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]  # of the inputs, which are all differentiable
+    labels: Tensor
+    ours: Callable[[Given], Mapping[str, Tensor]]
+    truth: Callable[[Given], Mapping[str, Tensor]]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
     layout: tuple[int, int] = (1, 0)  # of the first input: offset and padding
     inplace: bool = False  # the gradient of the first input overwrites it
+    for_sanitizer: bool = True
+    dtypes: tuple[torch.dtype, ...] = tuple(FROM_LOGITS)
+
+    def values(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Random inputs in float64 that the dtype represents."""
+        values = {}
+        for seed, (name, shape) in enumerate(self.shapes.items()):
+            std = {"logits": 3.0, "weight": 2.0 * shape[-1] ** -0.5}.get(name, 1.0)
+            generator = torch.Generator().manual_seed(seed)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * std
+            values[name] = drawn.to(dtype).double()
+        return values
 
 
 @dataclass(frozen=True)
 class Case:
     """A problem in one dtype."""
 
-    name: str
+    problem: Problem
     dtype: torch.dtype
-    make: Callable[[torch.dtype, torch.device], Problem] = field(repr=False)
-    for_sanitizer: bool = True
 
     def checks(self, device: torch.device) -> list[Check]:
         """Every output and every gradient compared with the truth."""
-        problem = self.make(self.dtype, device)
-        bound = problem.bounds[self.dtype]
+        problem, dtype = self.problem, self.dtype
+        bound = (FROM_HIDDEN if "hidden" in problem.shapes else FROM_LOGITS)[dtype]
+        values = problem.values(dtype)
         leaves: dict[str, Tensor] = {}
-        for index, (name, values) in enumerate(problem.inputs.items()):
-            offset, padding = problem.layout if index == 0 else (1, 0)
-            placed = place(values.to(self.dtype), device, offset, padding)
-            leaves[name] = placed.requires_grad_()
-            if problem.inplace and index == 0:
-                # Part of a graph without a copy, as a leaf cannot be overwritten.
-                zero = torch.zeros((), dtype=self.dtype, device=device, requires_grad=True)
-                leaves[name] = placed.detach().add_(zero)
-        exact = {name: x.clone().requires_grad_() for name, x in problem.inputs.items()}
+        for index, (name, each) in enumerate(values.items()):
+            layout = problem.layout if index == 0 else (1, 0)
+            leaves[name] = place(each.to(dtype), device, *layout).requires_grad_()
+        first = next(iter(leaves))
+        if problem.inplace:
+            # Part of a graph without a copy, as a leaf cannot be overwritten.
+            zero = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+            leaves[first] = leaves[first].detach().add_(zero)
+        exact = {name: each.requires_grad_() for name, each in values.items()}
+        others = {name: each.to(device) for name, each in problem.others.items()}
 
-        actual, expected = problem.ours(**leaves), problem.truth(**exact)
+        actual = problem.ours(Given(leaves, problem.labels.to(device), others, dtype))
+        expected = problem.truth(Given(exact, problem.labels, problem.others, dtype))
         checks = [
             compare(name, actual[name], expected[name], bound.value, least=1.0) for name in expected
         ]
@@ -132,8 +159,7 @@ class Case:
             exact_upstreams.append(upstream.double())
         gradients = torch.autograd.grad(outputs, list(leaves.values()), upstreams)
         truths = torch.autograd.grad(exact_outputs, list(exact.values()), exact_upstreams)
-        first = next(iter(leaves.values()))
-        if problem.inplace and gradients[0].data_ptr() != first.data_ptr():
+        if problem.inplace and gradients[0].data_ptr() != leaves[first].data_ptr():
             raise AssertionError("inplace_backward: expected the gradient in the input's memory")
         for name, gradient, truth in zip(leaves, gradients, truths, strict=True):
             checks.append(compare(f"d{name}", gradient, truth, bound.gradient, least=1e-6))

@@ -74,7 +74,7 @@ def score(
 
 
 def rounded_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype
 ) -> Tensor:
     """The logits hidden @ weight.T + bias, rounded to a dtype. The gradient ignores it."""
     logits = hidden @ weight.t()
@@ -91,7 +91,7 @@ def simpo(
     weights: Tensor | None = None,  # [P]
     loss_type: str = "sigmoid",
     beta: float = 2.0,
-    margin: float = 0.5,
+    gamma_beta_ratio: float = 0.5,
     alpha: float = 0.0,
     label_smoothing: float = 0.0,
     sft_weight: float = 0.0,
@@ -99,7 +99,7 @@ def simpo(
     """The outputs of simpo_loss, by name."""
     chosen, rejected = scored.sequence_logps()[pairs].unbind(1)
     rewards = [-torch.expm1(-alpha * x) / alpha if alpha else x for x in (chosen, rejected)]
-    z = rewards[0] - rewards[1] - margin
+    z = rewards[0] - rewards[1] - gamma_beta_ratio
     if loss_type == "sigmoid":
         losses = -logsigmoid(beta * z) * (1.0 - label_smoothing)
         losses = losses - logsigmoid(-beta * z) * label_smoothing

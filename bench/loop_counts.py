@@ -121,8 +121,8 @@ def count(body: Sequence[Instruction], item_bytes: int) -> Counts:
     )
 
 
-def main_loops(kernels: Iterable[Kernel]) -> dict[Subject, list[Instruction]]:
-    """The main loop of every streaming kernel, for the block size that needs the most."""
+def count_all(kernels: Iterable[Kernel]) -> dict[Subject, Counts]:
+    """Counts the main loop of every streaming kernel, for the block size that needs the most."""
 
     def instructions_per_load(body: list[Instruction]) -> float:
         return len(body) / sum(i.is_wide_load() for i in body)
@@ -133,15 +133,7 @@ def main_loops(kernels: Iterable[Kernel]) -> dict[Subject, list[Instruction]]:
         if subject is not None:
             body = main_loop(kernel)
             found[subject] = max(body, found.get(subject, body), key=instructions_per_load)
-    return found
-
-
-def count_all(kernels: Iterable[Kernel]) -> dict[Subject, Counts]:
-    """Counts the main loop of every streaming kernel."""
-    return {
-        subject: count(body, ITEM_BYTES[subject.dtype])
-        for subject, body in main_loops(kernels).items()
-    }
+    return {subject: count(body, ITEM_BYTES[subject.dtype]) for subject, body in found.items()}
 
 
 # ---- the record -------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from bench.common import cases
 from bench.common.cases import DTYPES, IGNORE_INDEX, Batch
 from bench.common.measure import FORWARD_BACKWARD, verify
 from bench.common.peers import OURS, PRINCETON_FLOAT32, Candidate
-from bench.common.tables import console, digits, make_table
+from bench.common.tables import aligned, digits
 from bench.common.timing import CpuClock, Subject, interleaved
 from bench.logits import LogitsProblem
 from simpo_ext import SimPOOutput, linear_simpo_loss, simpo_loss
@@ -59,11 +59,11 @@ def _print(title: str, subjects: dict[str, Subject], rounds: int, unit: str, sca
     """Times the subjects in turns, and prints multiples of the first one's time."""
     times = {name: each["call"] for name, each in interleaved(subjects, CpuClock(), rounds).items()}
     first = next(iter(times.values())).median_ms
-    table = make_table(title, *(f"{kind} {unit}" for kind in ("median", "min", "max")), "x first")
+    rows = [[title, *(f"{kind} {unit}" for kind in ("median", "min", "max")), "x first"]]
     for name, each in times.items():
         values = (each.median_ms * scale, each.min_ms * scale, each.max_ms * scale)
-        table.add_row(name, *map(digits, values), f"{each.median_ms / first:.3f}")
-    console.print(table)
+        rows.append([name, *map(digits, values), f"{each.median_ms / first:.3f}"])
+    print("", *aligned(rows), sep="\n", flush=True)
 
 
 # ---- a call ----------------------------------------------------------------------------------

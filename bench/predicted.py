@@ -1,13 +1,12 @@
 """Predicts from machine code how fast the streaming kernels could be on GPUs.
 
-    python -m bench predicted [FILE ...] [--mix]
-    python -m bench predicted [FILE ...] --record
+    python -m bench predicted [FILE ...] [--record]
 
 FILE is a library, an object file or a cubin; the default is the installed library. The program
 prints the table of csrc/README.md: instructions and special functions per logit of each main loop,
-and the share of a GPU's copy bandwidth that they allow. ``--mix`` prints the opcodes of each main
-loop. ``--record`` writes the counts to bench/data/loop_counts.json, with which
-tests/cuda/test_machine_code.py compares the kernels, and the table to csrc/README.md.
+and the share of a GPU's copy bandwidth that they allow. ``--record`` writes the counts to
+bench/data/loop_counts.json, with which tests/cuda/test_machine_code.py compares the kernels, and
+the table to csrc/README.md.
 
 The model considers only throughput: a loop takes as long as its busiest unit. Latency, costs per
 row and the end of a launch come on top. Two simplifications err the other way: both sides of a
@@ -17,24 +16,14 @@ branch count, and the assumed clock is low.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.loop_counts import (
-    ITEM_BYTES,
-    Counts,
-    Record,
-    Subject,
-    all_subjects,
-    count,
-    count_all,
-    main_loops,
-    write_record,
-)
-from bench.machine_code import Kernel, compilers, kernels
+from bench.loop_counts import Counts, Record, Subject, all_subjects, count_all, write_record
+from bench.machine_code import compilers, kernels
 
 README = Path(__file__).resolve().parent.parent / "csrc" / "README.md"
 BEGIN = "<!-- from here: python -m bench predicted --record -->"
@@ -71,21 +60,8 @@ GPUS = (
 )
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The busiest unit of a loop, and how busy it is at copy bandwidth."""
-
-    unit: str
-    busy: float  # above 1, memory waits for it
-
-    @property
-    def share(self) -> float:
-        """Share of copy bandwidth that the loop can reach."""
-        return min(1.0, 1.0 / self.busy)
-
-
-def predict(counts: Counts, bytes_per_logit: int, gpu: GPU) -> Prediction:
-    """Compares what a multiprocessor executes in a clock to the logits that memory delivers."""
+def predict(counts: Counts, bytes_per_logit: int, gpu: GPU) -> tuple[str, float]:
+    """The busiest unit of a loop, and how busy it is at copy bandwidth; above 1, memory waits."""
     bytes_per_clock = gpu.copy_bytes_per_second / (gpu.multiprocessors * CLOCK_HZ)
     logits_per_clock = bytes_per_clock / bytes_per_logit
     executed = {
@@ -98,8 +74,7 @@ def predict(counts: Counts, bytes_per_logit: int, gpu: GPU) -> Prediction:
         unit: executed[unit] / counts.logits * logits_per_clock / rate
         for unit, rate in RATES.items()
     }
-    unit = max(busy, key=lambda unit: busy[unit])
-    return Prediction(unit, busy[unit])
+    return max(busy.items(), key=lambda item: item[1])
 
 
 def make_table(counts: Mapping[Subject, Counts]) -> str:
@@ -112,41 +87,25 @@ def make_table(counts: Mapping[Subject, Counts]) -> str:
     for subject in all_subjects([gpus[0].architecture] if gpus else []):
         cells = [subject.name]
         for gpu in gpus:
-            of_gpu = Subject(gpu.architecture, subject.pass_name, subject.dtype, subject.is_capped)
-            found = counts.get(of_gpu)
+            found = counts.get(replace(subject, architecture=gpu.architecture))
             if found is None:
                 cells += ["", "", ""]
                 continue
-            prediction = predict(found, subject.bytes_per_logit, gpu)
+            unit, busy = predict(found, subject.bytes_per_logit, gpu)
             cells += [
                 f"{found.issued_per_logit:.2f}",
                 f"{found.special_per_logit:.2f}",
-                f"{100 * prediction.share:.0f} % ({prediction.unit} {100 * prediction.busy:.0f} %)",
+                f"{100 * min(1.0, 1.0 / busy):.0f} % ({unit} {100 * busy:.0f} %)",
             ]
         if any(cells[1:]):
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def make_section(counts: Mapping[Subject, Counts]) -> str:
-    """The part of csrc/README.md between the markers, with the markers."""
-    return f"{BEGIN}\n{make_table(counts)}\n{END}"
-
-
-def section_in(text: str) -> str:
-    """The part of a README that ``--record`` replaces, with its markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"expected one '{BEGIN}' and one '{END}' in {README}")
-    return text[text.index(BEGIN) : text.index(END) + len(END)]
-
-
-def print_mix(found: Iterable[Kernel]) -> None:
-    """Prints instructions per logit by opcode."""
-    for subject, body in sorted(main_loops(found).items()):
-        logits = count(body, ITEM_BYTES[subject.dtype]).logits
-        mix = Counter(i.opcode for i in body).most_common()
-        print(f"\n{subject.architecture} {subject.name}: {len(body)} for {logits} logits")
-        print("  " + ", ".join(f"{opcode} {n / logits:.2f}" for opcode, n in mix))
+def table_in(text: str) -> str:
+    """The table in a README that ``--record`` replaces."""
+    (table,) = re.findall(f"^{re.escape(BEGIN)}\n(.*?)\n{re.escape(END)}$", text, re.M | re.S)
+    return table
 
 
 def installed_library() -> Path:
@@ -167,7 +126,7 @@ def record(files: Sequence[Path], counts: Mapping[Subject, Counts]) -> None:
         raise SystemExit(f"--record: expected code of one compiler, got {sorted(versions)}")
     write_record(Record(versions.pop(), counts))
     text = README.read_text(encoding="utf-8")
-    README.write_text(text.replace(section_in(text), make_section(counts)), "utf-8")
+    README.write_text(text.replace(table_in(text), make_table(counts)), "utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,7 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench predicted", description="Predicted share of copy bandwidth."
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
-    parser.add_argument("--mix", action="store_true", help="print the opcodes of each main loop")
     parser.add_argument(
         "--record", action="store_true", help="write the record and csrc/README.md's table"
     )
@@ -185,11 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for file in files:
         if not file.is_file():
             parser.error(f"FILE: expected a library, object file or cubin, got {file}")
-    found = [kernel for file in files for kernel in kernels(file)]
-    counts = count_all(found)
+    counts = count_all(kernel for file in files for kernel in kernels(file))
     print(make_table(counts))
-    if options.mix:
-        print_mix(found)
     if options.record:
         record(files, counts)
     return 0

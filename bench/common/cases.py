@@ -184,16 +184,17 @@ def make_logits(batch: Batch, labels: Tensor, seed: int = 0) -> Tensor:
     is cut at random places from one stretch, because a billion independent numbers would take
     longer than the measurement.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(labels.device).manual_seed(seed)
+    made = {"generator": generator, "device": labels.device}
     rows, dtype = batch.batch * batch.time, DTYPES[batch.dtype]
-    stretch = torch.empty(4 * batch.vocabulary).normal_(std=NOISE, generator=generator).to(dtype)
-    starts = torch.randint(3 * batch.vocabulary, (rows,), generator=generator)
-    logits = torch.empty(rows, batch.vocabulary, dtype=dtype)
+    stretch = (torch.randn(4 * batch.vocabulary, **made) * NOISE).to(dtype)
+    starts = torch.randint(3 * batch.vocabulary, (rows,), **made)
+    logits = torch.empty(rows, batch.vocabulary, dtype=dtype, device=labels.device)
     for row, start in zip(logits, starts.tolist(), strict=True):
         row.copy_(stretch[start : start + batch.vocabulary])
-    peaks = torch.randint(batch.vocabulary, (rows, PEAKS), generator=generator)
+    peaks = torch.randint(batch.vocabulary, (rows, PEAKS), **made)
     peaks[:, 0] = labels.roll(-1, 1).flatten()
-    heights = torch.rand(rows, PEAKS, generator=generator) * PEAK
+    heights = torch.rand(rows, PEAKS, **made) * PEAK
     logits.scatter_(1, peaks, heights.to(dtype))
     return logits.view(batch.batch, batch.time, batch.vocabulary)
 
@@ -216,7 +217,7 @@ def as_model_output(values: Tensor) -> Tensor:
 
     A backward may overwrite only such logits.
     """
-    anchor = torch.zeros((), dtype=values.dtype, requires_grad=True)
+    anchor = torch.zeros((), dtype=values.dtype, device=values.device, requires_grad=True)
     return _Computed.apply(values.detach(), anchor)
 
 

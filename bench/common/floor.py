@@ -1,7 +1,8 @@
 """The floor: what no implementation can go below on this machine, measured in the same rounds.
 
-From logits, it follows from memory bandwidths and the rate of exponentials. cpu/floor.cpp measures
-these, and is compiled where it runs. From hidden states, it is the bare matrix products.
+From logits, it follows from memory bandwidths and the rate of exponentials. On a CPU,
+cpu/floor.cpp measures these, and is compiled where it runs. On a GPU, it is the bandwidth of a
+copy. From hidden states, it is the bare matrix products.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from bench.common.cases import Batch
 from bench.common.timing import Subject, Times
 
 SOURCE = Path(__file__).resolve().parents[1] / "cpu" / "floor.cpp"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-pthread", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fschedule-insns")
+FLAGS += ("-pthread", "-shared", "-fPIC")
 
 BUFFER_BYTES = 256 * 2**20
 PREFETCH_BYTES = (1024, 2048, 4096)
@@ -124,7 +126,7 @@ _SIGNATURES: dict[str, tuple[Any, Sequence[Any]]] = {
     "read_seconds": (_DOUBLE, (_POINTER, _INT64, _INT, _INT64)),
     "copy_seconds": (_DOUBLE, (_POINTER, _POINTER, _INT64, _INT)),
     "update_seconds": (_DOUBLE, (_POINTER, _INT64, _INT)),
-    "exp_variants": (_INT, (_INT,)),
+    "exp_variants": (_INT, ()),
     "exp_elements": (_INT64, ()),
     "exp_error": (_DOUBLE, (_INT, _INT)),
     "exp_seconds": (_DOUBLE, (_INT, _INT, _INT64, _INT)),
@@ -188,12 +190,39 @@ class Probes:
         return self._rate(elements, seconds)
 
     def _best_variant(self, is_bfloat16: int) -> int:
-        variants = range(self._library.exp_variants(is_bfloat16))
+        variants = range(self._library.exp_variants())
         for variant in variants:
             error = self._library.exp_error(is_bfloat16, variant)
             if not error <= EXP_TOLERANCE:
                 raise FloorError(f"exp_seconds: variant {variant} is wrong by {error:.1e}")
         return max(variants, key=lambda each: max(self._exp(is_bfloat16, each) for _ in range(3)))
+
+
+class CopyFloor(Floor):
+    """The fewest bytes at the bandwidth of a copy between two tensors of the device.
+
+        forward             R V e                reads each scored row
+        forward + backward  2 R V e + B T V e    reads it again, writes the gradient of all rows
+
+    e is the size of an element. Smaller tensors are left out.
+    """
+
+    def __init__(self, batch: Batch, to: Tensor, source: Tensor) -> None:
+        self._batch, self._to, self._from = batch, to, source
+
+    def subjects(self) -> dict[str, Subject]:
+        """See the base class."""
+        return {"copy": Subject(lambda: None, {"all": lambda _: self._to.copy_(self._from)})}
+
+    def describe(self, times: Mapping[str, Mapping[str, Times]]) -> dict[str, float]:
+        """See the base class. A copy reads and writes every byte."""
+        bytes_per_ms = 2 * self._from.nbytes / times["copy"]["all"].median_ms
+        read = self._batch.valid_rows * self._batch.vocabulary * self._batch.element_size
+        return {
+            "forward_ms": read / bytes_per_ms,
+            "forward_backward_ms": (2 * read + self._from.nbytes) / bytes_per_ms,
+            "copy": bytes_per_ms * 1e3 / GIGA,
+        }
 
 
 # ---- from hidden states ----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from bench import records
 from bench.common.cases import Batch, Case
 from bench.common.floor import Floor
 from bench.common.peers import Candidate
@@ -73,8 +74,7 @@ def verify(problem: Problem, candidate: Candidate) -> Row:
     except Exception as error:  # of a foreign package, whatever it is
         return {**row, "status": "failed", "reason": first_line(error)}
     for name, (error, tolerance) in errors.items():
-        # JSON knows neither NaN nor infinity.
-        row[f"{name}_error"] = error if math.isfinite(error) else str(error)
+        row[f"{name}_error"] = records.number(error)
         row[f"{name}_tolerance"] = tolerance
     wrong = [name for name, (error, tolerance) in errors.items() if not error <= tolerance]
     if wrong:
@@ -82,7 +82,8 @@ def verify(problem: Problem, candidate: Candidate) -> Row:
     return {**row, "status": "right", "reason": ""}
 
 
-def _release_memory(device: torch.device) -> None:
+def release_memory(device: torch.device) -> None:
+    """Returns to the GPU what torch keeps for later tensors."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -119,7 +120,7 @@ def measure(
     for candidate in candidates:
         row = verify(problem, candidate)
         rows.append(row)
-        _release_memory(problem.device)
+        release_memory(problem.device)
         if row["status"] != "right":
             continue
         for phase in problem.phases:
@@ -129,7 +130,7 @@ def measure(
             peak = clock.peak_extra_mib(subject)[0]
             if peak is not None:
                 row.setdefault("memory", {})[f"{phase}_mib"] = peak
-            _release_memory(problem.device)
+            release_memory(problem.device)
     limit = problem.make_floor()
     if limit is not None:
         subjects.update(limit.subjects())

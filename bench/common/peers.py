@@ -1,11 +1,7 @@
 """The candidates from logits: this project's functions, the trainers' formulas, other packages.
 
-Three kinds of work, each the same for all candidates that do it:
-
-- ``sequence_loss``: SimPO's loss of the pairs from mean log-probabilities, on labels that are not
-  shifted. With an odd B, the negative mean over the sequences.
-- ``token_logps``: the log-probability of each label, on labels at the position of their logits.
-- ``simpo_loss``: SimPO's loss from these.
+Their work is SimPO's loss of the pairs from mean log-probabilities, on labels that are not shifted.
+With an odd B, it is the negative mean over the sequences.
 
 Each peer has the form that is fastest for it: ``F.cross_entropy`` on flattened logits rather than
 on [B, V, T], and ``torch.compile`` of the float32 formula rather than of the one in bfloat16.
@@ -26,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import simpo_ext
-from bench.common import reference
-from bench.common.cases import IGNORE_INDEX
+from bench.common.cases import IGNORE_INDEX, following
 from bench.common.processes import first_line
 from bench.common.reference import BETA, GAMMA_BETA_RATIO
 
@@ -77,12 +72,6 @@ class Candidate:
             raise UnusableError(reason)
         return forward(*inputs)
 
-    def backward(self, output: Tensor, logits: Tensor, upstream: Tensor) -> Tensor:
-        """The gradient of the logits; upstream [B, T] is of the log-probabilities."""
-        grad_output = upstream.to(output.dtype) if self.work == "token_logps" else None
-        (gradient,) = torch.autograd.grad(output, logits, grad_output)
-        return gradient
-
 
 # ---- the loss of sequences -------------------------------------------------------------------
 
@@ -110,16 +99,17 @@ def _get_batch_logps_float32(logits: Tensor, labels: Tensor) -> Tensor:
     return get_batch_logps(logits.float(), labels)
 
 
-def _cross_entropy_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean log-probability [B] by PyTorch's cross entropy, in the dtype of the logits."""
-    labels = labels[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1),
-        labels.flatten(),
-        reduction="none",
-        ignore_index=IGNORE_INDEX,
-    )
-    return -losses.view(labels.shape).sum(-1) / (labels != IGNORE_INDEX).sum(-1)
+def _cross_entropy_loss(cross_entropy: Callable[..., Tensor]) -> Forward:
+    """The loss by a function with the arguments of PyTorch's cross entropy."""
+
+    def batch_logps(logits: Tensor, labels: Tensor) -> Tensor:
+        labels = following(labels)  # without a copy of the logits
+        losses = cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+        )
+        return -losses.view(labels.shape).sum(-1) / (labels != IGNORE_INDEX).sum(-1)
+
+    return _loss(batch_logps)
 
 
 def pair_loss(averages: Tensor) -> Tensor:
@@ -140,8 +130,20 @@ def _trl_loss() -> Forward:
     return _loss(lambda logits, labels: _mean_logps(logits, labels, selective_log_softmax))
 
 
-def _our_loss(inplace: bool, shift: bool = True) -> Forward:
-    options = {"shift": shift, "inplace_backward": inplace}
+def _liger() -> Forward:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return _cross_entropy_loss(liger_cross_entropy)
+
+
+def _quack() -> Forward:
+    from quack.cross_entropy import cross_entropy
+
+    return _cross_entropy_loss(cross_entropy)
+
+
+def _our_loss(inplace: bool, softcap: float | None) -> Forward:
+    options = {"inplace_backward": inplace, "softcap": softcap}
 
     def forward(logits: Tensor, labels: Tensor) -> Tensor:
         if logits.shape[0] % 2:
@@ -153,111 +155,35 @@ def _our_loss(inplace: bool, shift: bool = True) -> Forward:
     return forward
 
 
-def loss_candidates() -> list[Candidate]:
-    """All of them, this project's first."""
+def loss_candidates(softcap: float | None = None) -> list[Candidate]:
+    """All of them, this project's first; with a softcap, only this project's."""
 
     def made(name: str, load: Callable[[], Forward], **fields: bool) -> Candidate:
         return Candidate(name, "sequence_loss", load, **fields)
 
-    def compiled(batch_logps: Forward) -> Callable[[], Forward]:
-        return lambda: torch.compile(_loss(batch_logps), dynamic=False, fullgraph=True)
+    def compiled(loss: Forward) -> Callable[[], Forward]:
+        return lambda: torch.compile(loss, dynamic=False, fullgraph=True)
 
-    return [
-        made(OURS, partial(_our_loss, False), is_ours=True),
-        made(OURS_INPLACE, partial(_our_loss, True), is_ours=True, is_inplace=True),
+    rounded_cuda = {"is_rounded": True, "needs_cuda": True}
+    ours = [
+        made(OURS, partial(_our_loss, False, softcap), is_ours=True),
+        made(OURS_INPLACE, partial(_our_loss, True, softcap), is_ours=True, is_inplace=True),
+    ]
+    cross_entropy = _cross_entropy_loss(F.cross_entropy)
+    peers = [
         made(PRINCETON, lambda: _loss(get_batch_logps), is_rounded=True),
         made(PRINCETON_FLOAT32, lambda: _loss(_get_batch_logps_float32)),
         made("TRL selective_log_softmax", _trl_loss, is_rounded=True),
-        made("F.cross_entropy", lambda: _loss(_cross_entropy_logps), is_rounded=True),
-        made("torch.compile", compiled(_get_batch_logps_float32), is_compiled=True),
+        made("F.cross_entropy", lambda: cross_entropy, is_rounded=True),
+        made("torch.compile", compiled(_loss(_get_batch_logps_float32)), is_compiled=True),
         made(
             "torch.compile cross_entropy",
-            compiled(_cross_entropy_logps),
+            compiled(cross_entropy),
             is_compiled=True,
             is_rounded=True,
         ),
+        # Its forward overwrites the logits with the gradient.
+        made("Liger cross entropy", _liger, is_inplace=True, **rounded_cuda),
+        made("quack cross_entropy", _quack, **rounded_cuda),
     ]
-
-
-# ---- the log-probability of each label -------------------------------------------------------
-
-
-def eager_token_logps(logits: Tensor, labels: Tensor) -> Tensor:
-    """The formula as trainers write it, in float32."""
-    logps = logits.float().log_softmax(-1)
-    label_logps = logps.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
-    return label_logps.masked_fill(labels == IGNORE_INDEX, 0.0)
-
-
-def _eager_simpo_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    return reference.simpo_loss(eager_token_logps(logits, labels), labels)
-
-
-def _our_token_logps(inplace: bool, softcap: float | None) -> Forward:
-    return partial(simpo_ext.token_logps, shift=False, softcap=softcap, inplace_backward=inplace)
-
-
-def _per_token(cross_entropy: Callable[..., Tensor]) -> Forward:
-    """Of a function with the arguments of PyTorch's cross entropy."""
-
-    def forward(logits: Tensor, labels: Tensor) -> Tensor:
-        losses = cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-        )
-        return -losses.view(labels.shape)
-
-    return forward
-
-
-def _liger() -> Forward:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return _per_token(liger_cross_entropy)
-
-
-def _quack() -> Forward:
-    from quack.cross_entropy import cross_entropy
-
-    return _per_token(cross_entropy)
-
-
-def _trl_token_logps() -> Forward:
-    from trl.trainer.utils import selective_log_softmax
-
-    def forward(logits: Tensor, labels: Tensor) -> Tensor:
-        label_logps = selective_log_softmax(logits, labels.clamp(min=0))
-        return label_logps.masked_fill(labels == IGNORE_INDEX, 0.0)
-
-    return forward
-
-
-def our_token_logps(softcap: float | None = None) -> list[Candidate]:
-    """This project's candidates: out of place and in place."""
-    return [
-        Candidate(name, "token_logps", partial(_our_token_logps, inplace, softcap), is_ours=True)
-        for name, inplace in ((OURS, False), (OURS_INPLACE, True))
-    ]
-
-
-def candidates() -> list[Candidate]:
-    """Those of the GPU benchmark, this project's first."""
-    token_logps, loss = "token_logps", "simpo_loss"
-
-    def compiled(function: Forward) -> Callable[[], Forward]:
-        return lambda: torch.compile(function, dynamic=False)
-
-    return [
-        *our_token_logps(),
-        Candidate("eager float32", token_logps, lambda: eager_token_logps),
-        Candidate("torch.compile", token_logps, compiled(eager_token_logps)),
-        Candidate("F.cross_entropy", token_logps, lambda: _per_token(F.cross_entropy)),
-        Candidate("Liger cross entropy", token_logps, _liger, needs_cuda=True),
-        Candidate("quack cross_entropy", token_logps, _quack, needs_cuda=True),
-        Candidate("TRL selective_log_softmax", token_logps, _trl_token_logps),
-        Candidate("simpo_ext loss", loss, partial(_our_loss, False, shift=False), is_ours=True),
-        Candidate(
-            "simpo_ext loss in place", loss, partial(_our_loss, True, shift=False), is_ours=True
-        ),
-        Candidate("eager float32 loss", loss, lambda: _eager_simpo_loss),
-        Candidate("torch.compile loss", loss, compiled(_eager_simpo_loss)),
-    ]
+    return ours if softcap is not None else ours + peers

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bench.common import memory
+from bench.common import memory, tables
 from bench.common.cases import Case
 from bench.common.machine import commit, describe_cpu, describe_software, slug
 from bench.common.processes import ROOT, ApartError, apart
@@ -89,8 +89,6 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 if all of this project's candidates were right and timed, else 1.
     """
-    from bench.common import tables  # needs rich, which a GPU machine may lack
-
     options = _parse(program, arguments)
     began = time.monotonic()
     machine = describe_cpu()
@@ -125,7 +123,8 @@ def run(program: Program, arguments: Sequence[str] | None = None) -> int:
         results["cases"].append(found)
         results["seconds"] = round(time.monotonic() - began)
         tables.write(results, output)
-        tables.print_case(results, found)
+        lines = tables.case_lines(program.phases, program.baseline, found)
+        print("\n".join(lines), flush=True)
     if results["cases"]:
         is_kept = options.output is None and options.kind == "full"
         picture = RESULTS / f"{program.name}.png" if is_kept else output.with_suffix(".png")

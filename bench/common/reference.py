@@ -49,26 +49,31 @@ def _loss_error(loss: Tensor, expected: float) -> float:
 class LogitsTruth:
     """The loss of logits [B, T, V] and labels [B, T] that are not shifted, and its gradient.
 
+    A softcap makes softcap * tanh(logits / softcap) of the logits.
     The softmax is kept in float32, whose rounding of 6e-8 is far below every tolerance.
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor) -> None:
+    def __init__(self, logits: Tensor, labels: Tensor, softcap: float | None = None) -> None:
         after = following(labels)
         self._scored = (after != IGNORE_INDEX).flatten()
         rows = self._scored.nonzero().squeeze(1)  # [R]
         vocabulary = logits.shape[2]
-        logps = torch.zeros(labels.numel(), dtype=torch.float64)
-        self._jacobian = torch.empty(len(rows), vocabulary)  # [R, V] onehot(label) - p
+        logps = torch.zeros(labels.numel(), dtype=torch.float64, device=labels.device)
+        # [R, V] onehot(label) - p, times the derivative of the softcap
+        self._jacobian = logits.new_empty(len(rows), vocabulary, dtype=torch.float32)
         self._step = max(1, ROW_ELEMENTS // vocabulary)
         for start in range(0, len(rows), self._step):
             chunk = slice(start, start + self._step)
             z = logits.detach().flatten(0, 1)[rows[chunk]].double()
+            if softcap is not None:
+                z = (z / softcap).tanh_()
+                slope, z = 1.0 - z.square(), z * softcap
             label = after.flatten()[rows[chunk]].unsqueeze(1)
             logsumexp = z.logsumexp(1, keepdim=True)
             logps[rows[chunk]] = (z.gather(1, label) - logsumexp).squeeze(1)
             jacobian = z.sub_(logsumexp).exp_().neg_()
             jacobian.scatter_add_(1, label, torch.ones_like(label, dtype=torch.float64))
-            self._jacobian[chunk] = jacobian
+            self._jacobian[chunk] = jacobian if softcap is None else jacobian * slope
         leaf = logps.view_as(labels).requires_grad_()
         loss = simpo_loss(leaf, after)
         (slopes,) = torch.autograd.grad(loss, leaf)
@@ -82,7 +87,7 @@ class LogitsTruth:
         one.
         """
         flat = gradient.detach().flatten(0, 1)
-        worst, slot = torch.zeros(()), 0
+        worst, slot = self._slopes.new_zeros(()), 0
         for start in range(0, len(flat), self._step):
             rows = slice(start, start + self._step)
             scored, block = self._scored[rows], flat[rows]

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 Results = dict[str, Any]
 Case = dict[str, Any]
 Row = dict[str, Any]
 
-MIN_WIDTH = 120  # rich takes 80 where the output is no terminal
-MARKDOWN_WIDTH = 1000
 FLOOR = "floor"
 
 PAGES = {"default": "allocator as it comes", "huge": "huge pages for everyone"}
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE = "#0072B2", "#E69F00"
 PLOT_HEIGHT, PANEL_WIDTH, PLOT_DPI = 4.9, 2.9, 130
-
-console = Console(highlight=False, markup=False)
-console.width = max(console.width, MIN_WIDTH)
 
 
 def write(results: Results, path: Path) -> None:
@@ -45,12 +34,12 @@ def digits(value: float | None) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def make_table(*columns: str) -> Table:
-    """An empty table whose first column has names."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
-    return table
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
 
 def milliseconds(times: dict[str, Any]) -> str:
@@ -82,33 +71,30 @@ def _notes(case: Case) -> Iterator[str]:
         yield f"{FLOOR}: " + ", ".join(f"{key} {digits(x)}" for key, x in case["floor"].items())
 
 
-def print_case(results: Results, case: Case) -> None:
-    """The rows of one case."""
+def case_lines(phases: dict[str, str], baseline: str, case: Case) -> Iterator[str]:
+    """The rows of one case. ``phases`` says what the columns call each of them."""
     has_floor, has_memory = bool(case["floor"]), any("memory" in row for row in case["rows"])
-    columns = [""]
-    for name in results["phases"].values():
-        columns += [f"{name}\nms", f"x\n{results['baseline']}"]
-        columns += [f"x\n{FLOOR}"] * has_floor + ["peak\nMiB"] * has_memory
-    table = make_table(*columns, "loss\nerror")
+    head = [""]
+    for name in phases.values():
+        head += [f"{name} ms", f"x {baseline}"]
+        head += [f"x {FLOOR}"] * has_floor + ["peak MiB"] * has_memory
+    rows = [[*head, "loss error"]]
     for row in case["rows"]:
         if row["status"] != "right":
             continue
         cells = []
-        for phase in results["phases"]:
+        for phase in phases:
             times = row[phase]
             cells += [milliseconds(times), digits(times.get("x_baseline"))]
             cells += [digits(times.get("x_floor"))] * has_floor + [_peak(row, phase)] * has_memory
-        style = "bold" if row["kind"] == "ours" else None
-        table.add_row(row["name"], *cells, _error(row), style=style)
+        rows.append([row["name"], *cells, _error(row)])
     mib = {key: case[f"{key}_bytes"] / 2**20 for key in ("logits", "gradient")}
-    console.print(
+    yield (
         f"{case['valid_rows']} scored rows, {mib['logits']:.0f} MiB of logits, "
-        f"{mib['gradient']:.0f} MiB of gradients",
-        style="bold",
+        f"{mib['gradient']:.0f} MiB of gradients"
     )
-    console.print(table)
-    for note in _notes(case):
-        console.print(note, style="dim")
+    yield from aligned(rows)
+    yield from _notes(case)
 
 
 # ---- Markdown --------------------------------------------------------------------------------
@@ -120,7 +106,8 @@ def _featured(results: Results, pages: str) -> list[Case]:
     return [case for case in cases if case["featured"]] or cases
 
 
-def _heading(case: Case) -> str:
+def heading(case: Case) -> str:
+    """What a case is called."""
     return f"{case['name']}, {case['share']} scored"
 
 
@@ -135,15 +122,12 @@ def _names(cases: Sequence[Case]) -> list[str]:
 
 
 def _markdown_table(title: str, cases: Sequence[Case], rows: dict[str, list[str]]) -> str:
-    table = make_table(title, *map(_heading, cases))
-    table.box = box.MARKDOWN
+    lines = [[title, *map(heading, cases)]]
     for name, cells in rows.items():
         if any(cells):
-            table.add_row(f"**{name}**" if name.startswith("simpo_ext") else name, *cells)
-    text = io.StringIO()
-    Console(file=text, width=MARKDOWN_WIDTH).print(table)
-    lines = (line.strip() for line in text.getvalue().strip().splitlines())
-    return "\n".join(re.sub("-{3,}", "---", re.sub(" +", " ", line)) for line in lines)
+            lines.append([f"**{name}**" if name.startswith("simpo_ext") else name, *cells])
+    first, *others = ("".join(f"| {cell} " if cell else "| " for cell in line) for line in lines)
+    return "\n".join(f"{line}|" for line in (first, "|---" * len(lines[0]), *others))
 
 
 def _times_table(results: Results, cases: Sequence[Case], phase: str) -> str:
@@ -215,7 +199,7 @@ def plot(results: Results, path: Path) -> None:
     for axis, case in zip(axes[0], cases, strict=True):
         longest = 1.0
         for index, (pages, others) in enumerate(by_pages.items()):
-            same = [each for each in others if _heading(each) == _heading(case)]
+            same = [each for each in others if heading(each) == heading(case)]
             for position, name in enumerate(names):
                 row = _row(same[0], name) if same else {}
                 ratio = row.get(phase, {}).get(results["ratio"])

@@ -5,7 +5,8 @@
 // returns the seconds from the moment all threads stood ready until the last was done. Buffers are
 // page-aligned, and their size is a multiple of threads * 4096.
 //
-// Compiled where it runs, for the processor it finds: -O3 -march=native -ffp-contract=fast.
+// Compiled where it runs, for the processor it finds: -O3 -march=native -ffp-contract=fast
+// -fschedule-insns.
 
 #include <sys/mman.h>
 
@@ -104,100 +105,66 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kReference = 8 * kLog2e;
 constexpr int64_t kExpElements = 6144;  // 24 KiB of float32; a multiple of every unrolling
 
-Floats splat(float value) { return Floats{} + value; }
-
-// 2^t by a rounding constant, a polynomial in the fraction, and the exponent's bits.
+// 2^x by a rounding constant, a polynomial in the fraction, and the exponent's bits.
 struct ShiftedExponent {
-  static Floats maximum(Floats a, Floats b) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<Floats>(
-        _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-#elif defined(__AVX__)
-    return reinterpret_cast<Floats>(
-        _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
-#else
-    return a > b ? a : b;
-#endif
-  }
-  template <int K>
-  static void add(const Floats (&arguments)[K], Floats (&sums)[K]) {
+  static Floats exp2(Floats x) {
     const float rounding = 12582912.0f + 127.0f;
-    Floats t[K], u[K], p[K];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) t[k] = maximum(arguments[k], splat(-126.0f));
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) u[k] = t[k] + rounding;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) t[k] = t[k] - (u[k] - rounding);
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = 0.0013264727f * t[k] + 0.0096715130f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * t[k] + 0.0555073359f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * t[k] + 0.2402224243f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * t[k] + 0.6931470037f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * t[k] + 1.0f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-      sums[k] = p[k] * reinterpret_cast<Floats>(reinterpret_cast<Ints>(u[k]) << 23) + sums[k];
-    }
+    const Floats least = Floats{} - 126.0f;
+#if defined(__AVX512F__)
+    x = reinterpret_cast<Floats>(
+        _mm512_max_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(least)));
+#elif defined(__AVX__)
+    x = reinterpret_cast<Floats>(
+        _mm256_max_ps(reinterpret_cast<__m256>(x), reinterpret_cast<__m256>(least)));
+#else
+    x = x > least ? x : least;
+#endif
+    const Floats shifted = x + rounding;
+    const Floats f = x - (shifted - rounding);
+    Floats p = 0.0013264727f * f + 0.0096715130f;
+    p = p * f + 0.0555073359f;
+    p = p * f + 0.2402224243f;
+    p = p * f + 0.6931470037f;
+    p = p * f + 1.0f;
+    return p * reinterpret_cast<Floats>(reinterpret_cast<Ints>(shifted) << 23);
   }
 };
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-// 2^t by the instructions for the fraction and for the scaling with a power of two.
+// 2^x by the instructions for the fraction and for the scaling with a power of two.
 struct ScaledByInstruction {
-  template <int K>
-  static void add(const Floats (&arguments)[K], Floats (&sums)[K]) {
-    Floats f[K], p[K];
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-      f[k] = reinterpret_cast<Floats>(
-          _mm512_reduce_ps(reinterpret_cast<__m512>(arguments[k]), _MM_FROUND_TO_NEG_INF | 8));
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = 0.0018671302f * f[k] + 0.0090170298f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] + 0.0557999127f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] + 0.2401644439f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] + 0.6931512952f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p[k] = p[k] * f[k] + 1.0f;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
-      sums[k] += reinterpret_cast<Floats>(
-          _mm512_scalef_ps(reinterpret_cast<__m512>(p[k]), reinterpret_cast<__m512>(arguments[k])));
-    }
+  static Floats exp2(Floats x) {
+    const auto f = reinterpret_cast<Floats>(
+        _mm512_reduce_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEG_INF | 8));
+    Floats p = 0.0018671302f * f + 0.0090170298f;
+    p = p * f + 0.0557999127f;
+    p = p * f + 0.2401644439f;
+    p = p * f + 0.6931512952f;
+    p = p * f + 1.0f;
+    return reinterpret_cast<Floats>(
+        _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(x)));
   }
 };
 #endif
 
-// sum(2^(x * log2(e) - reference)) with K vectors in lockstep.
+// sum(2^(x * log2(e) - reference)) with K sums.
 template <class Exp, int K, bool kBfloat16>
 float exp_sum(const void* data) {
   Floats sums[K] = {};
   for (int64_t i = 0; i < kExpElements; i += int64_t{K} * kLanes) {
-    Floats t[K];
-    if constexpr (kBfloat16) {
-      // The order of a sum is free: even and odd elements come apart by a shift and a mask.
-      const auto* x = reinterpret_cast<const Ints*>(static_cast<const uint16_t*>(data) + i);
 #pragma GCC unroll 8
-      for (int k = 0; k < K; k += 2) {
-        t[k] = reinterpret_cast<Floats>(x[k / 2] << 16);
-        t[k + 1] = reinterpret_cast<Floats>(x[k / 2] & 0xffff0000u);
+    for (int k = 0; k < K; ++k) {
+      Floats x;
+      if constexpr (kBfloat16) {
+        // The order of a sum is free: even and odd elements come apart by a shift and a mask.
+        const Ints pairs =
+            reinterpret_cast<const Ints*>(static_cast<const uint16_t*>(data) + i)[k / 2];
+        x = reinterpret_cast<Floats>(k % 2 ? pairs & 0xffff0000u : pairs << 16);
+      } else {
+        x = reinterpret_cast<const Floats*>(static_cast<const float*>(data) + i)[k];
       }
-    } else {
-      const auto* x = reinterpret_cast<const Floats*>(static_cast<const float*>(data) + i);
-#pragma GCC unroll 8
-      for (int k = 0; k < K; ++k) t[k] = x[k];
+      sums[k] += Exp::exp2(x * kLog2e - kReference);
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) t[k] = t[k] * kLog2e - kReference;
-    Exp::add(t, sums);
   }
   float sum = 0;
   for (const Floats& each : sums) {
@@ -208,28 +175,23 @@ float exp_sum(const void* data) {
 
 using ExpSum = float (*)(const void*);
 
-template <class Exp>
-void add_variants(std::vector<ExpSum> (&variants)[2]) {
-  variants[0].insert(variants[0].end(),
-                     {exp_sum<Exp, 1, false>, exp_sum<Exp, 2, false>, exp_sum<Exp, 4, false>,
-                      exp_sum<Exp, 6, false>, exp_sum<Exp, 8, false>});
-  variants[1].insert(variants[1].end(), {exp_sum<Exp, 2, true>, exp_sum<Exp, 4, true>,
-                                         exp_sum<Exp, 6, true>, exp_sum<Exp, 8, true>});
+struct Variant {
+  ExpSum of_dtype[2];  // float32, bfloat16
+};
+
+template <class Exp, int K>
+constexpr Variant variant() {
+  return {{exp_sum<Exp, K, false>, exp_sum<Exp, K, true>}};
 }
 
-const std::vector<ExpSum>& variants_of(int bfloat16) {
-  static const auto all = [] {
-    struct Table {
-      std::vector<ExpSum> of[2];
-    } table;
-    add_variants<ShiftedExponent>(table.of);
+constexpr Variant kVariants[] = {
+    variant<ShiftedExponent, 2>(),
+    variant<ShiftedExponent, 4>(),
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-    add_variants<ScaledByInstruction>(table.of);
+    variant<ScaledByInstruction, 2>(),
+    variant<ScaledByInstruction, 4>(),
 #endif
-    return table;
-  }();
-  return all.of[bfloat16];
-}
+};
 
 // Values between -12 and 12, and what exp_sum has to make of them.
 struct ExpInput {
@@ -304,20 +266,20 @@ double update_seconds(void* buffer, int64_t bytes, int threads) {
   });
 }
 
-int exp_variants(int bfloat16) { return static_cast<int>(variants_of(bfloat16).size()); }
+int exp_variants() { return sizeof(kVariants) / sizeof(*kVariants); }
 
 int64_t exp_elements() { return kExpElements; }
 
 // The relative error of a variant's sum.
 double exp_error(int bfloat16, int variant) {
   const ExpInput input(bfloat16);
-  return std::abs(variants_of(bfloat16)[variant](input.bytes) / input.expected - 1);
+  return std::abs(kVariants[variant].of_dtype[bfloat16](input.bytes) / input.expected - 1);
 }
 
 // exp_elements() elements, `repeats` times on each thread, each on a copy of its own.
 double exp_seconds(int bfloat16, int variant, int64_t repeats, int threads) {
   const ExpInput input(bfloat16);
-  const ExpSum run = variants_of(bfloat16)[variant];
+  const ExpSum run = kVariants[variant].of_dtype[bfloat16];
   return seconds(threads, [&](int) {
     ExpInput mine = input;
     for (int64_t i = 0; i < repeats; ++i) {

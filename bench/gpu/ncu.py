@@ -1,6 +1,6 @@
 """Asks Nsight Compute what limits the streaming kernels: DRAM, issue slots, special functions.
 
-    python -m bench.gpu.ncu [--device cuda] [--size NxV] [--record FILE.jsonl]
+    python -m bench.gpu.ncu [--device cuda] [--size BxTxV] [--record FILE.jsonl]
 
 The program runs itself under ncu, which does not lock the clocks, and records the metrics of each
 kernel. If ncu does not know all metrics on this GPU, the program asks again for the first ones
@@ -19,7 +19,7 @@ from typing import Any
 
 from bench import records
 
-SIZE = "16384x128256"
+SIZE = "8x2048x128256"
 SOFTCAPS = (None, 30.0)  # a forward and a backward of each
 METRICS = {
     "gpu__time_duration.sum": "ms",
@@ -36,13 +36,14 @@ def run_kernels(size: str, device: str) -> None:
     import torch
 
     import simpo_ext
-    from bench.common.workload import Size, make_workload
+    from bench.common import cases
 
-    workload = make_workload(Size.parse(size), 1.0, torch.device(device))
-    logits = workload.logits.requires_grad_()
+    batch = cases.synthetic(*map(int, size.split("x")), "bfloat16")
+    labels = cases.make_labels(batch).to(device)
+    logits = cases.make_logits(batch, labels).requires_grad_()
     for softcap in SOFTCAPS:
-        logps = simpo_ext.token_logps(logits, workload.labels, shift=False, softcap=softcap)
-        torch.autograd.grad(logps, logits, workload.upstream)
+        logps = simpo_ext.token_logps(logits, labels, softcap=softcap)
+        torch.autograd.grad(logps.sum(), logits)
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.gpu.ncu", description="What limits the streaming kernels."
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--size", default=SIZE, metavar="NxV")
+    parser.add_argument("--size", default=SIZE, metavar="BxTxV")
     parser.add_argument("--record", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--run-kernels", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -9,89 +9,31 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import records
+from bench.common import tables
 from bench.gpu.runner import CASES, STEPS
 
 JSON, TEXT = "report.json", "report.txt"
 MAX_FAILURES = 10  # shown for each kind of record
+# What the tables of batches call their columns.
+PHASES, BASELINE = {"forward": "fwd", "forward_backward": "fwd + bwd"}, "simpo_ext"
 
 Record = dict[str, Any]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Aligns the columns of rows: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
-
-
-def _notes(results: Iterable[Record]) -> Iterator[str]:
-    """Says why candidates were not timed."""
-    for result in results:
-        if result["status"] != "right":
-            errors = {k: v for k, v in result.items() if k.endswith("_error")}
-            yield f"  {result['name']}: {result['status']}: {result['reason']} {errors or ''}"
 
 
 # ---- batches ---------------------------------------------------------------------------------
 
 
-def logits_lines(case: Record) -> list[str]:
-    """The table of one batch of bench.gpu.logits."""
-    capped = f", softcap {case['softcap']:g}" if case["softcap"] else ""
-    lines = [
-        "",
-        f"{case['rows']} x {case['vocabulary']} {case['dtype']}, "
-        f"{case['valid_fraction']:.0%} scored{capped}; copy {case['copy']['gb_per_s']:.0f} GB/s"
-        + ("" if case["device"] == "cuda" else f"  [{case['device']}: no measurement of a GPU]"),
-    ]
-    units = ("ms", "% copy", "MiB", "error")
-    rows = [["", *(f"{phase} {unit}" for phase in ("fwd", "bwd") for unit in units)]]
-    for result in case["candidates"]:
-        if result["status"] != "right":
-            continue
-        row = [result["name"]]
-        for phase, error in (("forward", "value_error"), ("backward", "gradient_error")):
-            row += [
-                _number(result[phase]["median_ms"], 3),
-                _number(result[phase]["percent_of_copy"], 1),
-                _number(result[f"{phase}_peak_extra_mib"], 0),
-                f"{result[error]:.0e}",
-            ]
-        rows.append(row)
-    return [*lines, *_table(rows), *_notes(case["candidates"])]
-
-
-def linear_lines(case: Record) -> list[str]:
-    """The table of bench.gpu.linear for one share of scored tokens."""
-    floor = case["floor"]
-    lines = [
-        "",
-        f"from hidden states {case['name']}, {case['share']} scored; bare products "
-        f"{floor['forward_ms']:.1f} ms forward, {floor['forward_backward_ms']:.1f} ms with "
-        f"backward, {floor['gflops'] / 1e3:.0f} TFlop/s"
-        + ("" if case["device"] == "cuda" else f"  [{case['device']}: no measurement of a GPU]"),
-    ]
-    rows = [["", "fwd ms", "x bare", "fwd+bwd ms", "x bare", "MiB", "error"]]
-    for result in case["rows"]:
-        if result["status"] != "right":
-            continue
-        row = [result["name"]]
-        for phase in ("forward", "forward_backward"):
-            median = result[phase]["median_ms"]
-            row += [_number(median, 2), _number(median / floor[f"{phase}_ms"], 2)]
-        peak = result.get("memory", {}).get("forward_backward_mib")
-        rows.append([*row, _number(peak, 0), f"{result['gradient_error']:.0e}"])
-    return [*lines, *_table(rows), *_notes(case["rows"])]
+def batch_lines(case: Record) -> Iterator[str]:
+    """The table of one case of bench.gpu.measure."""
+    warning = "" if case["device"] == "cuda" else f"  [{case['device']}: no measurement of a GPU]"
+    yield ""
+    yield f"{case['kind']} {tables.heading(case)}{warning}"
+    yield from tables.case_lines(PHASES, BASELINE, case)
 
 
 # ---- other records ---------------------------------------------------------------------------
@@ -117,28 +59,12 @@ def _ncu_lines(found: Sequence[Record]) -> list[str]:
     names = list(dict.fromkeys(name for record in found for name in record["metrics"]))
     rows = [["Nsight Compute, kernels alone", *names]]
     for record in found:
-        cells = [_number(record["metrics"].get(name), 2) for name in names]
+        cells = [tables.digits(record["metrics"].get(name)) for name in names]
         rows.append([record["kernel"], *cells])
-    return list(_table(rows))
+    return list(tables.aligned(rows))
 
 
-def _sweep_lines(found: Sequence[Record]) -> list[str]:
-    lines = []
-    for kernel in ("forward", "backward"):
-        variants = [r for r in found if r["kernel"] == kernel]
-        timed = sorted((r for r in variants if "ms" in r), key=lambda r: r["ms"])
-        best = [
-            f"{r['threads']} x {r['unroll']}: {r['ms']:.3f} ms, {r['percent_of_copy']:.1f} %"
-            for r in timed[:3]
-        ]
-        wrong = [f"{r['threads']} x {r['unroll']}: {r['error']}" for r in variants if "error" in r]
-        if variants:
-            lines.append(f"sweep {kernel}, threads x unroll, best: {'; '.join([*best, *wrong])}")
-    return lines
-
-
-TABLES = {"ncu": _ncu_lines, "sweep": _sweep_lines}
-BATCHES = {"logits": logits_lines, "linear": linear_lines}
+BATCHES = ("logits", "linear", "sweep")
 
 
 def _lines(steps: Sequence[Record], cases: Sequence[Record]) -> Iterator[str]:
@@ -153,14 +79,14 @@ def _lines(steps: Sequence[Record], cases: Sequence[Record]) -> Iterator[str]:
     for kind, found in kinds.items():
         if kind in BATCHES:
             for record in found:
-                yield from BATCHES[kind](record)
+                yield from batch_lines(record)
         else:
             yield ""
-            yield from TABLES[kind](found) if kind in TABLES else _outcome_lines(kind, found)
+            yield from _ncu_lines(found) if kind == "ncu" else _outcome_lines(kind, found)
     yield ""
     rows = [["step", "seconds", "budget", "status"]]
     rows += [[s["step"], f"{s['seconds']:.0f}", f"{s['budget']:.0f}", s["status"]] for s in steps]
-    yield from _table(rows)
+    yield from tables.aligned(rows)
     for step in steps:
         if step["reason"]:
             yield f"  {step['step']}: {step['reason'].splitlines()[0][:200]}"

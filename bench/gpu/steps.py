@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bench import records
 from bench.gpu.runner import FailedError, Run, SkippedError, Step
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -27,9 +25,7 @@ CARRIED = ROOT / ".gpu"
 SITE = "site"  # in the work folder: the unpacked wheels
 SOURCES = "sources.sha256"  # in the carried folder: hash of the wheel's sources
 HEADERS = "include"  # in the carried folder: torch's headers, for a build on the machine
-LINEAR_SIZE, TINY_LINEAR_SIZE = "16384x4096x128256", "128x64x1024"
-PEER_SIZE, TINY_SIZE = "16384x128256", "64x1024"
-SWEEP_SIZE = ("16384", "128256")
+PEER_CASES = "8x2048x128256 bfloat16, 100%"
 
 
 # ---- install and import ----------------------------------------------------------------------
@@ -120,15 +116,10 @@ def first_light(run: Run) -> None:
 def logits(run: Run) -> None:
     """Times a copy, ours and F.cross_entropy on eight batches, and ours with a softcap on one.
 
-    A round of the largest batch takes about 40 ms, and 9 rounds less than half a second. To compare
-    a candidate with float64 moves 200 GB, which takes no longer.
+    A round of the largest batch takes about 60 ms, and 9 rounds half a second. To compare a
+    candidate with float64 moves 300 GB, which takes no longer.
     """
-    sizes = ("--sizes", TINY_SIZE, "16x4096", "--capped", TINY_SIZE) if run.is_dry else ()
-    run.module(
-        "bench.gpu.logits",
-        *("--device", run.device, "--record", run.cases, "--rounds", "2" if run.is_dry else "7"),
-        *("--candidates", "simpo_ext", "simpo_ext in place", "F.cross_entropy", *sizes),
-    )
+    _measure(run, "logits", "--candidates", "simpo_ext", "simpo_ext in place", "F.cross_entropy")
 
 
 def linear(run: Run) -> None:
@@ -138,22 +129,23 @@ def linear(run: Run) -> None:
     the forward with backward, of three candidates, and three forms of the bare products.
     """
     candidates = ("simpo_ext", "simpo_ext, budget 0", "simpo_ext, unlimited")
-    _linear(run, candidates, rounds="3")
+    _measure(run, "linear", "--rounds", "3", "--candidates", *candidates)
 
 
-def _linear(run: Run, candidates: Sequence[str], rounds: str) -> None:
-    tiny = ("--size", TINY_LINEAR_SIZE, "--sequences", "4", "--rounds", "1")
+def _measure(run: Run, kind: str, *options: str | Path, **environment: str) -> None:
+    """Runs a benchmark, in a dry run on tiny cases."""
+    quick = ("--quick", "--rounds", "1") if run.is_dry else ()
     run.module(
-        "bench.gpu.linear",
-        *("--device", run.device, "--record", run.cases, "--candidates", *candidates),
-        *(tiny if run.is_dry else ("--size", LINEAR_SIZE, "--rounds", rounds)),
+        "bench.gpu.measure",
+        *(kind, "--device", run.device, "--record", run.cases, *options, *quick),
+        environment=environment,
     )
 
 
 def ncu(run: Run) -> None:
     """Profiles four kernels of 1 to 3 ms in a few passes each. The import of torch takes longer."""
     if run.is_dry:
-        run.module("bench.gpu.ncu", "--device", "cpu", "--size", TINY_SIZE)
+        run.module("bench.gpu.ncu", "--device", "cpu", "--size", "8x8x1024")
         raise SkippedError("no GPU to profile; the profiled program ran on the CPU")
     run.find_tool("ncu")
     run.module("bench.gpu.ncu", "--record", run.cases)
@@ -232,30 +224,28 @@ def racecheck(run: Run) -> None:
 
 def peers(run: Run) -> None:
     """Times torch.compile and Liger like the candidates before. Two kernels are compiled first."""
-    run.module(
-        "bench.gpu.logits",
-        *("--device", run.device, "--record", run.cases, "--rounds", "2" if run.is_dry else "7"),
-        *("--sizes", TINY_SIZE if run.is_dry else PEER_SIZE, "--valid", "1", "--capped"),
-        *("--candidates", "simpo_ext", "torch.compile", "Liger cross entropy"),
-        # On a CPU, compiling would take longer than everything else.
-        environment={
-            "TORCH_COMPILE_DISABLE" if run.is_dry else "TORCHINDUCTOR_COMPILE_THREADS": "1"
-        },
-    )
-    _linear(run, ("simpo_ext", "Liger SimPO", "Liger linear cross entropy"), rounds="1")
+    # On a CPU, compiling would take longer than everything else.
+    setting = "TORCH_COMPILE_DISABLE" if run.is_dry else "TORCHINDUCTOR_COMPILE_THREADS"
+    cases = () if run.is_dry else ("--cases", PEER_CASES)
+    candidates = ("simpo_ext", "torch.compile", "Liger cross entropy")
+    _measure(run, "logits", *cases, "--candidates", *candidates, **{setting: "1"})
+    candidates = ("simpo_ext", "Liger SimPO", "Liger linear cross entropy")
+    _measure(run, "linear", "--rounds", "1", "--candidates", *candidates)
 
 
 def sweep(run: Run) -> None:
-    """Times 24 variants of threads and loads in flight, in 22 rounds of 40 ms."""
-    target = ("-arch=sm_90", "-cubin") if run.is_dry else ("-arch=native",)
-    source, program = ROOT / "bench" / "cuda" / "sweep_token_logps.cu", run.work / "sweep"
+    """Times 12 variants of threads and loads in flight, in 9 rounds of 100 ms.
+
+    Their compilation takes longer.
+    """
+    source, library = ROOT / "bench" / "cuda" / "sweep.cu", run.work / "sweep.so"
     flags = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-I", ROOT / "csrc")
-    run.program(run.find_tool("nvcc"), *flags, *target, source, "-o", program)
+    flags = (*flags, "-shared", "-Xcompiler", "-fPIC")
+    target = "-arch=sm_90" if run.is_dry else "-arch=native"
+    run.program(run.find_tool("nvcc"), *flags, target, source, "-o", library)
     if run.is_dry:
         raise SkippedError("no GPU for the sweep; it was compiled")
-    for line in run.program(program, *SWEEP_SIZE).splitlines():
-        if line.startswith("{"):
-            records.append(run.cases, {"kind": "sweep", **json.loads(line)})
+    _measure(run, "sweep", "--library", library)
 
 
 def all_steps(carried: Path) -> list[Step]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import importlib.util
 import json
 import sys
+import tempfile
+from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -22,17 +26,41 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stepping_clock(load, milliseconds: dict[str, float]):
-    """A clock on which a subject's phases take what its preparation names."""
+    """A clock on which a subject's phases take what its preparation names.
 
-    class Stepping(load("common.timing").CpuClock):
+    The first lap after those of warming up takes half of that.
+    """
+    timing, count = load("common.timing"), Counter()
+
+    class Stepping(timing.CpuClock):
         def laps(self, subject) -> list[float]:
-            name = subject.prepare()
-            carry = name
+            name = carry = subject.prepare()
             for phase in subject.phases.values():
                 carry = phase(carry)
-            return [milliseconds[name]] * len(subject.phases)
+            count[id(subject)] += 1
+            share = 0.5 if count[id(subject)] == timing.WARMUP_ROUNDS + 1 else 1.0
+            return [share * milliseconds[name]] * len(subject.phases)
 
     return Stepping()
+
+
+def test_only_the_phases_are_timed(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = load("common.timing")
+    now = [0.0]
+
+    def take(seconds: float) -> None:
+        now[0] += seconds
+
+    class Result:
+        def __del__(self) -> None:
+            take(100.0)
+
+    phases = {"first": lambda _: take(0.002) or Result(), "second": lambda _: take(0.003)}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    single = timing.Subject(lambda: take(10.0), {"first": phases["first"]})
+    assert timing.CpuClock().laps(single) == pytest.approx([2.0])
+    both = timing.Subject(lambda: take(10.0), {**phases, "first": phases["second"]})
+    assert timing.CpuClock().laps(both) == pytest.approx([3.0, 3.0])
 
 
 def test_phases_get_what_the_one_before_returned_and_subjects_take_turns(load) -> None:
@@ -135,7 +163,7 @@ def test_ratios_follow_from_medians_of_one_run(load) -> None:
     found = load("common.measure").measure(problem, problem.candidates, clock, 3)
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["peer"]["forward"] == {
-        "median_ms": 8.0, "min_ms": 8.0, "max_ms": 8.0, "rounds": 3, "disturbed": False,
+        "median_ms": 8.0, "min_ms": 4.0, "max_ms": 8.0, "rounds": 3, "disturbed": True,
         "x_baseline": 4.0, "x_floor": 16.0,
     }  # fmt: skip
     assert rows["peer"]["forward_backward"]["x_floor"] == 4.0
@@ -230,6 +258,42 @@ def test_the_floor_from_logits_by_hand(load) -> None:
     assert made["forward_backward_ms"] == pytest.approx(1000.0)
 
 
+def test_logits_are_peaked_at_the_label_that_follows(load) -> None:
+    cases = load("common.cases")
+    batch = cases.synthetic(2, 16, 300, "float32")
+    labels = cases.make_labels(batch)
+    logits = cases.make_logits(batch, labels)
+    of_label = logits[:, :-1].gather(2, labels[:, 1:].unsqueeze(2))
+    assert of_label.mean() > logits.mean() + 2 * cases.NOISE
+
+
+def test_the_probes_count_what_every_thread_moves(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = load("common.floor")
+    told = {"map_buffer": 1, "read_seconds": 0.5, "copy_seconds": 0.25, "update_seconds": 0.125,
+            "exp_variants": 1, "exp_elements": 10, "exp_error": 0.0,
+            "exp_seconds": 2.0}  # fmt: skip
+    functions = {name: lambda *_, value=value: value for name, value in told.items()}
+    library = SimpleNamespace(**functions, unmap_buffer=lambda *_: None)
+    monkeypatch.setattr(floor, "_compiled", lambda: library)
+    monkeypatch.setattr(floor, "_SIGNATURES", {})
+    found, giga = floor.Probes(threads=2, buffer_bytes=2**22).sample(), 2**22 / 1e9
+    assert found["read"] == found["read_prefetch"] == pytest.approx(2 * giga)
+    assert found["copy"] == pytest.approx(2 * 4 * giga)  # bytes read and written
+    assert found["update"] == pytest.approx(2 * 8 * giga)
+    assert found["exp_float32"] == pytest.approx(2 * 10 * floor.EXP_REPEATS / 2.0 / 1e9)
+    library.exp_error = lambda *_: 1e-3
+    with pytest.raises(floor.FloorError, match="variant 0 is wrong"):
+        floor.Probes(threads=2, buffer_bytes=2**22)
+
+
+def test_the_probes_touch_all_of_their_buffers(load) -> None:
+    probes = load("common.floor").Probes(threads=2, buffer_bytes=2**22)
+    size = probes._bytes
+    ctypes.memset(probes._from, 1, size)
+    probes._library.copy_seconds(probes._to, probes._from, size, 2)
+    assert ctypes.string_at(probes._to, size) == b"\1" * size
+
+
 def test_the_probes_run_and_their_exponentials_are_right(load) -> None:
     probes = load("common.floor").Probes(threads=1, buffer_bytes=2**22)
     assert all(rate > 0 for rate in probes.sample().values())
@@ -268,6 +332,14 @@ def test_a_process_of_its_own_answers_or_says_why_not(load, tmp_path: Path) -> N
         processes.apart("json:loads", s="{")
     with pytest.raises(processes.ApartError, match="os:_exit ended with status 3: no output"):
         processes.apart("os:_exit", status=3)
+
+
+def test_a_peak_counts_from_its_baseline(load) -> None:
+    torch.ones(2**26)  # 256 MiB that are free again
+    baseline = load("common.memory").Baseline()
+    assert baseline.peak_extra_mib() < 64
+    torch.ones(2**25)
+    assert 100 < baseline.peak_extra_mib() < 192
 
 
 def test_memory_is_measured_in_a_process_of_its_own(load) -> None:
@@ -331,8 +403,78 @@ def test_a_recorded_run_is_read_back_and_shown(
         assert text in printed
     assert "other" not in printed and "bad" not in printed
     assert picture.stat().st_size > 10_000
-    tables.print_case(found, found["cases"][0])
-    assert "bad: wrong: differs {'value_error': 'nan'}" in capsys.readouterr().out
+    lines = [*tables.case_lines(found["phases"], "simpo_ext", found["cases"][0])]
+    assert [line.split() for line in lines[2:4]] == [
+        ["simpo_ext", "2.00", "1.00", "2.00", "1", "2e-07"],
+        ["peer", "30.0*", "15.0", "30.0", "1", "2e-07"],
+    ]
+    assert "bad: wrong: differs {'value_error': 'nan'}" in lines
+
+
+@pytest.fixture
+def run(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs a program of two cases whose measurements are told, and returns what it did."""
+    cases, program, linear = load("common.cases"), load("common.program"), load("linear")
+    shapes = [cases.synthetic(2, 8, 16, dtype, hidden=4) for dtype in ("float32", "bfloat16")]
+    plan = (cases.Case(shapes[0], is_featured=True), cases.Case(shapes[1], "huge", True))
+    told = dataclasses.replace(linear.PROGRAM, cases=plan, phases={"forward": "forward"})
+    done = SimpleNamespace(status=0, measured=[], memory=[], plots=[], kept=tmp_path / "kept")
+
+    def run(*arguments: str, status: str = "right", is_lost: bool = False):
+        def apart(function: str, pages: str, program: str, case: dict, rounds: int) -> dict:
+            done.measured.append((case["batch"]["dtype"], pages))
+            if is_lost and len(done.measured) == 1:
+                raise load("common.processes").ApartError("killed")
+            found = json.loads(json.dumps(results()["cases"][0]))
+            found["rows"][0]["status"] = status
+            return found
+
+        monkeypatch.setattr(program, "apart", apart)
+        monkeypatch.setattr(program, "RESULTS", done.kept)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        peaks = lambda _, case, name, phases: done.memory.append(name) or {}  # noqa: E731
+        monkeypatch.setattr(program.memory, "peaks", peaks)
+        monkeypatch.setattr(program.tables, "plot", lambda _, path: done.plots.append(path))
+        done.status = program.run(told, [*arguments])
+        return done
+
+    return run
+
+
+def test_a_commit_with_changes_says_so(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = load("common.machine")
+    told = {"status": "", "rev-parse": "abc"}
+    monkeypatch.setattr(machine, "_output", lambda *command: told[command[3]])
+    assert machine.commit() == "abc"
+    told["status"] = " M file"
+    assert machine.commit() == "abc with changes"
+    told["rev-parse"] = None
+    assert machine.commit() is None
+
+
+def test_a_full_run_is_kept(run) -> None:
+    done = run()
+    assert done.status == 0
+    assert done.measured == [("float32", "default"), ("bfloat16", "huge")]
+    assert done.memory == ["simpo_ext", "peer"]  # not of what is wrong, nor with huge pages
+    assert [path.name.partition("-")[0] for path in done.kept.iterdir()] == ["linear"]
+    assert done.plots == [done.kept / "linear.png"]
+
+
+def test_a_partial_run_overwrites_nothing(run) -> None:
+    done = run("--cases", "bfloat16")
+    assert done.measured == [("bfloat16", "huge")]
+    assert not done.kept.exists()
+    assert done.plots and done.kept not in done.plots[0].parents
+
+
+def test_a_run_fails_where_ours_is_wrong(run) -> None:
+    assert run(status="wrong").status == 1
+
+
+def test_a_case_that_is_lost_fails_a_run_and_does_not_end_it(run) -> None:
+    done = run(is_lost=True)
+    assert (done.status, len(done.measured)) == (1, 2)
 
 
 @pytest.mark.parametrize("arguments", [("--rounds", "0"), ("--cases", "nothing")])

@@ -170,9 +170,6 @@ def test_the_report_says_what_failed(load, tmp_path: Path) -> None:
         {"kind": "first light", "name": "b", "dtype": "float16", "status": "wrong",
          "checks": {"logps": [1e-9, 1e-6], "dlogits": [0.5, 1e-3], "dweight": ["nan", 1e-3]}},
         {"kind": "gpu tests", "name": "t.py::t", "status": "failed", "reason": "x\nE   assert 0"},
-        {"kind": "sweep", "kernel": "forward", "threads": 512, "unroll": 4, "ms": 1.0,
-         "percent_of_copy": 91.5},
-        {"kind": "sweep", "kernel": "forward", "threads": 1024, "unroll": 8, "error": "wrong"},
         {"kind": "ncu", "kernel": "token_logps_kernel<float>", "metrics": {"DRAM %": 91.25}},
     ]  # fmt: skip
     steps = [{"step": "a step", "status": "failed", "reason": "out of time", "seconds": 1.0,
@@ -183,8 +180,7 @@ def test_the_report_says_what_failed(load, tmp_path: Path) -> None:
     assert "first light: 1 right, 1 wrong" in text
     assert "  b float16: wrong dlogits 0.5 > 0.001 dweight nan > 0.001" in text
     assert "  t.py::t: failed E   assert 0" in text
-    assert "512 x 4: 1.000 ms, 91.5 %; 1024 x 8: wrong" in text
-    assert "91.25" in text
+    assert "91.2" in text
     assert "  a step: out of time" in text
     assert json.loads((tmp_path / "report.json").read_text()) == {"steps": steps, "cases": cases}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,7 @@ def test_the_truth_is_that_of_the_formula_in_float64(load, work: str) -> None:
 def test_every_candidate_is_right_with_every_mask(load, dtype: str, fraction: float) -> None:
     linear, measure = load("linear"), load("common.measure")
     problem = problem_of(load, 4, 24, 4500, dtype, fraction, hidden=32)
+    assert len(problem.make_floor()._hidden) == problem.batch.valid_rows
     for candidate in problem.candidates:
         if candidate.name == linear.LIGER_COMPILED:
             continue
@@ -70,7 +72,21 @@ def test_every_candidate_is_right_with_every_mask(load, dtype: str, fraction: fl
             assert row["status"] == "right", row
         assert row["status"] in ("right", "unavailable"), row
         if row["status"] == "right":
-            problem.lap(candidate, "forward")
+            loss, gradients = problem.lap(candidate, "forward")
+            assert not (loss.requires_grad or gradients)
+
+
+def test_each_budget_is_asked_for(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, asked = load("linear"), []
+
+    def loss(*_, logits_budget_bytes, **__):
+        asked.append(logits_budget_bytes)
+        return SimpleNamespace(loss=None)
+
+    monkeypatch.setattr(linear.simpo_ext, "linear_simpo_loss", loss)
+    for candidate in linear.linear_candidates()[:3]:
+        candidate.forward(None, None, None, None)
+    assert asked == [None, 0, linear.UNLIMITED]
 
 
 @pytest.mark.parametrize(
@@ -143,27 +159,16 @@ def test_a_tiny_run_goes_all_the_way(load, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_gpus_program_goes_all_the_way_on_a_cpu(
-    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(load("common.timing"), "WARMUP_ROUNDS", 0)
     output = tmp_path / "cases.jsonl"
-    arguments = ["--device", "cpu", "--size", "96x64x600", "--sequences", "4", "--rounds", "1"]
-    arguments += ["--candidates", "simpo_ext", "Liger SimPO", "Liger linear cross entropy"]
-    assert load("gpu.linear").main([*arguments, "--record", str(output)]) == 0
+    arguments = ["linear", "--device", "cpu", "--quick", "--rounds", "1", "--candidates"]
+    arguments += ["simpo_ext", "Liger SimPO", "Liger linear cross entropy"]
+    assert load("gpu.measure").main([*arguments, "--record", str(output)]) == 0
     cases = [json.loads(line) for line in output.read_text().splitlines()]
     assert [case["share"] for case in cases] == ["100%", "40%"]
     for case in cases:
         *right, missing = case["rows"]
         assert [row["status"] for row in right] == ["right", "right"]
         assert "CUDA" in missing["reason"]
-        assert "x bare" in "\n".join(load("gpu.report").linear_lines(case))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [("--size", "48x32"), ("--sequences", "5"), ("--rounds", "0"), ("--size", "0x1x1"),
-     ("--candidates", "nobody")],
-)  # fmt: skip
-def test_the_gpus_program_refuses_what_makes_no_sense(load, arguments: tuple[str, str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        load("gpu.linear").main(["--device", "cpu", *arguments])
+    assert "gflops" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -38,3 +40,34 @@ def test_a_wrong_report_ends_the_program(load) -> None:
             expected,
             1e-5,
         )
+
+
+def test_without_its_fast_path_is_what_it_says(load) -> None:
+    overhead, peers = load("overhead"), load("common.peers")
+    before = overhead.fast_path.is_plain_call
+    seen = peers.Candidate("a", "work", lambda: lambda: overhead.fast_path.is_plain_call is before)
+    assert (seen.forward(), overhead._by_registered_ops(seen).forward()) == (True, False)
+    assert overhead.fast_path.is_plain_call is before
+
+
+def test_each_subject_is_what_its_row_says(load, monkeypatch: pytest.MonkeyPatch) -> None:
+    overhead, tables = load("overhead"), []
+    laps: Counter[str] = Counter()
+    monkeypatch.setattr(overhead, "_print", lambda *table: tables.append(table))
+    overhead.measure_calls(1)
+    count = lambda self, candidate, *_: laps.update([candidate.name])  # noqa: E731
+    monkeypatch.setattr(overhead.LogitsProblem, "lap", count)
+    for _, subjects, _, _, scale in tables:
+        for name, subject in subjects.items():
+            laps.clear()
+            subject.phases["call"](None)
+            assert list(laps) == [name]
+            assert laps[name] * scale == pytest.approx(1e3)  # microseconds of one call
+
+    reports, right = [], overhead.simpo_loss
+    loss = lambda *inputs, report: reports.append(report) or right(*inputs, report=report)  # noqa: E731
+    monkeypatch.setattr(overhead, "simpo_loss", loss)
+    overhead.measure_reports(overhead.QUICK_BATCHES[0], 1)
+    for name, subject in tables[-1][1].items():
+        subject.phases["call"](None)
+        assert reports[-1] == overhead.REPORTS[name]

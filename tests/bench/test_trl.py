@@ -35,10 +35,11 @@ def test_a_subject_that_is_wrong_is_found_out(load, tiny) -> None:
     trl, measure = load("trl"), load("common.measure")
     problem = trl.TrainerProblem(tiny)
     stock = problem.candidate(trl.STOCK).forward(trl.find)
+    assert {"loss", trl.EVALUATION, "nll_loss", "rewards/margins"} <= set(stock.metrics)
     for name, fused in trl.FUSED_LINEAR.items():
         candidate = problem.candidate(name)
         trainer = candidate.forward(lambda trainer, _: trainer)
-        assert trainer.fused_linear is fused
+        assert trainer.fused_linear is fused is ("hidden states" in name)
         row = measure.verify(problem, candidate)
         assert row["status"] == "right" and row["value_error"] < 1e-5
         found = candidate.forward(trl.find)
@@ -49,6 +50,19 @@ def test_a_subject_that_is_wrong_is_found_out(load, tiny) -> None:
         assert trl.compare(doubled, stock)[1] == pytest.approx(1.0, abs=1e-3)
         del found.metrics["nll_loss"]
         assert not trl.compare(found, stock)[0] <= 1.0  # NaN
+
+
+def test_each_lap_is_one_step(load, tiny) -> None:
+    trl = load("trl")
+    problem = trl.TrainerProblem(tiny)
+    candidate, found = problem.candidate(trl.STOCK), []
+    for phase in (trl.EVALUATION, trl.TRAINING, trl.TRAINING):
+        problem.lap(candidate, phase, problem.prepare(candidate))
+        gradients = [value.grad for value in problem._model.parameters()]
+        found.append([None if each is None else each.norm().item() for each in gradients])
+    evaluation, first, second = found
+    assert set(evaluation) == {None}
+    assert None not in first and first == pytest.approx(second)
 
 
 def test_a_tiny_run_goes_all_the_way(

@@ -115,7 +115,8 @@ void check_normalizers(const at::Tensor& logits, const at::Tensor& labels) {
     };
   };
   require_error<c10::ValueError>("pair_normalizer: expected a finite number > 0", with(0.0));
-  require_error<c10::ValueError>("without Reduction::kMean", with(2.0, Reduction::kSum));
+  require_error<c10::ValueError>("expected none unless reduction is Reduction::kMean",
+                                 with(2.0, Reduction::kSum));
   require_error<c10::ValueError>("expected a tensor without dimensions", with(at::ones({1})));
   require_error<c10::TypeError>("a dtype that holds counts", with(at::ones({}, at::kBFloat16)));
 }
