@@ -2,7 +2,7 @@
 
 One piece of work for all: mean log-probabilities of the completions, SimPO's loss of the pairs, and
 the gradient of the logits (common/peers.py). The forward keeps what its backward needs. Each batch
-is measured with the allocator as it comes, and again with huge pages for everyone, without the
+is measured with the default allocator, and again with huge pages for all, without the
 smallest share. In float32 the upcast form of the formula is the formula, and is left out.
 """
 

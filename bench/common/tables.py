@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 FLOOR = "floor"
 
-PAGES = {"default": "allocator as it comes", "huge": "huge pages for everyone"}
+PAGES = {"default": "default allocator", "huge": "huge pages for all"}
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 BLUE, ORANGE = "#0072B2", "#E69F00"
 PLOT_HEIGHT, PANEL_WIDTH, PLOT_DPI = 4.9, 2.9, 130
