@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bench.common.tables import in_markdown
 from bench.loop_counts import Counts, Record, Subject, all_subjects, count_all, write_record
 from bench.machine_code import compilers, kernels
 
@@ -83,7 +84,7 @@ def make_table(counts: Mapping[Subject, Counts]) -> str:
     heads = ["kernel"]
     for gpu in gpus:
         heads += [f"instructions, {gpu.architecture}", "special", f"{gpu.name}, predicted"]
-    lines = [f"| {' | '.join(heads)} |", f"|---{'|---:|---:|---' * len(gpus)}|"]
+    rows = [heads]
     for subject in all_subjects([gpus[0].architecture] if gpus else []):
         cells = [subject.name]
         for gpu in gpus:
@@ -98,8 +99,8 @@ def make_table(counts: Mapping[Subject, Counts]) -> str:
                 f"{100 * min(1.0, 1.0 / busy):.0f} % ({unit} {100 * busy:.0f} %)",
             ]
         if any(cells[1:]):
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return in_markdown(rows)
 
 
 def table_in(text: str) -> str:

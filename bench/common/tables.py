@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 Results = dict[str, Any]
 Case = dict[str, Any]
 Row = dict[str, Any]
@@ -34,12 +36,16 @@ def digits(value: float | None) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
+    sides = ("left", *["right"] * (len(rows[0]) - 1))
+    table = tabulate(rows[1:], rows[0], "simple", disable_numparse=True, colalign=sides)
+    return table.splitlines()
+
+
+def in_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head."""
+    return tabulate(rows[1:], rows[0], "github", disable_numparse=True, stralign=None)
 
 
 def milliseconds(times: dict[str, Any]) -> str:
@@ -122,12 +128,11 @@ def _names(cases: Sequence[Case]) -> list[str]:
 
 
 def _markdown_table(title: str, cases: Sequence[Case], rows: dict[str, list[str]]) -> str:
-    lines = [[title, *map(heading, cases)]]
+    table = [[title, *map(heading, cases)]]
     for name, cells in rows.items():
         if any(cells):
-            lines.append([f"**{name}**" if name.startswith("simpo_ext") else name, *cells])
-    first, *others = ("".join(f"| {cell} " if cell else "| " for cell in line) for line in lines)
-    return "\n".join(f"{line}|" for line in (first, "|---" * len(lines[0]), *others))
+            table.append([f"**{name}**" if name.startswith("simpo_ext") else name, *cells])
+    return in_markdown(table)
 
 
 def _times_table(results: Results, cases: Sequence[Case], phase: str) -> str:

@@ -20,9 +20,9 @@ from bench.gpu.steps import HEADERS, ROOT, SOURCES, source_hash
 
 ARCHS = "90"  # of the wheel's machine code: H100 and H200
 BUILD_REQUIREMENTS = ("scikit-build-core>=0.11", "pybind11>=2.13", "cmake>=3.24", "ninja")
-# Packages that tests and peers import and that machine lacks. It has their other requirements, so
+# Packages that this project imports and that machine lacks. It has their other requirements, so
 # pip does not download these.
-PACKAGES = ("liger-kernel>=0.8.5", "trl>=1.16", "datasets", "dill", "multiprocess")
+PACKAGES = ("liger-kernel>=0.8.5", "trl>=1.16", "datasets", "dill", "multiprocess", "tabulate")
 # The versions of these and of their requirements must match, so pip downloads both.
 PACKAGES_THAT_MATCH = ("pydantic>=2",)
 # Headers of torch's stable ABI. That machine's torch may be too old to compile these sources.

@@ -61,7 +61,7 @@ def _ncu_lines(found: Sequence[Record]) -> list[str]:
     for record in found:
         cells = [tables.digits(record["metrics"].get(name)) for name in names]
         rows.append([record["kernel"], *cells])
-    return list(tables.aligned(rows))
+    return tables.aligned(rows)
 
 
 BATCHES = ("logits", "linear", "sweep")
