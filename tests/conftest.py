@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "kernels: a test of the ops' results, which --kernels=emulated repeats",
         "emulation: a test of the emulator or in it, which a GPU has no part in",
-        "cpu_only: holds for the CPU kernels alone",
+        "cpu_only: holds for the CPU kernels alone, or for any kernels alike",
         "cuda_only: holds for the CUDA kernels alone, emulated or not",
         "gpu: needs a GPU",
         "exhaustive: takes minutes; run with --exhaustive",

@@ -404,7 +404,7 @@ def test_a_recorded_run_is_read_back_and_shown(
     assert "other" not in printed and "bad" not in printed
     assert picture.stat().st_size > 10_000
     lines = [*tables.case_lines(found["phases"], "simpo_ext", found["cases"][0])]
-    assert [line.split() for line in lines[2:4]] == [
+    assert [line.split() for line in lines[3:5]] == [
         ["simpo_ext", "2.00", "1.00", "2.00", "1", "2e-07"],
         ["peer", "30.0*", "15.0", "30.0", "1", "2e-07"],
     ]

@@ -186,6 +186,7 @@ COMPILED: list[dict[str, Any]] = [
 @pytest.mark.parametrize(
     ("options", "bias"), [*((options, True) for options in COMPILED), ({}, False)], ids=str
 )
+@pytest.mark.cpu_only
 def test_compiles_without_graph_break(options: dict[str, Any], bias: bool) -> None:
     loss = as_function(**options)
     torch.compiler.reset()
@@ -193,6 +194,7 @@ def test_compiles_without_graph_break(options: dict[str, Any], bias: bool) -> No
     both_ways(loss, compiled, make_linear_batch(vocabulary=4099, width=5, bias=bias))
 
 
+@pytest.mark.cpu_only
 def test_compiles_with_inductor() -> None:
     loss = as_function()
     torch.compiler.reset()
@@ -200,6 +202,7 @@ def test_compiles_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("options", COMPILED[:2], ids=str)
+@pytest.mark.cpu_only
 def test_compiles_with_dynamic_shapes(options: dict[str, Any]) -> None:
     loss = as_function(**options)
     torch.compiler.reset()
@@ -208,6 +211,7 @@ def test_compiles_with_dynamic_shapes(options: dict[str, Any]) -> None:
         both_ways(loss, compiled, make_linear_batch(*shape))
 
 
+@pytest.mark.cpu_only
 def test_a_compiled_loss_takes_a_new_count_and_normalizer_every_step() -> None:
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, count: int, pairs: float) -> Tensor:
         return linear_simpo_loss(
@@ -223,6 +227,7 @@ def test_a_compiled_loss_takes_a_new_count_and_normalizer_every_step() -> None:
         torch.testing.assert_close(compiled(*args), loss(*args))
 
 
+@pytest.mark.cpu_only
 def test_the_module_compiles_and_exports() -> None:
     hidden, weight, labels, _ = make_linear_batch()
     module = LinearSimPOLoss(sft_weight=0.1)
@@ -293,6 +298,7 @@ def test_disabled_autocast_casts_nothing() -> None:
             linear_token_logps(batch.hidden.bfloat16(), *batch[1:3])
 
 
+@pytest.mark.cpu_only
 def test_autocast_compiles() -> None:
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

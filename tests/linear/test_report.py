@@ -147,6 +147,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(OPS.linear_token_logps_report.default, (*arguments, budget, rows))
 
 
+@pytest.mark.cpu_only
 def test_compiled_in_one_graph() -> None:
     batch = make_linear_batch(vocabulary=CHUNK + 3, width=4)
 

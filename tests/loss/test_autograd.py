@@ -140,6 +140,7 @@ def both_ways(
 
 
 @pytest.mark.parametrize("options", [{}, {"sft_weight": 0.5, "inplace_backward": True}], ids=str)
+@pytest.mark.cpu_only
 def test_compiles_without_graph_break(options: dict[str, Any]) -> None:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         out = simpo_ext.simpo_loss(x * 2, y, **options)
@@ -149,6 +150,7 @@ def test_compiles_without_graph_break(options: dict[str, Any]) -> None:
     both_ways(loss, torch.compile(loss, fullgraph=True), *make_batch(vocabulary=77))
 
 
+@pytest.mark.cpu_only
 def test_compiles_with_dynamic_shapes() -> None:
     def logps(x: Tensor, y: Tensor) -> Tensor:
         return simpo_ext.sequence_logps(x.float() * 2, y) + simpo_ext.simpo_loss(x, y).loss
@@ -159,6 +161,7 @@ def test_compiles_with_dynamic_shapes() -> None:
         both_ways(logps, compiled, *make_batch(pairs, time, vocabulary))
 
 
+@pytest.mark.cpu_only
 def test_a_compiled_loss_takes_a_new_normalizer_every_step() -> None:
     batch = make_batch(pairs=3)
     module = simpo_ext.SimPOLoss(sft_weight=0.3, sft_reduction="token")
@@ -172,6 +175,7 @@ def test_a_compiled_loss_takes_a_new_normalizer_every_step() -> None:
         )
 
 
+@pytest.mark.cpu_only
 def test_the_module_compiles_and_exports() -> None:
     batch = make_batch()
     module = simpo_ext.SimPOLoss(sft_weight=0.1)

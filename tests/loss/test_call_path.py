@@ -336,6 +336,7 @@ def test_create_graph_is_refused(inplace: bool) -> None:
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.cpu_only
 def test_the_backward_of_an_eager_forward_compiles(inplace: bool) -> None:
     torch.compiler.reset()
     leaf, out = scored(make_batch(), nullcontext(), inplace_backward=inplace)

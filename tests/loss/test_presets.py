@@ -281,6 +281,7 @@ def test_a_module_divides_a_preset_s_gamma_by_its_beta() -> None:
 
 
 @pytest.mark.kernels
+@pytest.mark.cpu_only
 def test_a_preset_compiles_without_graph_break() -> None:
     batch = make_batch()
 

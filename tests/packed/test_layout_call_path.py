@@ -285,6 +285,7 @@ def assert_compiles(function: Callable[..., Tensor], *cases: tuple[Any, ...], **
     {"inplace_backward": True, "sft_weight": 0.3, "sft_reduction": "token"},
     {"loss_type": "ipo", "alpha": 0.2, "reduction": "none"},
 ], ids=str)  # fmt: skip
+@pytest.mark.cpu_only
 def test_compiles_without_graph_break(options: dict[str, Any]) -> None:
     def loss(x: Tensor, y: Tensor, cu: Tensor, pairs: Tensor, weight: Tensor) -> Tensor:
         out = simpo_loss(x * 2, y, cu_seqlens=cu, pairs=pairs, pair_weight=weight, **options)
@@ -294,6 +295,7 @@ def test_compiles_without_graph_break(options: dict[str, Any]) -> None:
     assert_compiles(loss, (*packed, PAIRED, WEIGHTS), backend="aot_eager")
 
 
+@pytest.mark.cpu_only
 def test_compiles_with_dynamic_numbers_of_sequences_and_pairs() -> None:
     def loss(x: Tensor, y: Tensor, cu: Tensor, pairs: Tensor, weight: Tensor) -> Tensor:
         layout = {"cu_seqlens": cu, "pairs": pairs}
@@ -313,6 +315,7 @@ def test_compiles_with_dynamic_numbers_of_sequences_and_pairs() -> None:
     assert_compiles(loss, *cases, backend="aot_eager", dynamic=True)
 
 
+@pytest.mark.cpu_only
 def test_the_linear_loss_compiles() -> None:
     batch, packed = make_linear_packed()
 

@@ -316,6 +316,7 @@ def test_empty_batches(shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("report", [ALL, ("logits",)])
+@pytest.mark.cpu_only
 def test_compiled_in_one_graph(report: Any) -> None:
     batch = make_batch(pairs=3)
 

@@ -256,6 +256,7 @@ of_dynamo = pytest.mark.filterwarnings(
 
 @of_dynamo
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.cpu_only
 def test_compiles_without_graph_break(dynamic: bool) -> None:
     shard = VocabShard(0, 50, lambda x: x[None], lambda x: x * 1.0)
 

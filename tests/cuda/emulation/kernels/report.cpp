@@ -187,6 +187,7 @@ void check_of(bool reduced) {
   for (const int64_t V : {1, 9, 64, 1025, 8193, 20001}) {
     if (reduced && V > 2000) continue;
     for (const LogitTransform& transform : kTransforms) {
+      if (reduced && V > 64 && transform.softcap == 0.0) continue;
       // 21 rows contain every kind.
       const Shape shape{V < 100 ? 4 : 2, V < 100 && !reduced ? 17 : 11, V};
       const Layout layout{static_cast<int64_t>(seed % 3), static_cast<int64_t>(seed % 2), 0};
