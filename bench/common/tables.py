@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 Results = dict[str, Any]
 Case = dict[str, Any]
 Row = dict[str, Any]
@@ -38,6 +36,8 @@ def digits(value: float | None) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table: the first column to the left, the others to the right."""
+    from tabulate import tabulate  # which the run on a GPU machine unpacks in its first step
+
     sides = ("left", *["right"] * (len(rows[0]) - 1))
     table = tabulate(rows[1:], rows[0], "simple", disable_numparse=True, colalign=sides)
     return table.splitlines()
@@ -45,6 +45,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def in_markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first row is its head."""
+    from tabulate import tabulate
+
     return tabulate(rows[1:], rows[0], "github", disable_numparse=True, stralign=None)
 
 

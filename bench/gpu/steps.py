@@ -38,6 +38,7 @@ def install(run: Run, carried: Path) -> None:
     site = run.work / SITE
     site.mkdir(exist_ok=True)
     run.environment["PYTHONPATH"] = os.pathsep.join([str(site), str(ROOT)])
+    sys.path.append(str(site))  # for the report, which this process writes
     for wheel in _wheels(carried):
         zipfile.ZipFile(wheel).extractall(site)
     _import(run)
