@@ -44,8 +44,9 @@ def assert_outputs_match(
     """Compares all outputs with the oracle's. The default of ``atol`` is ``rtol``."""
     atol = rtol if atol is None else atol
     for name in OUTPUTS:
-        got = getattr(out, name).detach().double().numpy()
-        np.testing.assert_allclose(got, getattr(want, name), rtol=rtol, atol=atol, err_msg=name)
+        got, expected = getattr(out, name).detach().double().numpy(), getattr(want, name)
+        assert got.shape == np.shape(expected), name  # allclose would broadcast
+        np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol, err_msg=name)
 
 
 def loss_and_gradient(
